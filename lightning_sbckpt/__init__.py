@@ -1,0 +1,66 @@
+"""SpeechBrain's checkpointing for PyTorch and Lightning, exact and crash-safe.
+
+The core (`Checkpointer` and what is beside it) needs torch alone. `SBCheckpoint`, the Lightning
+callback, is imported when it is first asked for, and Lightning with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_sbckpt._builtin_hooks import torch_parameter_transfer, torch_recovery, torch_save
+from lightning_sbckpt._state import trusting_pickle
+from lightning_sbckpt.averaging import average_checkpoints, average_state_dicts
+from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.epoch import EpochCounter, EpochCounterWithStopper
+from lightning_sbckpt.errors import SBCheckpointError
+from lightning_sbckpt.hooks import (
+    DEFAULT_LOAD_HOOKS,
+    DEFAULT_SAVE_HOOKS,
+    DEFAULT_TRANSFER_HOOKS,
+    get_default_hook,
+    mark_as_loader,
+    mark_as_saver,
+    mark_as_transfer,
+    register_checkpoint_hooks,
+)
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.transfer import Pretrainer
+
+if TYPE_CHECKING:
+    from lightning_sbckpt.plugin.callback import SBCheckpoint
+
+__all__ = [
+    "DEFAULT_LOAD_HOOKS",
+    "DEFAULT_SAVE_HOOKS",
+    "DEFAULT_TRANSFER_HOOKS",
+    "Checkpoint",
+    "Checkpointer",
+    "EpochCounter",
+    "EpochCounterWithStopper",
+    "Pretrainer",
+    "SBCheckpoint",
+    "SBCheckpointError",
+    "average_checkpoints",
+    "average_state_dicts",
+    "ckpt_recency",
+    "get_default_hook",
+    "mark_as_loader",
+    "mark_as_saver",
+    "mark_as_transfer",
+    "register_checkpoint_hooks",
+    "torch_parameter_transfer",
+    "torch_recovery",
+    "torch_save",
+    "trusting_pickle",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name == "SBCheckpoint":
+        from lightning_sbckpt.plugin.callback import SBCheckpoint
+
+        return SBCheckpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

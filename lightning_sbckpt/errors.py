@@ -1,0 +1,91 @@
+"""The exceptions of this package.
+
+Every one derives from `SBCheckpointError` and from the builtin that a caller would expect::
+
+    SBCheckpointError(Exception)
+    ├── HookError(RuntimeError)              no hook for an object, or a hook that failed
+    │   └── HookSignatureError(TypeError)    a hook that cannot be called as promised
+    ├── MetaError(ValueError)                meta that YAML cannot hold or that is not meta
+    ├── SelectionError(ValueError)           contradicting or unusable ways to choose a checkpoint
+    ├── ConfigurationError(ValueError)       arguments that contradict each other
+    ├── CheckpointNameError(ValueError)      a name that would not stay inside its folder
+    ├── CheckpointNotFoundError(FileNotFoundError)  nothing there, or not a checkpoint
+    ├── DamagedCheckpointError(RuntimeError) bytes that are not the bytes that were written
+    ├── MismatchError(RuntimeError)          a checkpoint and the objects to load do not fit
+    ├── UntrustedPickleError(RuntimeError)   state that only pickle can hold, not trusted
+    ├── SaveError(RuntimeError)              a checkpoint could not be written
+    └── MissingDependencyError(ImportError)  an optional library that was asked for is not installed
+
+A message says what failed, on which object and path, what was found against what was
+expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointNameError",
+    "CheckpointNotFoundError",
+    "ConfigurationError",
+    "DamagedCheckpointError",
+    "HookError",
+    "HookSignatureError",
+    "MetaError",
+    "MismatchError",
+    "MissingDependencyError",
+    "SBCheckpointError",
+    "SaveError",
+    "SelectionError",
+    "UntrustedPickleError",
+]
+
+
+class SBCheckpointError(Exception):
+    """Base of every exception raised by this package."""
+
+
+class HookError(SBCheckpointError, RuntimeError):
+    """An object has no hook for what was asked, or its hook failed."""
+
+
+class HookSignatureError(HookError, TypeError):
+    """A hook cannot be called with the arguments that it will be given."""
+
+
+class MetaError(SBCheckpointError, ValueError):
+    """Meta that cannot be written as plain YAML, or a meta file that holds no meta."""
+
+
+class SelectionError(SBCheckpointError, ValueError):
+    """Ways of choosing a checkpoint that contradict each other or cannot be used."""
+
+
+class ConfigurationError(SBCheckpointError, ValueError):
+    """Arguments that contradict each other, refused at construction."""
+
+
+class CheckpointNameError(SBCheckpointError, ValueError):
+    """A name of a checkpoint or recoverable that would not stay inside its folder."""
+
+
+class CheckpointNotFoundError(SBCheckpointError, FileNotFoundError):
+    """A path at which there is no checkpoint."""
+
+
+class DamagedCheckpointError(SBCheckpointError, RuntimeError):
+    """A checkpoint whose files are not the ones that were written."""
+
+
+class MismatchError(SBCheckpointError, RuntimeError):
+    """A checkpoint that lacks, or does not fit, what is to be loaded from it."""
+
+
+class UntrustedPickleError(SBCheckpointError, RuntimeError):
+    """State that only pickle can hold, met without the user's explicit trust."""
+
+
+class SaveError(SBCheckpointError, RuntimeError):
+    """A checkpoint that could not be written; nothing of it is visible."""
+
+
+class MissingDependencyError(SBCheckpointError, ImportError):
+    """An optional library that is not installed; the message says how to install it."""

@@ -1,0 +1,295 @@
+"""The record of one checkpoint, and its meta as plain YAML.
+
+Meta is what a person reads and what checkpoints are ranked by: `unixtime`, `end-of-epoch`, then
+whatever keys were given at save. It is written as YAML 1.1 that any safe loader reads. A tensor of
+more than one element becomes a mapping marked by the key `!tensor`; a YAML tag in its place would
+keep every other reader from listing the folder.
+
+The file format is that of `CKPT.yaml` in SpeechBrain's `speechbrain.utils.checkpoints`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import torch
+import yaml
+
+from lightning_sbckpt.errors import MetaError
+
+__all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "plain_meta", "read_meta"]
+
+_HEADER = "# yamllint disable\n"
+_MAX_META_BYTES = 16 * 2**20
+_TENSOR = "!tensor"
+_MAX_DEPTH = 200
+
+
+class Checkpoint(NamedTuple):
+    """One saved checkpoint: where it is, what is known about it, and its files.
+
+    Attributes:
+        path: The folder of the checkpoint.
+        meta: `unixtime` (seconds since the epoch), `end-of-epoch`, and the keys given at save.
+        paramfiles: From the name of each recoverable to its file.
+
+    Example:
+        >>> ckpt = Checkpoint(Path("run/CKPT+a"), {"unixtime": 1.0, "loss": 0.5}, {})
+        >>> ckpt.meta["loss"]
+        0.5
+        >>> len({ckpt, ckpt})
+        1
+    """
+
+    path: Path
+    meta: dict[str, object]
+    paramfiles: dict[str, Path]
+
+    def __hash__(self) -> int:
+        """Hash by path, so that checkpoints go into sets although meta is a dictionary."""
+        return hash(self.path)
+
+
+def ckpt_recency(ckpt: Checkpoint) -> float:
+    """Return how recent a checkpoint is, the default importance of a checkpoint.
+
+    Example:
+        >>> ckpt_recency(Checkpoint(Path("CKPT+a"), {"unixtime": 12.0}, {}))
+        12.0
+    """
+    # A checkpoint from elsewhere may carry no time or one that is not a number: it is then the
+    # oldest, so that it is never taken for the newest and never breaks a sort.
+    unixtime = ckpt.meta.get("unixtime")
+    if isinstance(unixtime, bool) or not isinstance(unixtime, (int, float)):
+        return -math.inf
+    return float(unixtime) if math.isfinite(unixtime) else -math.inf
+
+
+def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
+    """Return `meta` with every number a plain number, so that YAML can hold it.
+
+    One-element tensors, numpy scalars and computed torchmetrics become `int`, `float` or `bool`;
+    larger numpy arrays become tensors on the CPU.
+
+    Args:
+        meta: The keys and values to write.
+
+    Returns:
+        A new dictionary; the values given are not changed.
+
+    Raises:
+        MetaError: A key is not a string, or a value is of a kind that YAML can't hold; the message
+            lists every such key.
+
+    Example:
+        >>> plain_meta({"loss": torch.tensor(0.5), "fold": 3})
+        {'loss': 0.5, 'fold': 3}
+        >>> plain_meta({"model": object()})
+        Traceback (most recent call last):
+        lightning_sbckpt.errors.MetaError: meta can't be written as plain YAML: 'model' ...
+    """
+    problems: list[str] = []
+    plain = {key: _plain(value, repr(key), problems) for key, value in meta.items()}
+    keys: list[object] = list(meta)
+    problems += [f"{key!r} is a {type(key).__name__}" for key in keys if not isinstance(key, str)]
+    if problems:
+        raise MetaError(
+            f"meta can't be written as plain YAML: {'; '.join(problems)}. Keys are strings; values "
+            "are numbers, strings, None, tensors, and lists and dictionaries of these. Make larger "
+            "objects recoverables instead."
+        )
+    return plain
+
+
+def _plain(value: object, where: str, problems: list[str]) -> object:
+    if value is None or isinstance(value, (bool, str)):
+        # str subclasses (numpy.str_, str enums) would get a Python tag.
+        return str.__str__(value) if isinstance(value, str) else value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu()
+        return tensor.item() if tensor.numel() == 1 and not tensor.is_complex() else tensor.clone()
+    if isinstance(value, Mapping):
+        return {
+            _plain(key, f"a key in {where}", problems): _plain(item, f"{where}[{key!r}]", problems)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{i}]", problems) for i, item in enumerate(value)]
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        listed = value.tolist()
+        if not isinstance(listed, list):
+            return _plain(listed, where, problems)
+        if not isinstance(listed, type(value)):
+            with suppress(TypeError):  # Words, objects: not for a tensor.
+                return _plain(torch.as_tensor(value), where, problems)
+    if callable(getattr(value, "compute", None)):
+        return _plain(value.compute(), where, problems)  # type: ignore[attr-defined]
+    problems.append(f"{where} is a {type(value).__name__}")
+    return None
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, and our marked mapping for tensors."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write every value in full: an alias would make a person look for its anchor."""
+        return True
+
+
+def _represent_tensor(dumper: _Dumper, tensor: torch.Tensor) -> yaml.Node:
+    fields = {
+        _TENSOR: str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "data": _numbers(tensor),
+    }
+    return dumper.represent_mapping("tag:yaml.org,2002:map", fields, flow_style=True)
+
+
+def _numbers(tensor: torch.Tensor) -> list[object]:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    numbers: list[object] = tensor.flatten().tolist()
+    return numbers
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML can't read these back, which YAML 1.1 takes for ends of lines, unless they are escaped.
+    quoted = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(torch.Tensor, _represent_tensor)
+_Dumper.add_representer(str, _represent_text)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The safe loader, in C where PyYAML was built with it."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Refuse merge keys: a few lines of them grow without end, and no writer makes them."""
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise MetaError("it has the merge key '<<'")
+        super().flatten_mapping(node)
+
+
+def _with_tensors(value: object, seen: dict[int, object]) -> object:
+    # What stands behind several aliases is looked at once, or a small file could keep us for years.
+    if id(value) not in seen:
+        if isinstance(value, dict) and _TENSOR in value:
+            seen[id(value)] = _tensor_from(value)
+        elif isinstance(value, (dict, list)):
+            seen[id(value)] = value
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in list(items):
+                value[key] = _with_tensors(item, seen)
+        else:
+            return value
+    return seen[id(value)]
+
+
+def _tensor_from(fields: dict[str, object]) -> torch.Tensor:
+    dtype = getattr(torch, str(fields[_TENSOR]), None)
+    if not isinstance(dtype, torch.dtype):
+        raise MetaError(f"a tensor in meta has the unknown dtype {fields[_TENSOR]!r}")
+    shape = [int(length) for length in cast("list[int]", fields["shape"])]
+    if dtype.is_complex:
+        parts = torch.tensor(fields["data"], dtype=dtype.to_real()).reshape(*shape, 2)
+        return torch.view_as_complex(parts)
+    return torch.tensor(fields["data"], dtype=dtype).reshape(shape)
+
+
+def dump_meta(meta: Mapping[str, object]) -> bytes:
+    r"""Return `meta` as the bytes of a `CKPT.yaml`.
+
+    Args:
+        meta: Plain meta, see `plain_meta`.
+
+    Returns:
+        UTF-8 YAML, keys in the order given.
+
+    Example:
+        >>> dump_meta({"unixtime": 1.5, "end-of-epoch": True})
+        b'# yamllint disable\nunixtime: 1.5\nend-of-epoch: true\n'
+    """
+    text = yaml.dump(dict(meta), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return (_HEADER + text).encode()
+
+
+def parse_yaml(data: bytes, path: Path | str) -> dict[str, object]:
+    """Return the mapping that a YAML file of ours holds; tags of Python are never executed.
+
+    Args:
+        data: The bytes of the file.
+        path: Where they are from, for the message.
+
+    Returns:
+        The mapping.
+
+    Raises:
+        MetaError: The bytes are not YAML, hold a tag that isn't safe, or are not a mapping.
+
+    Example:
+        >>> parse_yaml(b"loss: 0.5", "CKPT.yaml")
+        {'loss': 0.5}
+        >>> parse_yaml(b"!!python/object/apply:os.getcwd []", "CKPT.yaml")
+        Traceback (most recent call last):
+        lightning_sbckpt.errors.MetaError: CKPT.yaml can't be read as safe YAML: ...
+    """
+    if len(data) > _MAX_META_BYTES:
+        raise MetaError(
+            f"{path} has {len(data):,} bytes, more than the {_MAX_META_BYTES:,} that meta may have"
+        )
+    try:
+        _refuse_depth(data)
+        parsed = _with_tensors(yaml.load(data, Loader=_Loader), {})  # noqa: S506 - it is safe
+    except Exception as error:  # PyYAML's constructors raise whatever a strange value leads to.
+        raise MetaError(f"{path} can't be read as safe YAML: {error}") from error
+    if not isinstance(parsed, dict):
+        raise MetaError(f"{path} holds a {type(parsed).__name__}, expected a mapping of keys")
+    return parsed
+
+
+def _refuse_depth(data: bytes) -> None:
+    # The parser in C recurses, and what is nested too deep ends the process.
+    if sum(map(data.count, (b"[", b"{", b"- ", b"? ", b": "))) <= _MAX_DEPTH:
+        return
+    depth = 0
+    for event in yaml.parse(data, Loader=_Loader):
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+            if depth > _MAX_DEPTH:
+                raise MetaError(f"it is nested more than {_MAX_DEPTH} deep")
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+
+
+def read_meta(path: Path) -> dict[str, object]:
+    """Return the meta in the file `path`.
+
+    Args:
+        path: A `CKPT.yaml`, ours or SpeechBrain's.
+
+    Returns:
+        The meta.
+
+    Raises:
+        MetaError: See `parse_yaml`.
+        OSError: The file can't be read.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "CKPT.yaml"
+        >>> _ = file.write_bytes(dump_meta({"loss": torch.tensor([1.0, 2.0])}))
+        >>> read_meta(file)
+        {'loss': tensor([1., 2.])}
+    """
+    with path.open("rb") as stream:
+        return parse_yaml(stream.read(_MAX_META_BYTES + 1), path)

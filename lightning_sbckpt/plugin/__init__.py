@@ -1,0 +1,1 @@
+"""The Lightning side: the callback, and everything that knows a Trainer."""

@@ -1,0 +1,194 @@
+"""One iteration over a loader, and what can be asked of loaders and their iterators."""
+
+# The iterators of a DataLoader have no public interface.
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_sbckpt.plugin._sampling import DrawLog, Order
+from lightning_sbckpt.typing import Stateful
+
+__all__ = [
+    "Closed",
+    "Iteration",
+    "Place",
+    "carries_data",
+    "draw_seed",
+    "is_datapipe",
+    "is_plain",
+    "is_standard",
+    "is_torchdata",
+    "length",
+    "turn_to",
+    "vars_of",
+]
+
+Place = dict[str, Any]
+"""Where an iteration is: how it came to be, and how many batches it gave."""
+
+
+class Iteration:
+    """One iteration over a loader: gives its batches and knows how many it gave."""
+
+    def __init__(
+        self,
+        inner: Iterator[object],
+        place: Place,
+        *,
+        log: DrawLog | None,
+        order: Order | None,
+        before_next: Callable[[Iteration], None] | None,
+    ) -> None:
+        self.inner = inner
+        self.place = place
+        self.log = log
+        self.order = order
+        self.yielded: int = 0
+        self.ended = False
+        self.cycled = False
+        self.ready: deque[object] = deque()
+        self.keeps_batch = False
+        self.last: object = None
+        self.on_first: list[Callable[[Iteration], None]] = []
+        self.on_end: Callable[[Iteration], None] | None = None
+        self._before_next = before_next
+        self._is_watched = True
+
+    def __iter__(self) -> Iteration:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> object:
+        """Return the next batch."""
+        if self._is_watched:
+            return self._watched_next()
+        try:
+            batch = next(self.inner)
+        except StopIteration:
+            self._end()
+            raise
+        self.yielded += 1
+        return batch
+
+    def __len__(self) -> int:
+        """Return the length that the loader's own iterator tells."""
+        return len(self.inner)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def _watched_next(self) -> object:
+        if self.yielded == 0 and not self.ended:
+            for tell in self.on_first:
+                tell(self)
+        if self.ready:
+            batch = self.ready.popleft()
+        else:
+            if self._before_next is not None:
+                self._before_next(self)
+            if self.log is not None:
+                self.log.before()
+            try:
+                batch = next(self.inner)
+            except StopIteration:
+                self._end()
+                raise
+            if self.log is not None:
+                self.log.after(self.yielded)
+        if self.keeps_batch:
+            self.last = batch
+        self.yielded += 1
+        self._is_watched = bool(self.ready or self._before_next or self.log)
+        return batch
+
+    def _end(self) -> None:
+        self.ended = True
+        if self.on_end is not None:
+            self.on_end(self)
+
+
+class Closed:
+    """A sampler without indices, for an iterator that is to be made without beginning."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def length(obj: Any) -> int | None:
+    """Return the length, or None if there is none."""
+    try:
+        return len(obj)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def is_standard(loader: object) -> bool:
+    """Return whether the loader makes its iterators as `DataLoader` does."""
+    if not isinstance(loader, DataLoader):
+        return False
+    for name in ("__iter__", "_get_iterator"):
+        owner = next(cls for cls in type(loader).__mro__ if name in vars(cls))
+        if owner is not DataLoader and owner.__module__.partition(".")[0] != "torchdata":
+            return False
+    return True
+
+
+def is_torchdata(loader: object) -> bool:
+    """Return whether the loader is a `StatefulDataLoader`."""
+    return is_standard(loader) and isinstance(loader, Stateful)
+
+
+def is_datapipe(dataset: object) -> bool:
+    """Return whether a dataset is one of the data pipes, which torch treats in ways of its own."""
+    return any(cls.__name__ in ("IterDataPipe", "MapDataPipe") for cls in type(dataset).__mro__)
+
+
+def carries_data(state: Mapping[str, Any]) -> bool:
+    """Return whether the state of a `StatefulDataLoader` holds any of its dataset's."""
+    snapshots = state.get("_snapshot", {}).get("_worker_snapshots")
+    parts = [state] if snapshots is None else list(snapshots.values())
+    return any(
+        part is not None
+        and (
+            part.get("dataset_state") is not None
+            or (part.get("fetcher_state") or {}).get("dataset_iter_state") is not None
+        )
+        for part in parts
+    )
+
+
+def is_plain(value: object) -> bool:
+    """Return whether a tensors-only file can hold the value."""
+    if type(value) in (dict, list, tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return all(is_plain(part) for part in parts)  # type: ignore[attr-defined]
+    return type(value) in (torch.Tensor, int, float, bool, str, type(None))
+
+
+def draw_seed(loader: Any) -> None:
+    """Draw as every iterator of a `DataLoader` does for the seed of its workers."""
+    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+
+
+def turn_to(inner: Any, worker: int) -> None:
+    """Have worker number `worker` be the next that is given work."""
+    for _ in range(worker):
+        next(inner._worker_queue_idx_cycle)
+
+
+def vars_of(obj: object) -> dict[str, Any]:
+    """Return the attributes of an object, if it has any."""
+    return getattr(obj, "__dict__", {})

@@ -1,0 +1,540 @@
+"""`SBCheckpoint`: the Lightning callback. It decides when; others write, read and delete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+from weakref import proxy
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_sbckpt._layout import read_checkpoint
+from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin import _compat, _options, exact
+from lightning_sbckpt.plugin.adapt import Adaptation, classes_of
+from lightning_sbckpt.plugin.collect import (
+    FolderReader,
+    divide,
+    divide_model,
+    is_folder,
+    is_resumable,
+)
+from lightning_sbckpt.plugin.io import FolderCheckpointIO
+from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
+from lightning_sbckpt.plugin.run import Run
+from lightning_sbckpt.plugin.world import TrainerWorld
+from lightning_sbckpt.rng import isolated_rng
+from lightning_sbckpt.triggers import Moment
+from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
+
+__all__ = ["SBCheckpoint"]
+
+Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+
+
+class SBCheckpoint(LightningCheckpoint):
+    """Saves a run into checkpoint folders, resumes it by itself and exactly, and keeps the best.
+
+    Run the same command again after any interruption and it goes on from its newest sound
+    checkpoint, between the same two batches, with the same data and random numbers before it.
+
+    Args:
+        dirpath: The folder of the run's checkpoints; the same from start to start.
+        min_key: The metric whose lowest value is best.
+        max_key: The metric whose highest value is best.
+        importance_key: A function of a checkpoint whose highest result is best. At most one of the
+            three; with none, the newest checkpoint is the best.
+        ckpt_predicate: Only checkpoints for which it is true may be deleted.
+        num_to_keep: How many of the best, and how many of the newest, to keep.
+        keep_recent: Keep the newest `num_to_keep`, not only the best.
+        keep: More rules of `lightning_sbckpt.retention`; what any rule keeps stays.
+        every_n_epochs: Save when validation ends in every n-th epoch, or when the epoch ends if
+            nothing was validated in it. None for not at all.
+        every_n_train_steps: Save after every n optimizer steps, too.
+        train_time_interval: Save when so much time has passed since the last save, too.
+        resume: Go on from the newest sound checkpoint in `dirpath`, if there is one and `fit` was
+            given no `ckpt_path`.
+        restore_best: Hold the best weights when the fit has ended.
+        save_mode: `"sync"`: a checkpoint is on the disk when training goes on.
+        recoverables: More objects to save and load, by name, or a function of Trainer and module
+            that returns them. Modules and datamodules may offer theirs in a method
+            `configure_recoverables()`.
+        optional: Names of recoverables that a checkpoint to resume from may lack.
+        skip: Names of files that are not restored: `"optimizer"`, `"lr_scheduler"`, `"model"`,
+            `"callbacks"`, `"rng"`, a recoverable's, ...
+        key_map: From prefixes of parameter names in a checkpoint to those of the module, for
+            parameters that were renamed.
+        partial: Restore the parameters that fit, and leave the others as they are.
+        keep_lr: Go on with this run's learning rates, not with the checkpoint's.
+        meta: More keys for the meta, or a function of Trainer and module that returns them.
+        split_model: Names of submodules that get a file of their own, with their own state_dict.
+        trust_pickle: Read back state that only pickle can hold.
+
+    Attributes:
+        best_model_path: The folder of the best checkpoint, for `trainer.test(ckpt_path="best")`.
+        best_model_score: The value of the key of the best checkpoint.
+        last_model_path: The folder of the newest checkpoint.
+        resume_report: What was restored, skipped and missing; None if the run began anew.
+        checkpointer: The `Checkpointer` that saves; there is none before the first fit.
+
+    Raises:
+        ConfigurationError: Two arguments contradict each other.
+        SelectionError: More than one of the three keys was given.
+
+    Example:
+        >>> callback = SBCheckpoint("runs/digits", max_key="val_acc", num_to_keep=2)
+        >>> callback.monitor, callback.mode
+        ('val_acc', 'max')
+        >>> SBCheckpoint("runs/digits", max_key="val_acc", min_key="val_loss")
+        Traceback (most recent call last):
+        lightning_sbckpt.errors.SelectionError: Cannot choose a checkpoint by ...
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        *,
+        min_key: str | None = None,
+        max_key: str | None = None,
+        importance_key: ImportanceKey | None = None,
+        ckpt_predicate: CheckpointPredicate | None = None,
+        num_to_keep: int = 1,
+        keep_recent: bool = True,
+        keep: Sequence[RetentionRule] = (),
+        every_n_epochs: int | None = 1,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | float | None = None,
+        resume: bool = True,
+        restore_best: bool = True,
+        save_mode: str = "sync",
+        recoverables: Recoverables | None = None,
+        optional: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        key_map: Mapping[str, str] | None = None,
+        partial: bool = False,
+        keep_lr: bool = False,
+        meta: Meta | None = None,
+        split_model: Sequence[str] = (),
+        trust_pickle: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dirpath = Path(dirpath)
+        self._best_by = _options.best_by(importance_key, max_key, min_key)
+        self._rules = _options.retention_rules(self._best_by, num_to_keep, keep_recent, keep)
+        self._ckpt_predicate = ckpt_predicate
+        self._batch_triggers, self._triggers = _options.triggers(
+            every_n_epochs, every_n_train_steps, train_time_interval
+        )
+        self._resume = resume
+        self._restore_best = restore_best
+        _options.check_save_mode(save_mode)
+        _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
+        self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
+        self._split_model = tuple(split_model)
+        self._recoverables = recoverables
+        self._optional = tuple(optional)
+        self._meta = meta
+        _options.check_names([*self._split_model], "split_model")
+        _options.check_disjoint(self._split_model)
+        if isinstance(recoverables, Mapping):
+            _options.check_names([*self._split_model, *recoverables], "recoverables")
+        self._trust_pickle = trust_pickle
+
+        # What Lightning and its loggers read of a checkpoint callback.
+        self.monitor = min_key or max_key
+        self.mode = "max" if max_key else "min"
+        self.save_top_k = num_to_keep
+
+        self.resume_report: ResumeReport | None = None
+        self._run: Run | None = None
+        self._reader = FolderReader(trust_pickle=trust_pickle)
+        self._tracker: LoaderTracker | None = None
+        self._undo: list[_compat.Undo] = []
+        self._resumption: Resumption | None = None
+        self._reset_progress()
+
+    def _reset_progress(self) -> None:
+        self.best_model_path = ""
+        self.best_model_score: torch.Tensor | None = None
+        self.best_k_models: dict[str, torch.Tensor] = {}
+        self.current_score: torch.Tensor | None = None
+        self.last_model_path = ""
+        self._started = time.monotonic()
+        self._last_save_seconds = 0.0
+        self._last_save: tuple[int, int] | None = None
+        self._previous_step = 0
+        self._validated = False
+        self._validated_this_epoch = False
+        self._metrics: dict[str, Any] = {}
+        self._metrics_of: tuple[int, int] | None = None
+        self._deferred: list[str | None] = []
+
+    @property
+    def checkpointer(self) -> Checkpointer | None:
+        """The `Checkpointer` that saves; None before the first fit."""
+        return self._run.checkpointer if self._run is not None else None
+
+    # ------------------------------------------------------------------ the life of a fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prepare to read folders and, for a fit, to save and to resume."""
+        self._leave(trainer)
+        strategy = trainer.strategy
+        inner = strategy.checkpoint_io
+        strategy.checkpoint_io = FolderCheckpointIO(inner, self._reader)
+        self._undo.append(lambda: setattr(strategy, "checkpoint_io", inner))
+        if stage != "fit" or _compat.is_dev_run(trainer):
+            return
+        self._refuse_what_cannot_work(trainer)
+        world = TrainerWorld(trainer)
+        checkpointer = Checkpointer(self.dirpath, world=world, trust_pickle=self._trust_pickle)
+        self._run = Run(checkpointer, self._best_by, self._rules, self._ckpt_predicate)
+        self._reset_progress()
+        self._reader.skip = self._adaptation.skip
+        self._tracker = LoaderTracker(lambda: _stage_of(trainer))
+        self._tracker.attach(strategy)
+        self._undo += [
+            self._tracker.detach,
+            _compat.provide_resume_path(
+                trainer,
+                lambda path: self._resume_path(trainer, path),
+                lambda dump: self._adapt(trainer, dump),
+            ),
+            _compat.between_batches(trainer, lambda: self._after_batch(trainer)),
+            _compat.between_epochs(trainer, lambda: self._after_epoch(trainer)),
+        ]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the user's own recoverables, which all exist by now; refuse names at once."""
+        if self._run is None or _compat.is_dev_run(trainer):
+            return
+        if self._split_model:
+            divide_model(pl_module.state_dict(), self._split_model)
+        extra = self._user_recoverables(trainer)
+        if self._run.resumed_from is None:
+            return
+        if self._resumption is not None:
+            self._resumption.note_recoverables(extra)
+            self._resumption.report.skipped += self._adaptation.adapt_optimizers(
+                _compat.loaded_checkpoint(trainer),
+                self._resumption.classes,
+                trainer,
+                self._resumption.report.checkpoint,
+            )
+        extra = {name: obj for name, obj in extra.items() if name not in self._adaptation.skip}
+        if extra:
+            checkpointer = self._run.checkpointer
+            for name, obj in extra.items():
+                checkpointer.add_recoverable(name, obj, optional_load=name in self._optional)
+            checkpointer.load_checkpoint(self._run.resumed_from)
+            checkpointer.recoverables = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell at the first fit, not after the crash, what will not resume exactly."""
+        began_anew = self._run is not None and self._run.resumed_from is None
+        if self._tracker is not None and began_anew:
+            for sentence in self._tracker.warnings():
+                rank_zero_warn(f"SBCheckpoint: {sentence}")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to watch for a validation."""
+        self._validated_this_epoch = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the metrics of this validation; the save follows when Lightning is done with it."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._take_metrics(trainer)
+        self._validated = self._validated_this_epoch = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the metrics of this epoch, unless these weights have just been validated."""
+        if self._metrics_of != self._now(trainer):
+            self._take_metrics(trainer)
+
+    def _take_metrics(self, trainer: Trainer) -> None:
+        self._metrics = _compat.metrics_just_computed(trainer)
+        self._metrics_of = self._now(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the best weights."""
+        if not _compat.is_dev_run(trainer):
+            self._restore_best_weights(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Restore the best weights if it was the user who stopped; leave the Trainer as it was."""
+        interrupted = isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit"
+        if interrupted and not _compat.is_dev_run(trainer):
+            self._restore_best_weights(pl_module)
+        self._leave(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the Trainer as it was."""
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        if self._resumption is not None:
+            self._resumption.cancel()
+            self._resumption = None
+        while self._undo:
+            self._undo.pop()()
+        self._reader.skip = ()
+        self._tracker = None
+
+    def _refuse_what_cannot_work(self, trainer: Trainer) -> None:
+        others = [
+            callback
+            for callback in _compat.callbacks_of(trainer)
+            if isinstance(callback, SBCheckpoint) and callback is not self
+        ]
+        if others:
+            raise ConfigurationError(
+                f"the Trainer has {len(others) + 1} SBCheckpoint callbacks, on "
+                f"{', '.join(str(callback.dirpath) for callback in (self, *others))}: one run has "
+                "one place to resume from. Use one, with more rules in keep=[...]"
+            )
+        if _compat.has_own_checkpoint_format(trainer.strategy):
+            raise ConfigurationError(
+                f"{type(trainer.strategy).__name__} writes checkpoints in a format of its own, "
+                "which SBCheckpoint can't divide into files yet. Use Lightning's ModelCheckpoint "
+                "with it, or a strategy that holds the whole model on each rank"
+            )
+
+    # ------------------------------------------------------------------ resuming
+
+    def _resume_path(self, trainer: Trainer, given: object) -> object:
+        self.resume_report = None
+        if given is not None and given != "":
+            if self._resume:
+                rank_zero_info(
+                    f"SBCheckpoint: ckpt_path={str(given)!r} was given, so {self.dirpath} is not "
+                    "searched for a checkpoint to resume from"
+                )
+            if not is_folder(given):
+                self.resume_report = explicit_report(given)
+                return given
+            chosen: Checkpoint | None = read_checkpoint(Path(str(given)))
+        elif self._resume:
+            checkpointer = cast("Run", self._run).checkpointer
+            chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+        else:
+            return given
+        if chosen is None:
+            rank_zero_info(f"SBCheckpoint: no checkpoint in {self.dirpath}, the run begins anew")
+            return given
+        self._go_on_from(trainer, chosen)
+        return str(chosen.path)
+
+    def _go_on_from(self, trainer: Trainer, chosen: Checkpoint) -> None:
+        run = cast("Run", self._run)
+        run.go_on_from(chosen)
+        world = run.checkpointer.world
+        self._resumption = Resumption(
+            trainer,
+            chosen,
+            self._reader,
+            cast("LoaderTracker", self._tracker),
+            rank=world.rank,
+            size=world.size,
+            skip=self._adaptation.skip,
+            done=lambda report: self._went_on(trainer, report),
+        )
+        self.resume_report = self._resumption.report
+        self._previous_step = int(cast("int", chosen.meta.get("global_step", 0)))
+        rank_zero_info(f"SBCheckpoint: {self.resume_report.headline()}")
+        self._set_paths(run)
+
+    def _adapt(self, trainer: Trainer, dump: dict[str, Any]) -> None:
+        if self._resumption is not None:
+            report = self._resumption.report
+            report.skipped += self._adaptation.adapt_model(
+                dump, trainer.lightning_module, report.checkpoint
+            )
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note which callbacks find their state in the checkpoint, and which don't."""
+        if self._resumption is not None:
+            self._resumption.note_callbacks(checkpoint.get("callbacks", {}))
+            self._resumption.report.skipped += [
+                f"{unread} (only pickle can hold it: pass trust_pickle=True)"
+                for unread in self._reader.unread
+            ]
+
+    def _went_on(self, trainer: Trainer, report: ResumeReport) -> None:
+        resumption = cast("Resumption", self._resumption)
+        self._resumption = None
+        self._last_save = self._now(trainer)
+        self._validated_this_epoch = resumption.validated_this_epoch
+        rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
+
+    # ------------------------------------------------------------------ saving
+
+    def _after_batch(self, trainer: Trainer) -> None:
+        step = trainer.global_step
+        previous, self._previous_step = self._previous_step, step
+        validated, self._validated = self._validated, False
+        at_limit = 0 <= trainer.max_steps <= step
+        if not (validated or at_limit or self._batch_triggers.triggers):
+            return
+        moment = self._moment(trainer, "batch", previous)
+        reasons = [self._batch_triggers.due(moment)]
+        if validated:
+            reasons.append(self._triggers.due(replace(moment, kind="validation_end")))
+        if at_limit:
+            reasons.append("max_steps is reached")
+        if _compat.epoch_is_over(trainer) and self._triggers.due(replace(moment, kind="epoch_end")):
+            # The end of the epoch is saved anyway, and then its metrics are known.
+            self._deferred = reasons
+            return
+        self._save_if_due(trainer, reasons, within_epoch=True)
+
+    def _after_epoch(self, trainer: Trainer) -> None:
+        deferred, self._deferred = self._deferred, []
+        # No state is saved twice. What was trained since the last save is kept when training ends.
+        if self._last_save == self._now(trainer):
+            return
+        at_end = trainer.should_stop or _compat.epochs_done(trainer) == trainer.max_epochs
+        due = self._triggers.due(self._moment(trainer, "epoch_end", self._previous_step))
+        reasons = [*deferred, due, "training ends" if at_end else None]
+        self._save_if_due(trainer, reasons, within_epoch=False)
+
+    def _save_if_due(
+        self, trainer: Trainer, reasons: Sequence[str | None], *, within_epoch: bool
+    ) -> None:
+        said = ", ".join(reason for reason in reasons if reason)
+        if said:
+            self._save(trainer, said, within_epoch=within_epoch)
+
+    def _moment(self, trainer: Trainer, kind: Any, previous_step: int) -> Moment:
+        done = kind == "epoch_end"
+        return Moment(
+            kind,
+            epoch=_compat.epochs_done(trainer) - 1 if done else trainer.current_epoch,
+            global_step=trainer.global_step,
+            batch=_compat.batches_seen(trainer),
+            seconds=time.monotonic() - self._started,
+            previous_step=previous_step,
+            last_save_seconds=self._last_save_seconds,
+            validated_this_epoch=self._validated_this_epoch,
+        )
+
+    def _now(self, trainer: Trainer) -> tuple[int, int]:
+        return trainer.global_step, _compat.batches_seen(trainer)
+
+    def _save(self, trainer: Trainer, reason: str, *, within_epoch: bool) -> None:
+        run = cast("Run", self._run)
+        checkpointer = run.checkpointer
+        # Hooks of the user may draw random numbers: a run with saves must equal one without.
+        with isolated_rng():
+            state = exact.capture(
+                trainer, cast("LoaderTracker", self._tracker), within_epoch=within_epoch
+            )
+            position = {
+                "within_epoch": within_epoch,
+                "loops": _compat.loop_state(trainer),
+                "validated_this_epoch": self._validated_this_epoch,
+                "modes": exact.modes(trainer.lightning_module),
+                "classes": classes_of(trainer),
+            }
+            dump = _compat.dump_checkpoint(trainer)
+            checkpointer.recoverables = {
+                **divide(dump, trainer, self._split_model, position),
+                **exact.parts_of_ranks(state, checkpointer.world),
+                **self._user_recoverables(trainer),
+            }
+            checkpointer.lineage = run.lineage(reason)
+            over = not within_epoch or _compat.epoch_is_over(trainer)
+            checkpointer.save_checkpoint(self._meta_for(trainer, within_epoch), end_of_epoch=over)
+            self._last_save = self._now(trainer)
+            self._last_save_seconds = time.monotonic() - self._started
+            run.prune()
+            # They would keep the whole state of this moment in memory.
+            checkpointer.recoverables = {}
+        self._set_paths(run)
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(proxy(self))
+
+    def _meta_for(self, trainer: Trainer, within_epoch: bool) -> dict[str, object]:
+        # Only what was computed for these very weights.
+        fresh = self._metrics_of == self._now(trainer)
+        meta: dict[str, object] = dict(self._metrics) if fresh else {}
+        extra = self._meta
+        meta.update(
+            extra(trainer, trainer.lightning_module) if callable(extra) else dict(extra or {})
+        )
+        done = _compat.epochs_done(trainer)
+        meta["epoch"] = trainer.current_epoch if within_epoch else done - 1
+        meta["global_step"] = trainer.global_step
+        return meta
+
+    def _user_recoverables(self, trainer: Trainer) -> dict[str, object]:
+        found: dict[str, object] = {}
+        module = trainer.lightning_module
+        given = self._recoverables
+        sources = [given(trainer, module) if callable(given) else given or {}]
+        for owner in (module, _compat.datamodule_of(trainer)):
+            configure = getattr(owner, "configure_recoverables", None)
+            if configure is not None:
+                sources.append(configure())
+        for source in sources:
+            _options.check_names([*self._split_model, *found, *source], "recoverables")
+            found.update(source)
+        return found
+
+    # ------------------------------------------------------------------ keeping and choosing
+
+    def _set_paths(self, run: Run) -> None:
+        standing = run.standing(max(1, self.save_top_k))
+        self.last_model_path = standing.newest
+        self.best_k_models = {path: torch.tensor(value) for path, value in standing.best}
+        self.best_model_path, self.best_model_score = "", None
+        if standing.best:
+            self.best_model_path, value = standing.best[0]
+            self.best_model_score = torch.tensor(value) if self._best_by.is_given else None
+        value_now = standing.newest_value
+        self.current_score = None if value_now is None else torch.tensor(value_now)
+
+    def _restore_best_weights(self, module: LightningModule) -> None:
+        if not (self._restore_best and self._best_by.is_given and self._run is not None):
+            return
+        best = self._run.best_sound()
+        criterion = self._best_by.criterion.describe()
+        if best is None:
+            rank_zero_warn(
+                f"SBCheckpoint: no checkpoint in {self.dirpath} has a value for the {criterion}, "
+                "so the last weights stay. Log that metric in validation, or pass "
+                "restore_best=False"
+            )
+            return
+        dump = self._reader.read(best.path)
+        module.on_load_checkpoint(dump)
+        module.load_state_dict(dump["state_dict"], strict=module.strict_loading)
+        rank_zero_info(
+            f"SBCheckpoint: restored the best weights, {criterion} "
+            f"({self._best_by.value(best):g}), from {best.path}"
+        )
+
+
+def _stage_of(trainer: Trainer) -> str:
+    # While the sanity check and validation run, `training` is False.
+    return "train" if trainer.training else "validate"
+
+
+_compat.let_load_from_checkpoint_read(
+    is_folder, lambda path, **options: FolderReader().read(path, **options)
+)

@@ -1,0 +1,251 @@
+"""From a Trainer to named recoverables, and from a checkpoint folder back to Lightning's dictionary.
+
+Lightning gathers its checkpoint in one dictionary, and its strategies, plugins and hooks all have
+their say in it. So that dictionary is what is divided here into one file per object, and
+what is put together again when Lightning restores.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_sbckpt._layout import PARAMFILE_EXT, is_checkpoint, read_checkpoint
+from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt._state import load_state, trusting_pickle
+from lightning_sbckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    DamagedCheckpointError,
+    MismatchError,
+)
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin import _compat
+
+MODEL = "model"
+OPTIMIZER = "optimizer"
+SCHEDULER = "lr_scheduler"
+LOOPS = "loops"
+CALLBACKS = "callbacks"
+PRECISION = "precision"
+DATAMODULE = "datamodule"
+HPARAMS = "hparams"
+EXTRAS = "extras"
+RNG = "rng"
+LOADERS = "loaders"
+METRICS = "metrics"
+GRADIENTS = "gradients"
+
+RESERVED = frozenset(
+    {MODEL, OPTIMIZER, SCHEDULER, LOOPS, CALLBACKS, PRECISION, DATAMODULE, HPARAMS, EXTRAS}
+    | {RNG, LOADERS, METRICS, GRADIENTS}
+)
+"""The names that recoverables of the user can't have; nor those that `_numbered` makes."""
+
+_PROGRESS_KEYS = ("epoch", "global_step", "pytorch-lightning_version", "loops")
+_HPARAMS_KEYS = tuple(
+    key
+    for cls in (LightningModule, LightningDataModule)
+    for key in (
+        cls.CHECKPOINT_HYPER_PARAMS_NAME,
+        cls.CHECKPOINT_HYPER_PARAMS_KEY,
+        cls.CHECKPOINT_HYPER_PARAMS_TYPE,
+    )
+)
+_OURS = "lightning_sbckpt"
+
+
+class Part:
+    """One piece of Lightning's dictionary, as a recoverable."""
+
+    def __init__(self, state: Mapping[str, object]) -> None:
+        self._state = state
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Return the piece."""
+        return self._state
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        """Refuse: pieces go back through Lightning, see `read_folder`."""
+        raise MismatchError(
+            "this state belongs to a Lightning run: resume it by SBCheckpoint, or read its file"
+        )
+
+
+def divide(
+    dump: Mapping[str, Any], trainer: Trainer, submodules: Iterable[str], position: object
+) -> dict[str, Part]:
+    """Divide Lightning's dictionary into parts, by the name of their file.
+
+    Args:
+        dump: What Lightning's `dump_checkpoint` returned.
+        trainer: Whose checkpoint it is.
+        submodules: Dotted names of submodules that get a file of their own.
+        position: What is needed to go on at this very place; goes with the loops.
+    """
+    rest = dict(dump)
+    parts: dict[str, Mapping[str, object]] = {}
+    submodules = tuple(submodules)
+    parts.update(divide_model(rest.pop("state_dict"), submodules))
+    for name, states in (
+        (OPTIMIZER, rest.pop("optimizer_states", [])),
+        (SCHEDULER, rest.pop("lr_schedulers", [])),
+    ):
+        for index, state in enumerate(states):
+            parts[numbered(name, index)] = state
+    progress = {key: rest.pop(key) for key in _PROGRESS_KEYS if key in rest}
+    parts[LOOPS] = {**progress, _OURS: {"position": position, "submodules": list(submodules)}}
+    parts[CALLBACKS] = rest.pop("callbacks", {})
+    parts[HPARAMS] = {key: rest.pop(key) for key in _HPARAMS_KEYS if key in rest}
+    # Lightning files these under the name of their class, which an `on_save_checkpoint` may use.
+    datamodule = _compat.datamodule_of(trainer)
+    for name, owner in ((PRECISION, trainer.precision_plugin), (DATAMODULE, datamodule)):
+        key = type(owner).__qualname__
+        if owner is not None and key in rest:
+            parts[name] = {key: rest.pop(key)}
+    parts[EXTRAS] = rest
+    return {name: Part(state) for name, state in parts.items() if state or name == MODEL}
+
+
+def divide_model(
+    state: Mapping[str, object], submodules: tuple[str, ...]
+) -> dict[str, Mapping[str, object]]:
+    """Divide a module's state into those of submodules, by their name, and the rest.
+
+    Raises:
+        ConfigurationError: There is nothing under the name of a submodule.
+    """
+    parts: dict[str, OrderedDict[str, object]] = {name: OrderedDict() for name in submodules}
+    parts[MODEL] = OrderedDict()
+    for key, value in state.items():
+        owner = next((name for name in submodules if key.startswith(f"{name}.")), None)
+        if owner is None:
+            parts[MODEL][key] = value
+        else:
+            # Without the prefix: the file is the submodule's own state_dict.
+            parts[owner][key[len(owner) + 1 :]] = value
+    empty = [name for name in submodules if not parts[name]]
+    if empty:
+        raise ConfigurationError(
+            f"split_model names {', '.join(map(repr, empty))}, but the module has no parameters "
+            f"or buffers under {'that name' if len(empty) == 1 else 'those names'}. Its top "
+            f"level has: {', '.join(sorted({key.partition('.')[0] for key in state}))}"
+        )
+    return dict(parts)
+
+
+def numbered(name: str, index: int) -> str:
+    """Return the name of the file of one of several optimizers or schedulers."""
+    return name if index == 0 else f"{name}_{index}"
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a part of the run has, or in another run may have, this name."""
+    base, _, number = name.rpartition("_")
+    return name in RESERVED or (base in (OPTIMIZER, SCHEDULER) and number.isdecimal())
+
+
+def is_folder(path: object) -> bool:
+    """Return whether a path is a checkpoint folder, ours or SpeechBrain's."""
+    return isinstance(path, (str, Path)) and "://" not in str(path) and is_checkpoint(Path(path))
+
+
+def is_resumable(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint was written by a fit, so that a fit can go on from it."""
+    return LOOPS in checkpoint.paramfiles and MODEL in checkpoint.paramfiles
+
+
+class FolderReader:
+    """Reads checkpoint folders into Lightning's dictionary.
+
+    Args:
+        trust_pickle: Read what only pickle can hold, too.
+
+    Attributes:
+        unread: What the last folder read has that was not read, a sentence each.
+        skip: Names of files to leave out. (The model and the optimizers are not left out here:
+            Lightning wants to find something for each.)
+    """
+
+    def __init__(self, *, trust_pickle: bool = False) -> None:
+        self._trust_pickle = trust_pickle
+        self.unread: list[str] = []
+        self.skip: Collection[str] = ()
+
+    def read(self, folder: str | Path, *, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return Lightning's dictionary from a folder.
+
+        Args:
+            folder: The checkpoint folder.
+            weights_only: Lightning's argument; False is the user's word that pickle is trusted.
+
+        Raises:
+            CheckpointNotFoundError: There is no checkpoint, or none that a fit has written.
+            DamagedCheckpointError: A file is not the one that was written.
+        """
+        folder = Path(folder)
+        checkpoint = read_checkpoint(folder)
+        if MODEL not in checkpoint.paramfiles:
+            found = ", ".join(checkpoint.paramfiles) or "nothing"
+            raise CheckpointNotFoundError(
+                f"{folder} has no {MODEL}{PARAMFILE_EXT}, so it is not from SBCheckpoint; it has "
+                f"{found}. Load it with lightning_sbckpt.Checkpointer"
+            )
+        problems = find_damage(folder)
+        if problems:
+            raise DamagedCheckpointError(
+                f"{folder} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
+                "Use another checkpoint of the run"
+            )
+        self.unread = []
+        with trusting_pickle(self._trust_pickle or weights_only is False):
+            return self._assemble(checkpoint)
+
+    def part(self, checkpoint: Checkpoint, name: str) -> Any:
+        """Return one part of a checkpoint, or None if it has no such file."""
+        path = checkpoint.paramfiles.get(name)
+        if path is None:
+            return None
+        with trusting_pickle(self._trust_pickle):
+            return load_state(path, missing_pickled=self.unread)
+
+    def _assemble(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        def read(name: str) -> dict[str, Any]:
+            left_out = name in self.skip and name not in (MODEL, LOOPS)
+            path = None if left_out else checkpoint.paramfiles.get(name)
+            state = {} if path is None else load_state(path, missing_pickled=self.unread)
+            return cast("dict[str, Any]", state)
+
+        dump = dict(read(LOOPS))
+        submodules = submodules_in(dump)
+        dump.pop(_OURS, None)
+        state = read(MODEL)
+        for submodule in submodules:
+            state.update({f"{submodule}.{key}": value for key, value in read(submodule).items()})
+        dump["state_dict"] = state
+        dump["optimizer_states"] = self._numbered(checkpoint, OPTIMIZER)
+        dump["lr_schedulers"] = self._numbered(checkpoint, SCHEDULER)
+        dump["callbacks"] = read(CALLBACKS)
+        for name in (HPARAMS, PRECISION, DATAMODULE, EXTRAS):
+            dump.update(read(name))
+        return dump
+
+    def _numbered(self, checkpoint: Checkpoint, name: str) -> list[Any]:
+        states: list[Any] = []
+        while (key := numbered(name, len(states))) in checkpoint.paramfiles:
+            states.append(load_state(checkpoint.paramfiles[key], missing_pickled=self.unread))
+        return states
+
+
+def position_in(loops: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the exact place that was saved with the loops, or None."""
+    return cast("dict[str, Any] | None", loops.get(_OURS, {}).get("position"))
+
+
+def submodules_in(loops: Mapping[str, Any]) -> list[str]:
+    """Return the names of the submodules that have files of their own, saved with the loops."""
+    return cast("list[str]", loops.get(_OURS, {}).get("submodules", []))

@@ -1,0 +1,133 @@
+"""What Lightning leaves out of a checkpoint and an exact resume needs.
+
+Between two batches, or two epochs, these are: the random states, the position of the data, what
+was logged in this epoch so far, the live state of torchmetrics, and, inside a
+gradient-accumulation window, the gradients. Each rank has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torchmetrics import Metric, MetricCollection
+
+from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
+from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin.collect import GRADIENTS, LOADERS, METRICS, RNG, Part
+from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.rng import capture_rng, restore_rng
+from lightning_sbckpt.typing import World
+
+
+def capture(trainer: Trainer, tracker: LoaderTracker, *, within_epoch: bool) -> dict[str, Any]:
+    """Return this rank's state, by the name of the file that it goes to."""
+    module = trainer.lightning_module
+    state: dict[str, Any] = {
+        RNG: capture_rng(),
+        LOADERS: tracker.state(_compat.prefetched_batches(trainer)),
+        METRICS: {
+            "logged": _compat.logged_state(trainer),
+            "torchmetrics": {name: metric_state(metric) for name, metric in metrics_in(module)},
+        },
+    }
+    # Without automatic optimization only the module knows when its gradients have served.
+    if within_epoch and (_compat.is_accumulating(trainer) or not module.automatic_optimization):
+        gradients = {
+            name: parameter.grad
+            for name, parameter in module.named_parameters()
+            if parameter.grad is not None
+        }
+        if gradients:
+            state[GRADIENTS] = gradients
+    return state
+
+
+def modes(module: LightningModule) -> dict[str, list[str]]:
+    """Return what is frozen, in evaluation mode, or keeps no running statistics, by name.
+
+    Callbacks set these as training goes on (finetuning, above all) and would not do so again for an
+    epoch that has begun.
+    """
+    return {
+        "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
+        "eval": [name for name, child in module.named_modules() if not child.training],
+        "untracked": [
+            name
+            for name, child in module.named_modules()
+            if getattr(child, "track_running_stats", None) is False
+        ],
+    }
+
+
+def restore_modes(module: LightningModule, saved: Mapping[str, list[str]]) -> None:
+    """Put back what `modes` returned."""
+    frozen, evaluating, untracked = (set(saved[key]) for key in ("frozen", "eval", "untracked"))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad = name not in frozen
+    for name, child in module.named_modules():
+        child.training = name not in evaluating
+        if hasattr(child, "track_running_stats"):
+            child.track_running_stats = name not in untracked
+
+
+def restore(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
+    """Put back all but the loaders; the random states last. Return what could not be, in words."""
+    module = trainer.lightning_module
+    problems: list[str] = []
+    if METRICS in state:
+        problems += _compat.restore_logged_state(trainer, state[METRICS]["logged"])
+        problems += _restore_metrics(module, state[METRICS]["torchmetrics"])
+    if GRADIENTS in state:
+        problems += _restore_gradients(module, state[GRADIENTS])
+    if RNG in state:
+        problems += restore_rng(state[RNG])
+    return problems
+
+
+def metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric | MetricCollection]]:
+    """Yield the metrics of a module by name, without those that are parts of another metric."""
+    inside: list[str] = []
+    for name, child in module.named_modules():
+        if is_metric(child) and not any(name.startswith(f"{outer}.") for outer in inside):
+            inside.append(name)
+            yield name, cast("Metric | MetricCollection", child)
+
+
+def _restore_metrics(module: LightningModule, states: Mapping[str, Any]) -> list[str]:
+    problems = []
+    metrics = dict(metrics_in(module))
+    for name, state in states.items():
+        subject = f"the values gathered by the metric {name!r}"
+        if name not in metrics:
+            problems.append(f"{subject}: the module has no such metric any more")
+            continue
+        try:
+            set_metric_state(metrics[name], state)
+        except MismatchError as error:
+            problems.append(f"{subject}: {error}")
+    return problems
+
+
+def _restore_gradients(module: LightningModule, gradients: Mapping[str, torch.Tensor]) -> list[str]:
+    parameters = dict(module.named_parameters())
+    problems = []
+    for name, gradient in gradients.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.shape != gradient.shape:
+            problems.append(f"the gradient of {name!r}: the module has no such parameter any more")
+            continue
+        parameter.grad = gradient.to(parameter.device, copy=True)
+    return problems
+
+
+def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
+    """Return the parts that hold every rank's state, by the name of their file."""
+    gathered = world.gather(dict(state)) or []
+    names = {name for of_rank in gathered for name in of_rank}
+    return {
+        name: Part({"ranks": [of_rank.get(name) for of_rank in gathered]}) for name in sorted(names)
+    }

@@ -1,0 +1,212 @@
+"""Going on from a checkpoint: which one, in Lightning's own order, and a report of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin import _compat, exact
+from lightning_sbckpt.plugin.collect import (
+    CALLBACKS,
+    GRADIENTS,
+    LOADERS,
+    LOOPS,
+    METRICS,
+    RNG,
+    FolderReader,
+    is_reserved,
+    position_in,
+    submodules_in,
+)
+from lightning_sbckpt.plugin.loaders import LoaderTracker
+
+_PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS)
+
+
+@dataclass
+class ResumeReport:
+    """What a resumed run has from its checkpoint, and what it has not.
+
+    Attributes:
+        checkpoint: The folder or file.
+        meta: Its meta; empty for a file.
+        restored: The names of what was restored.
+        skipped: What the checkpoint has and was not restored, each with the reason.
+        missing: What this run has and the checkpoint lacks.
+        notes: How the data was positioned, and what can't be exact.
+    """
+
+    checkpoint: str
+    meta: Mapping[str, object] = field(default_factory=dict)
+    restored: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def headline(self) -> str:
+        """Return one line: which checkpoint, from when, at which step."""
+        if not self.meta:
+            return f"resuming from {self.checkpoint}"
+        saved = time.localtime(float(cast("float", self.meta.get("unixtime", 0.0))))
+        place = "at the end of" if self.meta.get("end-of-epoch") else "within"
+        return (
+            f"resuming from {self.checkpoint}, saved {time.strftime('%Y-%m-%d %H:%M:%S', saved)} "
+            f"{place} epoch {self.meta.get('epoch', '?')}, at global step "
+            f"{self.meta.get('global_step', '?')}"
+        )
+
+    def details(self) -> str:
+        """Return what was restored, skipped and missing, a line each."""
+        lines = []
+        for name in ("restored", "skipped", "missing"):
+            found = cast("list[str]", getattr(self, name))
+            lines.append(f"  {name + ':':<10}{'; '.join(found) or 'nothing'}")
+        lines += [f"  {'note:':<10}{note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """Return the whole report."""
+        return f"{self.headline()}\n{self.details()}"
+
+
+class Resumption:
+    """One resume from one checkpoint folder, from Lightning's restore to the first batch after it.
+
+    Args:
+        trainer: About to fit.
+        checkpoint: The folder's record.
+        reader: Reads its parts.
+        tracker: Positions the loaders.
+        rank: The rank of this process.
+        size: How many ranks there are.
+        skip: Names of parts that are not restored.
+        done: Called with the report when training is about to go on.
+
+    Attributes:
+        report: What is known of the resume so far.
+        validated_this_epoch: Whether the epoch had been validated before the save.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoint: Checkpoint,
+        reader: FolderReader,
+        tracker: LoaderTracker,
+        *,
+        rank: int,
+        size: int,
+        skip: Sequence[str],
+        done: Callable[[ResumeReport], None],
+    ) -> None:
+        self._skip = skip
+        self._trainer = trainer
+        self._tracker = tracker
+        self._done = done
+        self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
+        self.classes: Mapping[str, list[str]] = {}
+        self._loops: _compat.LoopResumption | None = None
+        self._state: dict[str, Any] = {}
+        self.validated_this_epoch = False
+        loops = reader.part(checkpoint, LOOPS)
+        submodules = submodules_in(loops)
+        ours = [name for name in checkpoint.paramfiles if is_reserved(name) or name in submodules]
+        self._recoverables = set(checkpoint.paramfiles).difference(ours)
+        self.report.restored += [n for n in ours if n not in _PER_RANK and n not in skip]
+        self.report.skipped += [
+            f"{name} (asked for by skip)" for name in checkpoint.paramfiles if name in skip
+        ]
+        position = position_in(loops)
+        if position is None:
+            self.report.notes.append(
+                "the checkpoint does not say at which batch it was saved: the run goes on as "
+                "Lightning alone would, which is not exact within an epoch"
+            )
+            return
+        self.classes = position["classes"]
+        self._read_rank_state(checkpoint, reader, rank, size)
+        within_epoch = bool(position["within_epoch"])
+        self.validated_this_epoch = bool(position.get("validated_this_epoch"))
+        if LOADERS in self._state:
+            tracker.load(self._state[LOADERS])
+        self._loops = _compat.LoopResumption(
+            trainer,
+            within_epoch=within_epoch,
+            progress=loops["loops"]["fit_loop"],
+            extra=position["loops"],
+            before_batches=lambda: tracker.release(True),
+            finish=lambda: self._finish(within_epoch, position["modes"]),
+        )
+
+    def cancel(self) -> None:
+        """Give up: the fit ends before its first batch."""
+        if self._loops is not None:
+            self._loops.cancel()
+
+    def note_recoverables(self, names: Iterable[str]) -> None:
+        """Compare the user's recoverables that were saved with those there are."""
+        names = set(names)
+        self.report.restored += sorted(self._recoverables & names)
+        self.report.missing += sorted(names - self._recoverables)
+        self.report.skipped += [
+            f"{name} (this run has no recoverable of that name)"
+            for name in sorted(self._recoverables - names)
+        ]
+
+    def note_callbacks(self, saved: Mapping[str, object]) -> None:
+        """Compare the callbacks whose state was saved with those there are."""
+        callbacks = _compat.callbacks_of(self._trainer)
+        present = {callback.state_key: callback for callback in callbacks}
+        self.report.skipped += [
+            f"{CALLBACKS}: {key} (not among this Trainer's callbacks)"
+            for key in saved
+            if key not in present
+        ]
+        self.report.missing += [
+            f"{CALLBACKS}: {key}"
+            for key, callback in present.items()
+            if key not in saved and callback.state_dict()
+        ]
+
+    def _read_rank_state(
+        self, checkpoint: Checkpoint, reader: FolderReader, rank: int, size: int
+    ) -> None:
+        for name in _PER_RANK:
+            if name in self._skip:
+                continue
+            part = reader.part(checkpoint, name)
+            if part is None:
+                continue
+            ranks = part["ranks"]
+            if len(ranks) != size:
+                self.report.skipped.append(
+                    f"{name} (saved by {len(ranks)} ranks, this run has {size}: every rank has its "
+                    "own, so the run goes on, but not bit for bit)"
+                )
+            elif ranks[rank] is not None:
+                self._state[name] = ranks[rank]
+                self.report.restored.append(name)
+
+    def _finish(self, within_epoch: bool, modes: Mapping[str, list[str]]) -> None:
+        if not within_epoch:
+            self._tracker.release(False)
+        exact.restore_modes(self._trainer.lightning_module, modes)
+        self.report.skipped += exact.restore(self._trainer, self._state)
+        self.report.notes += self._tracker.report()
+        self._done(self.report)
+
+
+def explicit_report(path: object) -> ResumeReport:
+    """Return the report of a fit that goes on from a file of Lightning's own."""
+    report = ResumeReport(str(path))
+    report.notes.append(
+        f"{Path(str(path)).name} is a file of Lightning's own, which has no random states and no "
+        "position of the data: resuming from it is not exact"
+    )
+    return report

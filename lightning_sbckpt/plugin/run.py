@@ -1,0 +1,169 @@
+"""The checkpoints of one run: which are its own, which is best, which go.
+
+Several runs may have used one folder. A run knows its checkpoints by the id in their manifests,
+which a resumed run takes over from the checkpoint that it goes on from.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lightning_sbckpt._manifest import read_manifest
+from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.errors import MetaError
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.plugin.collect import is_resumable
+from lightning_sbckpt.selection import importance
+from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
+
+
+@dataclass(frozen=True)
+class BestBy:
+    """Which checkpoint is best: by one of three keys, or by none, and then it is the newest."""
+
+    importance_key: ImportanceKey | None = None
+    max_key: str | None = None
+    min_key: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse more than one key."""
+        self.criterion  # noqa: B018 - making it is the check
+
+    @property
+    def criterion(self) -> Any:
+        """The criterion of the core."""
+        return importance(**self.keys)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The three keys, as the core's methods take them."""
+        return {
+            "importance_key": self.importance_key,
+            "max_key": self.max_key,
+            "min_key": self.min_key,
+        }
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a key."""
+        return any(key is not None for key in self.keys.values())
+
+    def value(self, checkpoint: Checkpoint) -> float:
+        """Return the value of the key, as it was logged."""
+        score = float(self.criterion.score(checkpoint))
+        return -score if self.criterion.lowest else score
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands: its newest checkpoint, and its best with their values, best first."""
+
+    newest: str
+    newest_value: float | None
+    best: tuple[tuple[str, float], ...]
+
+
+class Run:
+    """The checkpoints of one run.
+
+    Args:
+        checkpointer: Of the folder that the run shares with whoever used it before.
+        best_by: Which is best.
+        rules: Which stay.
+        predicate: Which retention may delete at all.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        best_by: BestBy,
+        rules: Sequence[RetentionRule],
+        predicate: CheckpointPredicate | None,
+    ) -> None:
+        self.checkpointer = checkpointer
+        self.resumed_from: Checkpoint | None = None
+        self._best_by = best_by
+        self._rules = rules
+        self._predicate = predicate
+        self._id = checkpointer.world.broadcast(uuid.uuid4().hex)
+        self._ids: dict[Path, object] = {}
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Take over the run that wrote a checkpoint."""
+        self.resumed_from = checkpoint
+        world = self.checkpointer.world
+        self._id = decided_by_main(world, lambda: str(self._id_in(checkpoint) or self._id))
+
+    def lineage(self, reason: str) -> dict[str, object]:
+        """Return what a checkpoint of this run says about where it comes from."""
+        resumed_from = self.resumed_from.path.name if self.resumed_from else None
+        return {"run": self._id, "resumed-from": resumed_from, "reason": reason}
+
+    def is_own(self, checkpoint: Checkpoint) -> bool:
+        """Return whether this run wrote a checkpoint."""
+        return is_resumable(checkpoint) and self._id_in(checkpoint) == self._id
+
+    def best_sound(self) -> Checkpoint | None:
+        """Return the best checkpoint of this run that is whole."""
+        return self.checkpointer.find_sound_checkpoint(
+            **self._best_by.keys, ckpt_predicate=self.is_own
+        )
+
+    def standing(self, how_many: int) -> Standing:
+        """Return how the run stands, the same on every rank."""
+        return decided_by_main(self.checkpointer.world, lambda: self._standing(how_many))
+
+    def _standing(self, how_many: int) -> Standing:
+        newest = self.checkpointer.find_checkpoint(ckpt_predicate=self.is_own)
+        best = self.checkpointer.find_checkpoints(
+            **self._best_by.keys, ckpt_predicate=self.is_own, max_num_checkpoints=how_many
+        )
+        has_value = newest is not None and self._best_by.is_given
+        applies = has_value and self._best_by.criterion.applies(newest)
+        return Standing(
+            newest=str(newest.path) if newest else "",
+            newest_value=self._best_by.value(cast("Checkpoint", newest)) if applies else None,
+            best=tuple((str(ckpt.path), self._best_by.value(ckpt)) for ckpt in best),
+        )
+
+    def prune(self) -> None:
+        """Delete what no rule keeps, of this run's own checkpoints only."""
+        protected = [
+            (ckpt, "another run wrote it")
+            for ckpt in self.checkpointer.list_checkpoints()
+            if self._id_in(ckpt) != self._id
+        ]
+        others = {ckpt.path for ckpt, _ in protected}
+
+        def removable(ckpt: Checkpoint) -> bool:
+            # What other runs wrote must not take the place of this run's best, either.
+            wanted = self._predicate is None or self._predicate(ckpt)
+            return ckpt.path not in others and wanted
+
+        origin = self.resumed_from
+        if origin is not None and self.is_own(origin):
+            plan = self.checkpointer.apply_retention(
+                self._rules, ckpt_predicate=removable, protected=protected, dry_run=True
+            )
+            newer = ckpt_recency(origin)
+            if not any(
+                decision.keep and ckpt_recency(decision.checkpoint) > newer for decision in plan
+            ):
+                protected.append((origin, "the run was resumed from it, and nothing newer stays"))
+        self.checkpointer.apply_retention(
+            self._rules, ckpt_predicate=removable, protected=protected
+        )
+
+    def _id_in(self, checkpoint: Checkpoint) -> object:
+        if checkpoint.path not in self._ids:
+            try:
+                manifest = read_manifest(checkpoint.path)
+            except (MetaError, OSError):
+                return None
+            self._ids[checkpoint.path] = manifest.lineage.get("run") if manifest else None
+        return self._ids[checkpoint.path]

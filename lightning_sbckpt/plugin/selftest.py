@@ -1,0 +1,449 @@
+"""The proof that a run resumes exactly: run it through, kill it, resume it, compare every bit.
+
+`assert_resume_exact` does this to a user's own model and data, in processes that really die.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin.callback import SBCheckpoint
+from lightning_sbckpt.rng import capture_rng
+
+__all__ = ["KillPoint", "SelftestReport", "assert_resume_exact", "run_selftest"]
+
+Factory = Callable[[Path], Sequence[Any]]
+"""`factory(dirpath)` returns a Trainer with an `SBCheckpoint(dirpath)`, a module, and its data."""
+
+DEFAULT_KILL_POINTS = (
+    "on_train_batch_start:2",
+    "on_train_batch_end:4",
+    "on_validation_batch_start:3",
+    "on_train_epoch_end:2",
+)
+
+
+@dataclass(frozen=True)
+class KillPoint:
+    """Where a process kills itself: at the `count`-th call of a callback hook.
+
+    Example:
+        >>> KillPoint.parse("on_train_batch_end:4")
+        KillPoint(hook='on_train_batch_end', count=4)
+    """
+
+    hook: str
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str | KillPoint) -> KillPoint:
+        """Read `hook:count`.
+
+        Raises:
+            ConfigurationError: There is no such hook, or the count is no number from 1.
+        """
+        if isinstance(text, KillPoint):
+            return text
+        hook, _, count = text.partition(":")
+        if not hasattr(Callback, hook) or not (count or "1").isdigit() or count == "0":
+            raise ConfigurationError(
+                f"{text!r} is no kill point: expected a hook of lightning.pytorch.Callback and the "
+                "number of the call, such as 'on_train_batch_end:4'"
+            )
+        return cls(hook, int(count or "1"))
+
+    def __str__(self) -> str:
+        """Return `hook:count`."""
+        return f"{self.hook}:{self.count}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One killed and resumed run: where it was killed, from where it went on, what differed."""
+
+    kills: str
+    resumed: str
+    differences: tuple[str, ...]
+
+
+@dataclass
+class SelftestReport:
+    """What agreed between a run that went through and those that were killed.
+
+    Attributes:
+        rows: One for each killed run.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every killed run ended with the same bits."""
+        return not any(row.differences for row in self.rows)
+
+    def __str__(self) -> str:
+        """Return a table, a line for each killed run."""
+        width = max([len(row.kills) for row in self.rows] + [6])
+        lines = [f"{'killed at':<{width}}  result"]
+        for row in self.rows:
+            first = row.differences[0] if row.differences else "every bit agrees"
+            more = f" (and {len(row.differences) - 1} more)" if len(row.differences) > 1 else ""
+            verdict = "DIFFERS  " if row.differences else "exact    "
+            lines.append(f"{row.kills:<{width}}  {verdict}{first}{more}; {row.resumed}")
+        return "\n".join(lines)
+
+
+def assert_resume_exact(
+    make_trainer_and_data: Factory,
+    kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] = DEFAULT_KILL_POINTS,
+    *,
+    timeout: float = 600.0,
+) -> SelftestReport:
+    """Fail unless a run killed at each of the points ends with the bits of one that was not.
+
+    The runs are processes of their own, killed by SIGKILL. Compared are: weights, buffers,
+    optimizer and scheduler states at the end, the weights held after the fit, the random states
+    and weights after each batch, and every logged value, from the resume on.
+
+    Args:
+        make_trainer_and_data: Called in each process with a folder; returns the Trainer, which has
+            an `SBCheckpoint` on that folder, the module, and the data (a datamodule, a loader, or
+            a dictionary of arguments for `fit`). A function of a module that can be imported.
+        kill_points: Where to kill; several in a sequence are several deaths of one run.
+        timeout: Seconds that one process may take.
+
+    Returns:
+        The report.
+
+    Raises:
+        AssertionError: Something differed; the message is the report.
+        RuntimeError: A process failed otherwise than by its kill.
+    """
+    report = run_selftest(make_trainer_and_data, kill_points, timeout=timeout)
+    if not report.exact:
+        raise AssertionError(f"the run does not resume exactly:\n{report}")
+    return report
+
+
+def run_selftest(
+    make_trainer_and_data: Factory,
+    kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] = DEFAULT_KILL_POINTS,
+    *,
+    timeout: float = 600.0,
+) -> SelftestReport:
+    """Do what `assert_resume_exact` does, and return the report whatever it says."""
+    report = SelftestReport()
+    root = Path(tempfile.mkdtemp(prefix="sbckpt-selftest-"))
+    try:
+        reference = _run(make_trainer_and_data, root / "through", None, timeout)
+        for number, points in enumerate(kill_points):
+            several = points if isinstance(points, (list, tuple)) else (points,)
+            kills = [KillPoint.parse(point) for point in several]
+            folder = root / f"killed-{number}"
+            for kill in kills:
+                _run(make_trainer_and_data, folder, kill, timeout)
+            resumed = _run(make_trainer_and_data, folder, None, timeout)
+            origin = resumed.trace[0].get("resumed") or "began anew: no checkpoint was saved before"
+            report.rows.append(
+                Row(
+                    ", ".join(map(str, kills)),
+                    str(origin),
+                    tuple(_differences(reference, resumed)),
+                )
+            )
+            shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    return report
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    trace: list[dict[str, Any]]
+    final: dict[str, Any]
+
+
+def _run(factory: Factory, folder: Path, kill: KillPoint | None, timeout: float) -> _Outcome:
+    # A server forks each process before it has started any thread: quick, and nothing inherited.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    folder.mkdir(exist_ok=True)
+    trace, final = folder / "trace.jsonl", folder / "final.pt"
+    trace.unlink(missing_ok=True)
+    method = multiprocessing.get_start_method()
+    process = context.Process(target=_child, args=(factory, folder, kill, method))
+    process.start()
+    process.join(timeout)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise RuntimeError(f"the run in {folder} was still going after {timeout:g} s and was ended")
+    expected = -signal.SIGKILL if kill else 0
+    if process.exitcode != expected:
+        told = folder / "error.txt"
+        reason = told.read_text() if told.exists() else f"exit code {process.exitcode}"
+        if kill and process.exitcode == 0:
+            reason = f"it ended before {kill} came: choose a kill point that the run reaches"
+        raise RuntimeError(f"the run to be compared failed: {reason}")
+    if kill:
+        return _Outcome([], {})
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    return _Outcome(lines, torch.load(final, weights_only=True))
+
+
+def _child(factory: Factory, folder: Path, kill: KillPoint | None, start_method: str) -> None:
+    # Else workers of loaders would start as this process did, which takes seconds for each.
+    multiprocessing.set_start_method(start_method, force=True)
+    # What the runs print would drown the table; it is shown if one fails.
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    try:
+        trainer, module, *data = factory(folder / "checkpoints")
+        recorder = _Recorder(folder / "trace.jsonl")
+        # First, so that a kill comes before anything that the hook would make durable.
+        trainer.callbacks.insert(0, recorder)
+        if kill is not None:
+            trainer.callbacks.insert(0, _killer(kill))
+        trainer.loggers = [*trainer.loggers, _TraceLogger(recorder)]
+        trainer.fit(module, **_fit_arguments(data))
+        torch.save(
+            {"at the end of training": recorder.state, "after the fit": _weights(module)},
+            folder / "final.pt",
+        )
+    except BaseException:
+        import traceback
+
+        (folder / "error.txt").write_text(traceback.format_exc())
+        raise
+
+
+def _fit_arguments(data: Sequence[Any]) -> dict[str, Any]:
+    if not data or data[0] is None:
+        return {}
+    if isinstance(data[0], Mapping):
+        return dict(data[0])
+    if isinstance(data[0], LightningDataModule):
+        return {"datamodule": data[0]}
+    return {"train_dataloaders": data[0]} | ({"val_dataloaders": data[1]} if data[1:] else {})
+
+
+def _killer(kill: KillPoint) -> Callback:
+    calls = 0
+
+    def hook(*_args: Any, **_kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == kill.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return cast("Callback", type("_Killer", (Callback,), {kill.hook: hook})())
+
+
+class _Recorder(Callback):
+    """Writes down what there is to compare, line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("a")
+        self.state: dict[str, Any] = {}
+
+    def write(self, record: Mapping[str, object]) -> None:
+        """Write one line."""
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write from where the run goes on."""
+        callback = next(
+            (c for c in _compat.callbacks_of(trainer) if isinstance(c, SBCheckpoint)), None
+        )
+        if callback is None:
+            raise ConfigurationError(
+                "the Trainer under test has no SBCheckpoint on the folder that the factory was given"
+            )
+        report = callback.resume_report
+        self.write({"resumed": report and report.headline().replace(str(callback.dirpath), "")})
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the fingerprints of the batch, the weights and the random states."""
+        self.write(
+            {
+                "batch": _compat.batches_seen(trainer),
+                "epoch": trainer.current_epoch,
+                "batch_idx": batch_idx,
+                "data": _fingerprint(batch),
+                "weights": _fingerprint(_weights(pl_module)),
+                "random states": _fingerprint(capture_rng()),
+            }
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the state that training ends with."""
+        self.state = {
+            "weights": _clone(_weights(pl_module)),
+            "optimizers": [_clone(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "schedulers": [
+                _clone(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+            ],
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "global step and epoch": [trainer.global_step, trainer.current_epoch],
+        }
+
+
+class _TraceLogger(Logger):
+    """Writes every logged value down, exactly."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    @property
+    def name(self) -> str:
+        return "trace"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        values = {name: float(value).hex() for name, value in sorted(metrics.items())}
+        self._recorder.write({"logged": values, "step": step})
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _weights(module: LightningModule) -> dict[str, Any]:
+    return dict(module.state_dict())
+
+
+def _clone(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu().clone()
+    if isinstance(state, Mapping):
+        return {key: _clone(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [_clone(value) for value in state]
+    return state if isinstance(state, (int, float, str, bool, type(None))) else repr(state)
+
+
+def _fingerprint(state: Any) -> str:
+    hasher = xxhash.xxh3_64()
+    _feed(hasher, state)
+    return str(hasher.hexdigest())
+
+
+def _feed(hasher: Any, state: Any) -> None:
+    if isinstance(state, torch.Tensor):
+        tensor = state.detach().cpu().contiguous()
+        hasher.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            hasher.update(repr(key).encode())
+            _feed(hasher, value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            _feed(hasher, value)
+    else:
+        hasher.update(repr(state).encode())
+
+
+def _differences(reference: _Outcome, resumed: _Outcome) -> list[str]:
+    """Return what differs, in the order in which it came about."""
+    found: list[str] = []
+    expected_batches = {line["batch"]: line for line in reference.trace if "batch" in line}
+    for line in resumed.trace:
+        if "batch" in line:
+            expected = expected_batches.get(line["batch"])
+            place = f"batch {line['batch_idx']} of epoch {line['epoch']}"
+            if expected is None:
+                found.append(f"{place} does not exist in the run that went through")
+                continue
+            names = [name for name, value in line.items() if value != expected[name]]
+            if names:
+                found.append(f"{', '.join(names)} differ after {place}")
+    found += _logged_differences(reference, resumed)
+    last = max((line["batch"] for line in resumed.trace if "batch" in line), default=None)
+    if last is not None and last != max(expected_batches):
+        found.append(f"it ended after batch {last}, expected {max(expected_batches)}")
+    found += _state_differences(reference.final, resumed.final, "")
+    return found
+
+
+def _logged_differences(reference: _Outcome, resumed: _Outcome) -> list[str]:
+    expected = [line for line in reference.trace if "logged" in line]
+    actual = [line for line in resumed.trace if "logged" in line]
+    # What the resumed process logs must be the end of what the other one logged.
+    tail = expected[len(expected) - len(actual) :] if len(actual) <= len(expected) else expected
+    found = []
+    if len(actual) > len(expected):
+        found.append(f"it logged {len(actual)} times, the run that went through {len(expected)}")
+    for line, other in zip(actual, tail, strict=False):
+        if line != other:
+            names = sorted(
+                name
+                for name in {*line["logged"], *other["logged"]}
+                if line["logged"].get(name) != other["logged"].get(name)
+            )
+            details = ", ".join(
+                f"{name} {_readable(line, name)} instead of {_readable(other, name)}"
+                for name in names[:3]
+            )
+            found.append(
+                f"logged at step {line['step']} (expected step {other['step']}): {details}"
+            )
+    return found
+
+
+def _readable(line: Mapping[str, Any], name: str) -> str:
+    value = line["logged"].get(name)
+    return "nothing" if value is None else repr(float.fromhex(value))
+
+
+def _state_differences(expected: Any, actual: Any, where: str) -> list[str]:
+    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
+        if expected.shape != actual.shape or expected.dtype != actual.dtype:
+            return [f"{where}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"]
+        if torch.equal(expected, actual) or _same_bits(expected, actual):
+            return []
+        distance = (expected.double() - actual.double()).abs().max().item()
+        return [f"{where} differs by up to {distance:.3g}"]
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
+        found = [
+            f"{where}[{key!r}] is only in one of the runs"
+            for key in expected.keys() ^ actual.keys()
+        ]
+        for key in [key for key in expected if key in actual]:
+            found += _state_differences(expected[key], actual[key], f"{where}[{key!r}]")
+        return found
+    if isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        found = []
+        for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
+            found += _state_differences(one, other, f"{where}[{index}]")
+        return found
+    same = repr(expected) == repr(actual)  # NaN, too, is the same as itself here.
+    return [] if same else [f"{where}: {actual!r} instead of {expected!r}"]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare with NaN equal to itself."""
+    return _fingerprint(one) == _fingerprint(other)

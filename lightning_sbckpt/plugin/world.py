@@ -1,0 +1,47 @@
+"""The ranks of a Trainer, as the core sees them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+T = TypeVar("T")
+
+
+class TrainerWorld:
+    """The ranks of a Trainer's strategy.
+
+    Args:
+        trainer: Its strategy's environment has to be set up when the ranks are first asked for.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    @property
+    def rank(self) -> int:
+        """The global rank of this process."""
+        return self._trainer.global_rank
+
+    @property
+    def size(self) -> int:
+        """The world size."""
+        return self._trainer.world_size
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self._trainer.strategy.barrier("lightning_sbckpt")
+
+    def broadcast(self, obj: T) -> T:
+        """Return rank zero's `obj` on every rank."""
+        return obj if self.size == 1 else self._trainer.strategy.broadcast(obj, src=0)
+
+    def gather(self, obj: T) -> list[T] | None:
+        """Return every rank's `obj`, in order, on rank zero, and None elsewhere."""
+        if self.size == 1:
+            return [obj]
+        objects: list[T] = [obj] * self.size
+        dist.all_gather_object(objects, obj)
+        return objects if self.rank == 0 else None

@@ -1,0 +1,314 @@
+"""Parameter transfer: files collected from local folders, loaded into chosen objects.
+
+Nothing is downloaded here. Files from a hub or a web server are to be downloaded with the tools
+made for it, and the folder is then the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+from uuid import uuid4
+
+from lightning_sbckpt._builtin_hooks import has_state, torch_parameter_transfer, torch_recovery
+from lightning_sbckpt._layout import PARAMFILE_EXT, check_name
+from lightning_sbckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    HookError,
+    SBCheckpointError,
+)
+from lightning_sbckpt.hooks import check_signature, default_registry
+from lightning_sbckpt.typing import TransferHook
+
+__all__ = ["Pretrainer", "torch_parameter_transfer"]
+
+logger = logging.getLogger("lightning_sbckpt")
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Condition: TypeAlias = "bool | Callable[[], bool]"
+
+_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class Pretrainer:
+    """Collects parameter files and loads each into its object, before training begins.
+
+    What loads an object is decided in this order: the custom hook of its name, the transfer hook
+    of its class, the load hook of its class (told that it is not the end of an epoch), and its
+    `load_state_dict`.
+
+    Args:
+        collect_in: The folder to collect the files in, as `<name>.ckpt`; None loads them from
+            where they are.
+        loadables: From names to the objects to load.
+        paths: From names to files. A name without one is looked for as `<name>.ckpt` in the
+            default source of `collect_files`.
+        custom_hooks: From names to hooks `(obj, path)` that take precedence.
+        conditions: From names to whether the object is to be loaded: a value, or a function
+            without arguments that is asked each time.
+
+    Example:
+        >>> import tempfile, torch
+        >>> source = Path(tempfile.mkdtemp())
+        >>> torch.save({"weight": torch.tensor([[5.0]])}, source / "model.ckpt")
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> pretrainer = Pretrainer(loadables={"model": model})
+        >>> collected = pretrainer.collect_files(default_source=source)
+        >>> pretrainer.load_collected()
+        >>> model.weight.item()
+        5.0
+    """
+
+    def __init__(
+        self,
+        collect_in: PathLike | None = None,
+        loadables: Mapping[str, object] | None = None,
+        paths: Mapping[str, PathLike] | None = None,
+        custom_hooks: Mapping[str, TransferHook] | None = None,
+        conditions: Mapping[str, Condition] | None = None,
+    ) -> None:
+        self.loadables: dict[str, object] = {}
+        self.paths: dict[str, PathLike] = {}
+        self.custom_hooks: dict[str, TransferHook] = {}
+        self.conditions: dict[str, Condition] = {}
+        self._collected: dict[str, Path] = {}
+        self.set_collect_in(collect_in)
+        self.add_loadables(loadables or {})
+        self.add_paths(paths or {})
+        self.add_custom_hooks(custom_hooks or {})
+        self.add_conditions(conditions or {})
+
+    def set_collect_in(self, path: PathLike | None) -> None:
+        """Choose the folder to collect files in; None loads them from where they are.
+
+        Example:
+            >>> Pretrainer().set_collect_in("pretrained")
+        """
+        self.collect_in = None if path is None else Path(path)
+
+    def add_loadables(self, loadables: Mapping[str, object]) -> None:
+        """Add objects to load, by name.
+
+        Raises:
+            CheckpointNameError: A name could not be that of a file.
+
+        Example:
+            >>> Pretrainer().add_loadables({"options": {}})
+        """
+        for name, obj in loadables.items():
+            self.loadables[check_name(name, "loadable")] = obj
+
+    def add_paths(self, paths: Mapping[str, PathLike]) -> None:
+        """Add files to load from, by name; they take precedence over the default source.
+
+        Example:
+            >>> Pretrainer().add_paths({"model": "pretrained/encoder.ckpt"})
+        """
+        self.paths.update(paths)
+
+    def add_custom_hooks(self, custom_hooks: Mapping[str, TransferHook]) -> None:
+        """Add hooks `(obj, path)`, by name; they take precedence over those of classes.
+
+        Raises:
+            HookSignatureError: A hook cannot be called as `hook(obj, path)`.
+
+        Example:
+            >>> Pretrainer().add_custom_hooks({"vocab": lambda obj, path: obj.update()})
+        """
+        for name, hook in custom_hooks.items():
+            check_signature("transfer", hook, repr(name))
+            self.custom_hooks[name] = hook
+
+    def add_conditions(self, conditions: Mapping[str, Condition]) -> None:
+        """Add conditions on which objects are loaded, by name.
+
+        Example:
+            >>> Pretrainer().add_conditions({"model": False, "vocab": lambda: True})
+        """
+        self.conditions.update(conditions)
+
+    @staticmethod
+    def split_path(path: PathLike) -> tuple[str, str]:
+        """Return the source and the name of the file; without a source, the current folder.
+
+        Example:
+            >>> Pretrainer.split_path("pretrained/encoder.ckpt")
+            ('pretrained', 'encoder.ckpt')
+            >>> Pretrainer.split_path("encoder.ckpt")
+            ('./', 'encoder.ckpt')
+        """
+        text = os.fspath(path)
+        if "/" not in text:
+            return "./", text
+        source, _, filename = text.rpartition("/")
+        return source or "/", filename
+
+    def is_loadable(self, name: str) -> bool:
+        """Return whether the object of this name is to be loaded: its condition, if it has one.
+
+        Example:
+            >>> Pretrainer(conditions={"model": lambda: False}).is_loadable("model")
+            False
+        """
+        condition = self.conditions.get(name, True)
+        return bool(condition() if callable(condition) else condition)
+
+    def collect_files(self, default_source: PathLike | None = None) -> dict[str, Path]:
+        """Find the file of every object, and bring them together if `collect_in` is set.
+
+        A collected file is a hard link where the file system allows one, and else a copy, never a
+        symbolic link, so that the folder can be moved; it is for reading, since writing into a
+        hard link changes the source. A file that is in its place stays as it is. Every process of a distributed run may collect into the same folder.
+
+        Args:
+            default_source: The folder of the files `<name>.ckpt` for names without a path; may be
+                a checkpoint.
+
+        Returns:
+            From names to the files that will be loaded.
+
+        Raises:
+            ConfigurationError: An object has neither a path nor a default source.
+            CheckpointNotFoundError: A file is not there, or its source is not a local folder; the
+                message lists every such file, and nothing has been collected.
+
+        Example:
+            >>> Pretrainer(loadables={"model": {}}).collect_files()
+            Traceback (most recent call last):
+            lightning_sbckpt.errors.ConfigurationError: No file to load 'model' from: ...
+        """
+        names = [name for name in self.loadables if self.is_loadable(name)]
+        homeless = [repr(name) for name in names if name not in self.paths]
+        if default_source is None and homeless:
+            raise ConfigurationError(
+                f"No file to load {', '.join(homeless)} from: neither a path nor a default_source "
+                "was given. Add a path with add_paths, or call "
+                "collect_files(default_source=<folder>)."
+            )
+        sources: dict[str, Path] = {}
+        problems: list[str] = []
+        for name in names:
+            folder, filename = (
+                self.split_path(self.paths[name])
+                if name in self.paths or default_source is None
+                else (os.fspath(default_source), name + PARAMFILE_EXT)
+            )
+            sources[name] = Path(folder, filename)
+            problem = _unusable(folder, sources[name])
+            if problem is not None:
+                problems.append(f"{name!r}: {problem}")
+        if problems:
+            raise CheckpointNotFoundError(
+                "Cannot collect the files to load:\n  " + "\n  ".join(problems)
+            )
+        if self.collect_in is not None:
+            self.collect_in.mkdir(parents=True, exist_ok=True)
+            for name, source in sources.items():
+                target = self.collect_in / (name + PARAMFILE_EXT)
+                _bring(source, target)
+                sources[name] = target
+        self._collected.update(sources)
+        return sources
+
+    def load_collected(self) -> None:
+        """Load every object from its collected file.
+
+        Raises:
+            ConfigurationError: Files have not been collected.
+            CheckpointNotFoundError: Collected files are not there any more, or not yet.
+            HookError: An object has no hook, or its hook failed.
+
+        Example:
+            >>> Pretrainer(loadables={"model": {}}).load_collected()
+            Traceback (most recent call last):
+            lightning_sbckpt.errors.ConfigurationError: Cannot load 'model': ...
+        """
+        names = [name for name in self.loadables if self.is_loadable(name)]
+        # All files and hooks are found before any object is changed.
+        files = {name: self._collected.get(name) or self._expected(name) for name in names}
+        never = [repr(name) for name, file in files.items() if file is None]
+        if never:
+            raise ConfigurationError(
+                f"Cannot load {', '.join(never)}: their files have not been collected. Call "
+                "collect_files first."
+            )
+        found = {name: file for name, file in files.items() if file is not None}
+        missing = [f"{name!r}: {file}" for name, file in found.items() if not file.is_file()]
+        if missing:
+            raise CheckpointNotFoundError(
+                "Cannot load what is not there:\n  "
+                + "\n  ".join(missing)
+                + "\nCall collect_files first."
+            )
+        hooks = {name: self._hook(name, self.loadables[name]) for name in names}
+        for name, file in found.items():
+            try:
+                hooks[name](self.loadables[name], file)
+            except SBCheckpointError:
+                raise
+            except Exception as error:
+                raise HookError(
+                    f"Cannot load {name!r}, a {type(self.loadables[name]).__name__}, from {file}: "
+                    f"its hook raised {type(error).__name__}: {error}"
+                ) from error
+            logger.info("loaded %s from %s", name, file)
+
+    def _expected(self, name: str) -> Path | None:
+        # Another process, or an earlier run, may have collected into the same folder.
+        return None if self.collect_in is None else self.collect_in / (name + PARAMFILE_EXT)
+
+    def _hook(self, name: str, obj: object) -> TransferHook:
+        if name in self.custom_hooks:
+            return self.custom_hooks[name]
+        transfer = default_registry.transferrer(obj)
+        if transfer is not None:
+            return transfer
+        load = default_registry.loader(obj) or (torch_recovery if has_state(obj) else None)
+        if load is None:
+            raise HookError(
+                f"Cannot load {name!r}: no hook is known for a {type(obj).__name__}, and it has no "
+                "load_state_dict. Give one in custom_hooks, or mark a method of the class with "
+                "mark_as_transfer and decorate the class with register_checkpoint_hooks."
+            )
+        loader = load
+        return lambda obj, path: loader(obj, path, False)
+
+
+def _unusable(folder: str, file: Path) -> str | None:
+    """Return why a file can't be collected from a folder, or None."""
+    if _URL.match(folder):
+        return (
+            f"{folder} is a URL, expected a local folder. Download the file first and give the "
+            "folder it is in"
+        )
+    if file.is_file():
+        return None
+    if Path(folder).is_dir():
+        return f"there is no file {file}"
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not folder.startswith("."):
+        hint = ". If that is the name of a repository on a hub, download it first"
+    return f"there is no folder {folder}{hint}"
+
+
+def _bring(source: Path, target: Path) -> None:
+    if target.exists() and not target.is_symlink() and target.samefile(source):
+        return
+    # Through a name of its own: another process must never see a half-copied file. A link to the
+    # file itself, since a link to a symbolic link would be one, too.
+    source = source.resolve()
+    part = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

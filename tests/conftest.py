@@ -1,0 +1,171 @@
+"""Fixtures that several test files share.
+
+`pytest --original tests/test_speechbrain_behaviour*.py` runs the tests that take the `api` fixture
+against the real SpeechBrain instead of this package: every behaviour claimed there is one of
+SpeechBrain's. `pytest --original tests/test_speechbrain_faults.py` shows the other side: there,
+what fails is a fault of the original that this package must not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.machinery
+import logging
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+CORE_NAMES = (
+    "Checkpointer",
+    "Checkpoint",
+    "ckpt_recency",
+    "register_checkpoint_hooks",
+    "mark_as_saver",
+    "mark_as_loader",
+    "mark_as_transfer",
+    "get_default_hook",
+    "DEFAULT_SAVE_HOOKS",
+    "DEFAULT_LOAD_HOOKS",
+    "DEFAULT_TRANSFER_HOOKS",
+    "torch_save",
+    "torch_recovery",
+    "torch_parameter_transfer",
+    "average_state_dicts",
+    "average_checkpoints",
+    "Pretrainer",
+    "EpochCounter",
+    "EpochCounterWithStopper",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer `--original`."""
+    parser.addoption(
+        "--original",
+        action="store_true",
+        default=False,
+        help="run the tests that take the `api` fixture against the real SpeechBrain",
+    )
+
+
+@contextlib.contextmanager
+def _standin_torchaudio() -> Iterator[None]:
+    # SpeechBrain imports torchaudio, which need not exist for the torch in use, and nothing of it
+    # is called by checkpointing. Afterwards neither the stand-in nor SpeechBrain's lazy modules
+    # may stay importable, since other libraries look at what sys.modules holds.
+    before = {name: module for name, module in sys.modules.items() if _is_foreign(name)}
+    standin = ModuleType("torchaudio")
+    standin.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = standin
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if _is_foreign(name)]:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def _is_foreign(name: str) -> bool:
+    return name.partition(".")[0] in ("torchaudio", "speechbrain")
+
+
+@pytest.fixture(scope="session")
+def speechbrain() -> SimpleNamespace:
+    """The real SpeechBrain's three modules, under the paths `sb.utils.<module>`."""
+    with _standin_torchaudio():
+        modules = {
+            name: importlib.import_module(f"speechbrain.utils.{name}")
+            for name in ("checkpoints", "epoch_loop", "parameter_transfer")
+        }
+    return SimpleNamespace(utils=SimpleNamespace(**modules))
+
+
+@pytest.fixture(scope="session")
+def original_api(speechbrain: SimpleNamespace) -> SimpleNamespace:
+    """The public names of the real SpeechBrain in one namespace."""
+    names: dict[str, object] = {}
+    for module in vars(speechbrain.utils).values():
+        names.update({name: getattr(module, name) for name in CORE_NAMES if hasattr(module, name)})
+    return SimpleNamespace(**names)
+
+
+@pytest.fixture(scope="session")
+def our_api() -> ModuleType:
+    """This package."""
+    return importlib.import_module("lightning_sbckpt")
+
+
+@pytest.fixture
+def api(request: pytest.FixtureRequest) -> types.ModuleType | SimpleNamespace:
+    """This package, or with `--original` the real SpeechBrain."""
+    name = "original_api" if request.config.getoption("--original") else "our_api"
+    return request.getfixturevalue(name)  # type: ignore[no-any-return]
+
+
+class Scale(torch.nn.Module):
+    """A module of one parameter, `param`."""
+
+    def __init__(self, param: float = 1.0) -> None:
+        super().__init__()
+        self.param = torch.nn.Parameter(torch.tensor([float(param)]))
+
+    @property
+    def value(self) -> float:
+        """The parameter as a number."""
+        return self.param.item()
+
+    @value.setter
+    def value(self, value: float) -> None:
+        with torch.no_grad():
+            self.param.fill_(value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` times the parameter."""
+        return x * self.param
+
+
+@pytest.fixture
+def scale() -> type[Scale]:
+    """The class of a module of one parameter, whose number is its `value`."""
+    return Scale
+
+
+@pytest.fixture
+def names_in() -> Callable[[object], set[str]]:
+    """A function from a checkpointer to the folder names of the checkpoints it lists."""
+
+    def names(checkpointer: object) -> set[str]:
+        return {ckpt.path.name for ckpt in checkpointer.list_checkpoints()}  # type: ignore[attr-defined]
+
+    return names
+
+
+@pytest.fixture
+def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
+    """A function from a folder to the bytes of every file in it."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return read
+
+
+@pytest.fixture
+def all_levels(caplog: pytest.LogCaptureFixture) -> Callable[[], None]:
+    """A function that lets debug lines through, also of loggers that have a level of their own."""
+
+    def enable() -> None:
+        for name in (None, "lightning_sbckpt", "speechbrain.utils.checkpoints"):
+            caplog.set_level(logging.DEBUG, logger=name)
+
+    return enable

@@ -1,0 +1,225 @@
+"""Damage is found, stepped over, and never loaded."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+import torch
+import xxhash
+import yaml
+
+from lightning_sbckpt import Checkpointer, _manifest
+from lightning_sbckpt.errors import DamagedCheckpointError
+
+FILES = ["model.ckpt", "optimizer.ckpt", "MANIFEST.yaml", "CKPT.yaml"]
+
+
+def truncate(file, sibling):
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def empty(file, sibling):
+    file.write_bytes(b"")
+
+
+def flip(file, sibling):
+    data = bytearray(file.read_bytes())
+    # Behind the time in a meta: with another time it would not be the newest any more.
+    data[len(data) * 3 // 4] ^= 1
+    file.write_bytes(data)
+
+
+def flip_last(file, sibling):
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+
+
+def append(file, sibling):
+    file.write_bytes(file.read_bytes() + b"\n")
+
+
+def remove(file, sibling):
+    file.unlink()
+
+
+def swap(file, sibling):
+    shutil.copyfile(sibling, file)
+
+
+def make_folder(file, sibling):
+    file.unlink()
+    file.mkdir()
+
+
+HARMS = [truncate, empty, flip, flip_last, append, remove, swap, make_folder]
+
+# Without its manifest a folder is one that SpeechBrain could have written, and without its meta it
+# is no checkpoint at all: both are told apart below.
+CASES = [
+    (name, harm)
+    for name in FILES
+    for harm in HARMS
+    if (name, harm) not in {("MANIFEST.yaml", remove), ("CKPT.yaml", remove)}
+    and (name, harm) != ("CKPT.yaml", make_folder)
+]
+
+
+@pytest.fixture
+def run(tmp_path, scale):
+    """A function that returns a new checkpointer of the run with its model."""
+
+    def make():
+        model = scale(0.0)
+        optimizer = torch.optim.Adam(model.parameters())
+        return Checkpointer(tmp_path, {"model": model, "optimizer": optimizer}), model
+
+    return make
+
+
+@pytest.fixture
+def three(run):
+    """Three checkpoints, of the model's values 1, 2 and 3."""
+    checkpointer, model = run()
+    saved = []
+    for value in (1.0, 2.0, 3.0):
+        model.value = value
+        model(torch.ones(1)).sum().backward()
+        checkpointer.recoverables["optimizer"].step()
+        model.value = value
+        saved.append(checkpointer.save_checkpoint({"loss": value}, name=f"{value:.0f}"))
+    return saved
+
+
+@pytest.mark.parametrize(("name", "harm"), CASES, ids=lambda case: getattr(case, "__name__", case))
+class TestEveryHarmToEveryFile:
+    """One file of the newest checkpoint is harmed."""
+
+    def test_recovery_steps_back_to_the_newest_sound_one(self, run, three, caplog, name, harm):
+        """With one line that names the checkpoint, the file and what is wrong."""
+        harm(three[2].path / name, three[1].path / name)
+        checkpointer, model = run()
+        assert checkpointer.recover_if_possible() == three[1]
+        assert model.value == 2.0
+        (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert "CKPT+3" in line and blamed(name, harm) in line
+        assert "CKPT+2" not in line
+
+    def test_loading_it_by_name_is_refused_and_changes_nothing(self, run, three, name, harm):
+        """The error names folder and file."""
+        harm(three[2].path / name, three[1].path / name)
+        checkpointer, model = run()
+        model.value = 9.0
+        with pytest.raises(
+            DamagedCheckpointError, match=rf"CKPT\+3 is damaged.*{blamed(name, harm)}"
+        ):
+            checkpointer.load_checkpoint(three[2])
+        assert model.value == 9.0
+
+
+def blamed(name, harm):
+    """Return the file that is named: a sound manifest of another checkpoint blames the others."""
+    return "model.ckpt" if (name, harm) == ("MANIFEST.yaml", swap) else name
+
+
+class TestSteppingBack:
+    """What recovery does when damage is met."""
+
+    def test_it_goes_as_far_back_as_it_must(self, run, three, caplog):
+        """Two damaged, two lines, newest first."""
+        for ckpt in three[1:]:
+            flip(ckpt.path / "model.ckpt", None)
+        checkpointer, model = run()
+        assert checkpointer.recover_if_possible() == three[0]
+        assert model.value == 1.0
+        lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert ["CKPT+3" in line for line in lines] == [True, False]
+        assert ["CKPT+2" in line for line in lines] == [False, True]
+        assert all("checksum differs" in line for line in lines)
+
+    def test_it_steps_along_the_ranking_asked_for(self, run, three):
+        """The next best by the key, not the next in time; and none the predicate refuses."""
+        flip(three[0].path / "model.ckpt", None)
+        checkpointer, _ = run()
+        assert checkpointer.recover_if_possible(min_key="loss") == three[1]
+        only_old = {"min_key": "loss", "ckpt_predicate": lambda ckpt: ckpt.meta["loss"] != 2.0}
+        assert checkpointer.recover_if_possible(**only_old) == three[2]
+
+    def test_damage_that_would_not_be_loaded_is_seen_by_its_size(self, run, three, caplog):
+        """A file of a recoverable not asked for: same size is not read, another size is damage."""
+        checkpointer, _ = run()
+        del checkpointer.recoverables["optimizer"]
+        flip(three[2].path / "optimizer.ckpt", None)
+        assert checkpointer.recover_if_possible() == three[2]
+        truncate(three[2].path / "optimizer.ckpt", None)
+        assert checkpointer.recover_if_possible() == three[1]
+        assert "optimizer.ckpt has" in caplog.text and "were written" in caplog.text
+
+    @pytest.mark.parametrize("name", FILES[:3])
+    def test_if_all_are_damaged_it_raises_and_loads_nothing(self, run, three, name):
+        """Every one is named with the reason, and what to do to start anew all the same."""
+        for ckpt in three:
+            flip(ckpt.path / name, None)
+        checkpointer, model = run()
+        with pytest.raises(DamagedCheckpointError) as caught:
+            checkpointer.recover_if_possible()
+        message = str(caught.value)
+        assert message.index("CKPT+3") < message.index("CKPT+2") < message.index("CKPT+1")
+        assert message.count(name) == 3 and "To start anew" in message
+        assert model.value == 0.0
+
+    def test_it_raises_too_when_no_meta_can_be_read(self, run, three):
+        """Although then nothing is listed."""
+        for ckpt in three:
+            empty(ckpt.path / "CKPT.yaml", None)
+        checkpointer, model = run()
+        with pytest.raises(DamagedCheckpointError, match=r"CKPT\+1.*CKPT\+2.*CKPT\+3"):
+            checkpointer.recover_if_possible()
+        assert model.value == 0.0
+
+    def test_a_folder_without_its_meta_is_no_checkpoint(self, run, three):
+        """As for SpeechBrain; the one before is taken."""
+        remove(three[2].path / "CKPT.yaml", None)
+        checkpointer, model = run()
+        assert checkpointer.recover_if_possible() == three[1]
+        assert model.value == 2.0
+
+    def test_a_folder_without_a_manifest_is_unverified_and_loads(self, run, three, caplog):
+        """SpeechBrain writes none; there is nothing to compare with and nothing to warn of."""
+        remove(three[2].path / "MANIFEST.yaml", None)
+        checkpointer, model = run()
+        assert checkpointer.recover_if_possible() == three[2]
+        checkpointer.load_checkpoint(three[2])
+        assert model.value == 3.0
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+    def test_a_paramfile_added_later_is_unverified_and_loads(self, run, three, scale):
+        """What the manifest doesn't know is not damage."""
+        shutil.copy(three[2].path / "model.ckpt", three[2].path / "teacher.ckpt")
+        checkpointer, _ = run()
+        checkpointer.add_recoverable("teacher", scale(0.0))
+        assert checkpointer.recover_if_possible().path == three[2].path
+        assert checkpointer.recoverables["teacher"].value == 3.0
+
+    def test_a_format_of_the_future_is_stepped_over_and_named(self, run, three, caplog):
+        """With what to do, since it is sound for another release."""
+        manifest = three[2].path / "MANIFEST.yaml"
+        body = manifest.read_bytes().rpartition(b"manifest-checksum")[0]
+        body = body.replace(b"format: 1", b"format: 2")
+        manifest.write_bytes(body + _manifest._checksum_line(body) + b"\n")
+        checkpointer, _ = run()
+        assert checkpointer.recover_if_possible() == three[1]
+        assert "has format 2, this release reads 1: use the release" in caplog.text
+
+
+def test_the_manifest_lists_every_file_with_size_and_checksum(three):
+    """Which anybody can check with another implementation of the hash."""
+    fields = yaml.safe_load((three[0].path / "MANIFEST.yaml").read_text())
+    assert fields["format"] == 1
+    assert set(fields["files"]) == set(FILES) - {"MANIFEST.yaml"}
+    for name, found in fields["files"].items():
+        data = (three[0].path / name).read_bytes()
+        assert found == {"size": len(data), "xxh3-128": xxhash.xxh3_128_hexdigest(data)}
+    assert fields["versions"]["torch"] == torch.__version__

@@ -1,0 +1,345 @@
+"""Two ranks that save and load together; one that fails, fails both, and none is left waiting."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_sbckpt import Checkpointer, register_checkpoint_hooks
+from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt.errors import (
+    DamagedCheckpointError,
+    MismatchError,
+    SaveError,
+    SBCheckpointError,
+)
+from lightning_sbckpt.hooks import mark_as_loader, mark_as_saver
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "lightning_sbckpt"])
+
+# A failure must reach the other rank as a message; waiting for a timeout would take longer.
+SECONDS = 20
+
+
+@register_checkpoint_hooks(save_on_main_only=False)
+class Gathered:
+    """An object whose save adds up what every rank has."""
+
+    def __init__(self, number):
+        self.number = number
+
+    @mark_as_saver
+    def save(self, path):
+        total = torch.tensor(self.number)
+        dist.all_reduce(total)
+        if dist.get_rank() == 0:
+            Path(path).write_text(str(total.item()))
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        self.number = int(Path(path).read_text())
+
+
+@register_checkpoint_hooks(save_on_main_only=False)
+class PerRank:
+    """An object whose save writes one file per rank."""
+
+    def __init__(self, number):
+        self.number = number
+
+    @mark_as_saver
+    def save(self, path):
+        Path(path).mkdir(exist_ok=True)
+        (Path(path) / f"rank{dist.get_rank()}").write_text(str(self.number))
+
+    @mark_as_loader
+    def load(self, path, end_of_epoch):
+        self.number = int((Path(path) / f"rank{dist.get_rank()}").read_text())
+
+
+class WritesNothing(LocalStorage):
+    """A disk that must not be changed."""
+
+    def _refuse(self, *args):
+        raise AssertionError("only rank zero may change the disk")
+
+    make_dir = write = flush_file = flush_dir = rename = remove_file = remove_dir = _refuse
+
+
+def checkpointer_of(folder, rank):
+    """Return a checkpointer of one model, which differs from rank to rank."""
+    torch.manual_seed(rank)
+    return Checkpointer(
+        folder,
+        {"model": torch.nn.Linear(2, 2)},
+        storage=None if rank == 0 else WritesNothing(),
+    )
+
+
+def child(task, rank, folder, answers):
+    """Run `task(folder, rank)` in a group of two and send back what came of it."""
+    dist.init_process_group(
+        "gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous"
+    )
+    try:
+        answer = task(folder / "run", rank)
+    except Exception as error:
+        traceback.print_exc()
+        answer = (type(error).__name__, str(error))
+    answers.put((rank, answer))
+    # Not before the other one: what it waits for must not be our end.
+    (folder / f"done{rank}").touch()
+    deadline = time.monotonic() + SECONDS
+    while not (folder / f"done{1 - rank}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """A function that runs a task on two ranks and returns their two answers."""
+    children = []
+
+    def run(task):
+        answers = context.Queue()
+        for rank in range(2):
+            started = context.Process(target=child, args=(task, rank, tmp_path, answers))
+            started.start()
+            children.append(started)
+        got = dict(answers.get(timeout=60 if i == 0 else SECONDS) for i in range(2))
+        return got[0], got[1]
+
+    yield run
+    for each in children:
+        each.kill()
+        each.join()
+
+
+def save_and_recover(folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+    checkpointer.add_recoverables({"sum": Gathered(rank + 1), "each": PerRank(rank + 10)})
+    before = checkpointer.recoverables["model"].weight.tolist()
+    saved = checkpointer.save_checkpoint({"loss": 1.0})
+    at_once = sorted(os.listdir(folder))
+    checkpointer.recoverables["sum"].number = checkpointer.recoverables["each"].number = 0
+    recovered = checkpointer.recover_if_possible()
+    after = checkpointer.recoverables["model"].weight.tolist()
+    numbers = [checkpointer.recoverables[name].number for name in ("sum", "each")]
+    return saved is None, at_once, recovered.path.name, before, after, numbers
+
+
+def test_both_save_one_checkpoint_and_load_the_same(both, tmp_path):
+    """Rank zero's model; what is registered so is saved on both; the other rank writes nothing."""
+    first, second = both(save_and_recover)
+    (name,) = os.listdir(tmp_path / "run")
+    assert (first[0], second[0]) == (False, True)
+    # The save returns on every rank only when the checkpoint is there.
+    assert first[1] == second[1] == [name]
+    assert first[2] == second[2] == name
+    assert first[3] != second[3]
+    assert first[4] == second[4] == first[3]
+    assert (first[5], second[5]) == ([3, 10], [3, 11])
+    assert find_damage(tmp_path / "run" / name) == []
+
+
+def keep_only_one(folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+    for _ in range(3):
+        checkpointer.save_and_keep_only()
+        left = len(os.listdir(folder))
+    checkpointer.delete_checkpoints(num_to_keep=0)
+    return left, os.listdir(folder)
+
+
+def test_rank_zero_deletes_and_the_other_waits_for_it(both):
+    """After each call both see the same folder."""
+    assert both(keep_only_one) == ((1, []), (1, []))
+
+
+def fail_in_hook(folder, rank, failing):
+    checkpointer = checkpointer_of(folder, rank)
+    checkpointer.save_checkpoint(name="earlier")
+
+    def fail(obj, path):
+        if dist.get_rank() == failing:
+            raise RuntimeError(f"rank {failing} has no room")
+        Path(path).write_text("written")
+
+    checkpointer.registry = checkpointer.registry.copy()
+    checkpointer.registry.save[object] = fail
+    checkpointer.registry.save_on_every_rank.add(object)
+    checkpointer.add_recoverable("failing", object())
+    try:
+        checkpointer.save_checkpoint(name="failed")
+    except SaveError as error:
+        answer = str(error)
+    # The group is still in step: the next save works.
+    del checkpointer.recoverables["failing"]
+    checkpointer.save_checkpoint(name="later")
+    dist.barrier()
+    return answer, sorted(os.listdir(folder))
+
+
+def fail_in_hook_of_zero(folder, rank):
+    return fail_in_hook(folder, rank, 0)
+
+
+def fail_in_hook_of_one(folder, rank):
+    return fail_in_hook(folder, rank, 1)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_hook_that_fails_on_one_rank_fails_the_save_on_both(both, failing):
+    """Each says where and why; nothing is visible of it; and the next save works."""
+    answers = both([fail_in_hook_of_zero, fail_in_hook_of_one][failing])
+    for rank, (message, names) in enumerate(answers):
+        assert f"the save hook of 'failing' failed: RuntimeError: rank {failing} has no room" in (
+            message
+        )
+        assert (f"failed on rank {failing}" in message) == (rank != failing)
+        assert names == ["CKPT+earlier", "CKPT+later"]
+
+
+class OddError(SBCheckpointError):
+    """An exception that can be pickled but not unpickled."""
+
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+def fail_oddly(folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+
+    def fail(obj, path):
+        if dist.get_rank() == 1:
+            raise OddError("odd", "error")
+        Path(path).write_text("written")
+
+    checkpointer.registry = checkpointer.registry.copy()
+    checkpointer.registry.save[object] = fail
+    checkpointer.registry.save_on_every_rank.add(object)
+    checkpointer.add_recoverable("failing", object())
+    checkpointer.save_checkpoint()
+
+
+def test_an_exception_that_cannot_travel_is_told_all_the_same(both):
+    """The rank that failed raises it itself, the other one what it said."""
+    zero, one = both(fail_oddly)
+    assert one == ("OddError", "odd error")
+    assert "failed on rank 1: OddError: odd error" in zero[1]
+
+
+class Full(LocalStorage):
+    def write(self, path, data):
+        raise OSError(28, "No space left on device")
+
+
+class Broken(LocalStorage):
+    def flush_file(self, path):
+        raise RuntimeError("no error of the disk")
+
+
+class NoFolder(LocalStorage):
+    def make_dir(self, path):
+        raise OSError(30, "Read-only file system")
+
+
+def save_to(storage, folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+    if rank == 0:
+        checkpointer._storage = storage()
+    checkpointer.save_checkpoint()
+
+
+def save_to_full(folder, rank):
+    save_to(Full, folder, rank)
+
+
+def save_to_broken(folder, rank):
+    save_to(Broken, folder, rank)
+
+
+def save_to_no_folder(folder, rank):
+    save_to(NoFolder, folder, rank)
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        (save_to_full, "No space left on device"),
+        (save_to_broken, "RuntimeError: no error of the disk"),
+        (save_to_no_folder, "Read-only file system"),
+    ],
+)
+def test_a_disk_that_fails_on_rank_zero_fails_both(both, tmp_path, task, reason):
+    """With the same type of error and the reason."""
+    for answer in both(task):
+        assert answer[0] == "SaveError"
+        assert reason in answer[1]
+    assert os.listdir(tmp_path / "run") == []
+
+
+def recover_damaged(folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+    for name in "ab":
+        checkpointer.save_checkpoint(name=name)
+    names = []
+    for name in "ba":
+        if rank == 0:
+            (folder / f"CKPT+{name}" / "model.ckpt").write_bytes(b"damaged")
+        dist.barrier()
+        try:
+            names.append(checkpointer.recover_if_possible().path.name)
+        except DamagedCheckpointError as error:
+            names.append(str(error))
+        # Rank zero must not damage what the other is still loading.
+        dist.barrier()
+    return names
+
+
+def test_both_step_back_together_and_raise_together(both):
+    """Rank zero looks; the other rank takes its word, and raises the same type of error."""
+    for names in both(recover_damaged):
+        assert names[0] == "CKPT+a"
+        assert "every checkpoint" in names[1] and "is damaged" in names[1]
+
+
+def mismatch_on_one(folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+    checkpointer.save_checkpoint()
+    if rank == 1:
+        checkpointer.recoverables["model"] = torch.nn.Linear(3, 3)
+    try:
+        checkpointer.recover_if_possible()
+    except MismatchError:
+        return "mismatch"
+    return "loaded"
+
+
+def test_a_rank_that_cannot_load_raises_and_the_other_is_not_left_waiting(both):
+    """Loading has no collective after the choice."""
+    assert both(mismatch_on_one) == ("loaded", "mismatch")
+
+
+def retention_fails(folder, rank):
+    checkpointer = checkpointer_of(folder, rank)
+
+    def key(ckpt):
+        raise ValueError("no such key")
+
+    checkpointer.save_and_keep_only(importance_keys=[key])
+
+
+def test_retention_that_fails_on_rank_zero_fails_both(both, tmp_path):
+    """The saved checkpoint stays."""
+    zero, one = both(retention_fails)
+    assert "no such key" in zero[1] and "no such key" in one[1]
+    assert len(os.listdir(tmp_path / "run")) == 1

@@ -1,0 +1,525 @@
+"""What is on the disk at each instant: staging, one rename, sweeping, and processes that die."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_sbckpt import Checkpointer, _layout
+from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt.errors import SaveError
+
+# Children start from a server process that has torch loaded already.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "lightning_sbckpt"])
+
+
+class Number:
+    """A stateful object with one number, in two files' worth of tensors."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def state_dict(self):
+        return {"number": self.number, "filling": torch.full((1000,), float(self.number))}
+
+    def load_state_dict(self, state):
+        assert state["filling"].tolist() == [state["number"]] * 1000
+        self.number = state["number"]
+
+
+class Hooked:
+    """A save hook that does something before it writes."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def __call__(self, obj, path):
+        self.action(Path(path))
+        Path(path).write_text("hooked")
+
+
+def checkpointer_of(folder, number=0, **arguments):
+    """Return a checkpointer of one `Number`."""
+    return Checkpointer(folder, {"number": Number(number)}, **arguments)
+
+
+def visible(folder):
+    """Return the names that look like checkpoints."""
+    return sorted(name for name in os.listdir(folder) if name.startswith("CKPT"))
+
+
+def leftovers(folder):
+    """Return the names that are no checkpoints."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("CKPT"))
+
+
+def whole_numbers(folder):
+    """Return the numbers of all checkpoints by name, each found whole and loaded."""
+    checkpointer = checkpointer_of(folder)
+    numbers = {}
+    for ckpt in checkpointer.list_checkpoints():
+        assert find_damage(ckpt.path) == []
+        checkpointer.load_checkpoint(ckpt)
+        numbers[ckpt.path.name] = checkpointer.recoverables["number"].number
+    assert set(numbers) == set(visible(folder))
+    return numbers
+
+
+class TestWhatIsVisible:
+    """During a save and after a failed one."""
+
+    def test_nothing_is_visible_while_hooks_write(self, tmp_path):
+        """They write into a folder beside, whose name no reader takes for a checkpoint."""
+        seen = []
+
+        def look(path):
+            seen.append((visible(tmp_path), path.parent.parent, path.parent.name[0]))
+
+        checkpointer = checkpointer_of(tmp_path)
+        checkpointer.add_recoverable("hooked", object(), custom_save_hook=Hooked(look))
+        checkpointer.save_checkpoint(name="a")
+        assert seen == [([], tmp_path, ".")]
+        checkpointer.save_checkpoint(name="b")
+        assert seen[1][0] == ["CKPT+a"]
+        assert os.listdir(tmp_path) and leftovers(tmp_path) == []
+
+    def test_a_name_used_again_is_replaced_at_the_end(self, tmp_path):
+        """While the new one is written the old one is there, whole."""
+        checkpointer = checkpointer_of(tmp_path, 1)
+        checkpointer.save_checkpoint(name="a")
+        checkpointer.recoverables["number"].number = 2
+        during = []
+        look = Hooked(lambda path: during.append(whole_numbers(tmp_path)))
+        checkpointer.add_recoverable("hooked", object(), custom_save_hook=look)
+        checkpointer.save_checkpoint(name="a")
+        assert during == [{"CKPT+a": 1}]
+        assert whole_numbers(tmp_path) == {"CKPT+a": 2}
+        assert leftovers(tmp_path) == []
+
+    def test_a_checkpointer_made_during_a_save_lets_it_be(self, tmp_path):
+        """Sweeping asks for the lock of the folder, which the one who saves holds."""
+        checkpointer = checkpointer_of(tmp_path, 1)
+        make_another = Hooked(lambda path: checkpointer_of(tmp_path))
+        checkpointer.add_recoverable("hooked", object(), custom_save_hook=make_another)
+        assert checkpointer.save_checkpoint() in checkpointer.list_checkpoints()
+
+    def test_two_that_publish_in_one_second_do_not_take_each_others_name(self, tmp_path):
+        """The one that comes second takes the next number, and nothing is lost."""
+        other = checkpointer_of(tmp_path, 2)
+
+        class Slow(LocalStorage):
+            def flush_dir(self, path):
+                if path.name.startswith(".staging") and not other.list_checkpoints():
+                    other.save_checkpoint()
+                super().flush_dir(path)
+
+        checkpointer_of(tmp_path, 1, storage=Slow()).save_checkpoint()
+        assert sorted(whole_numbers(tmp_path).values()) == [1, 2]
+        assert leftovers(tmp_path) == []
+
+
+class Recording(LocalStorage):
+    """A disk that notes what is done to it, and can fail at the n-th operation."""
+
+    def __init__(self, fail_at=0, error=None):
+        self.done = []
+        self.fail_at = fail_at
+        self.error = error or OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def note(self, what, *paths):
+        self.done.append((what, *paths))
+        if len(self.done) == self.fail_at:
+            raise self.error
+
+    def make_dir(self, path):
+        self.note("make_dir", path)
+        super().make_dir(path)
+
+    def write(self, path, data):
+        self.note("write", path)
+        super().write(path, data)
+
+    def flush_file(self, path):
+        self.note("flush_file" if path.is_file() else "flush_dir", path)
+        super().flush_file(path)
+
+    def rename(self, source, target):
+        self.note("rename", source, target)
+        super().rename(source, target)
+
+    def remove_file(self, path):
+        self.note("remove_file", path)
+        super().remove_file(path)
+
+    def remove_dir(self, path):
+        self.note("remove_dir", path)
+        super().remove_dir(path)
+
+
+def two_files(folder, number=0, **arguments):
+    """Return a checkpointer of a `Number` and of an object that makes a folder."""
+
+    def make_folder(obj, path):
+        path.mkdir()
+        (path / "inside.txt").write_text("inside")
+
+    checkpointer = checkpointer_of(folder, number, **arguments)
+    checkpointer.add_recoverable("folder", object(), lambda *args: None, make_folder)
+    return checkpointer
+
+
+class TestOrderOfWrites:
+    """A power cut at any instant finds either the old state or the new one."""
+
+    def test_everything_is_flushed_before_what_makes_it_count(self, tmp_path):
+        """Files, manifest, meta, folder, rename, parent; old ones go only after that."""
+        two_files(tmp_path, 1).save_checkpoint(name="old")
+        storage = Recording()
+        two_files(tmp_path, 2, storage=storage).save_and_keep_only(name="new")
+        root, (staged,) = (
+            tmp_path,
+            [paths[0] for what, *paths in storage.done if what == "make_dir"],
+        )
+        steps = [(what, *paths) for what, *paths in storage.done if "remove" not in what]
+        files = {
+            ("flush_file", staged / "number.ckpt"),
+            ("flush_file", staged / "folder.ckpt" / "inside.txt"),
+            ("flush_dir", staged / "folder.ckpt"),
+        }
+        assert steps[0] == ("make_dir", staged)
+        assert set(steps[1:4]) == files
+        assert steps[4:9] == [
+            ("write", staged / "MANIFEST.yaml"),
+            ("write", staged / "CKPT.yaml"),
+            ("flush_dir", staged),
+            ("rename", staged, root / "CKPT+new"),
+            ("flush_dir", root),
+        ]
+        # Then the old one: first it is no checkpoint any more, durably, then its files go.
+        what, source, target = steps[9]
+        assert (what, source) == ("rename", root / "CKPT+old")
+        assert target.parent == root and target.name.startswith(".removed+")
+        assert steps[10:] == [("flush_dir", root)]
+        removals = [index for index, step in enumerate(storage.done) if "remove" in step[0]]
+        assert min(removals) > storage.done.index(steps[9])
+        assert all(
+            target in storage.done[i][1].parents or storage.done[i][1] == target for i in removals
+        )
+
+    def test_written_files_are_synced(self, tmp_path, monkeypatch):
+        """Each by `fsync` on itself: content, folder, parent."""
+        synced = set()
+        fsync = os.fsync
+
+        def recording(descriptor):
+            synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", recording)
+        two_files(tmp_path / "run").save_checkpoint()
+        staged = {name for name in synced if name.startswith(".staging+")}
+        assert len(staged) == 1
+        assert synced - staged == {
+            "number.ckpt",
+            "folder.ckpt",
+            "inside.txt",
+            "MANIFEST.yaml",
+            "CKPT.yaml",
+            "run",
+        }
+
+
+def operations(tmp_path, name):
+    """Return how many operations one save with pruning takes."""
+    folder = tmp_path / "counted"
+    storage = Recording()
+    for each in ("old", "kept"):
+        two_files(folder, 1).save_checkpoint(name=each)
+    two_files(folder, 2, storage=storage).save_and_keep_only(name=name)
+    return len(storage.done)
+
+
+class TestFailingDisk:
+    """An error of the disk at each of the operations, one after the other."""
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+    @pytest.mark.parametrize("name", ["new", "kept"])
+    def test_earlier_checkpoints_stay_whole_at_every_failure(self, tmp_path, name, code):
+        """A new name and a replaced one; afterwards a fresh checkpointer goes on."""
+        count = operations(tmp_path, name)
+        assert count > 15
+        outcomes = set()
+        for at in range(1, count + 1):
+            folder = tmp_path / f"fails at {at}"
+            for each in ("old", "kept"):
+                two_files(folder, 1).save_checkpoint(name=each)
+            storage = Recording(at, OSError(code, os.strerror(code)))
+            checkpointer = two_files(folder, 2, storage=storage)
+            failure = ""
+            try:
+                checkpointer.save_checkpoint(name=name)
+            except SaveError as error:
+                failure = str(error)
+            if failure:
+                outcomes.add("failed")
+                assert os.strerror(code) in failure and "earlier" in failure
+                assert whole_numbers(folder) == {"CKPT+old": 1, "CKPT+kept": 1}
+            else:
+                outcomes.add("saved")
+                assert whole_numbers(folder)[f"CKPT+{name}"] == 2
+                # What fails from here on is the removal of the old ones.
+                with contextlib.suppress(OSError):
+                    checkpointer.delete_checkpoints()
+                assert whole_numbers(folder)[f"CKPT+{name}"] == 2
+            two_files(folder)
+            assert leftovers(folder) == []
+            checkpointer = two_files(folder, 3)
+            checkpointer.save_and_keep_only(name="after")
+            assert whole_numbers(folder) == {"CKPT+after": 3}
+        assert outcomes == {"failed", "saved"}
+
+    def test_a_failed_hook_leaves_nothing_behind(self, tmp_path):
+        """Not even a staging folder."""
+
+        def fail(path):
+            path.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        checkpointer = checkpointer_of(tmp_path, 1)
+        checkpointer.save_checkpoint(name="a")
+        checkpointer.add_recoverable("full", object(), custom_save_hook=Hooked(fail))
+        with pytest.raises(
+            SaveError, match=r"save hook of 'full' failed: OSError: .*No space left"
+        ):
+            checkpointer.save_checkpoint(name="b")
+        assert os.listdir(tmp_path) == ["CKPT+a"]
+
+
+class Died(BaseException):
+    """The process ends here."""
+
+
+class Mortal(Recording):
+    """A disk of a process that ends at the n-th operation: nothing is done any more after it."""
+
+    def note(self, what, *paths):
+        if len(self.done) + 1 >= self.fail_at:
+            raise Died
+        super().note(what, *paths)
+
+
+class TestInterruptedSteps:
+    """The process ends between two operations, and the next one starts."""
+
+    @pytest.mark.parametrize("name", ["new", "kept"])
+    def test_at_every_operation_all_is_whole_and_the_next_start_clears_up(self, tmp_path, name):
+        """Whatever the replaced, removed or new checkpoint had come to."""
+        count = operations(tmp_path, name)
+        seen = set()
+        for at in range(1, count + 1):
+            folder = tmp_path / f"dies at {at}"
+            for each in ("old", "kept"):
+                two_files(folder, 1).save_checkpoint(name=each)
+            with pytest.raises(Died):
+                two_files(folder, 2, storage=Mortal(at)).save_and_keep_only(name=name)
+            # The next process.
+            numbers = whole_numbers(folder)
+            assert leftovers(folder) == []
+            seen.add(tuple(sorted(numbers.items())))
+            assert set(numbers.values()) <= {1, 2}
+            if 2 not in numbers.values():
+                assert numbers == {"CKPT+old": 1, "CKPT+kept": 1}
+            recovered = two_files(folder)
+            recovered.recover_if_possible()
+            expected = 2 if 2 in numbers.values() else 1
+            assert recovered.recoverables["number"].number == expected
+        assert len(seen) >= 3
+
+    def test_a_replacement_interrupted_between_its_renames_is_undone(self, tmp_path, caplog):
+        """The old one is brought back, and said so."""
+        caplog.set_level("INFO")
+        checkpointer_of(tmp_path, 1).save_checkpoint(name="a")
+        (tmp_path / "CKPT+a").rename(tmp_path / f".replaced+{'0' * 32}+CKPT+a")
+        (tmp_path / f".staging+{'0' * 32}").mkdir()
+        checkpointer = checkpointer_of(tmp_path)
+        assert whole_numbers(tmp_path) == {"CKPT+a": 1}
+        assert leftovers(tmp_path) == []
+        assert "brought back" in caplog.text and "CKPT+a" in caplog.text
+        checkpointer.recover_if_possible()
+        assert checkpointer.recoverables["number"].number == 1
+
+    def test_a_replacement_that_was_done_is_not_undone(self, tmp_path):
+        """Only the rest of the old one goes."""
+        checkpointer_of(tmp_path, 2).save_checkpoint(name="a")
+        checkpointer_of(tmp_path / "other", 1).save_checkpoint(name="a")
+        (tmp_path / "other" / "CKPT+a").rename(tmp_path / f".replaced+{'0' * 32}+CKPT+a")
+        assert whole_numbers(tmp_path / ".") == {"CKPT+a": 2}
+
+    def test_a_removal_interrupted_after_its_rename_is_finished(self, tmp_path):
+        """What is being removed is no checkpoint, whatever it still holds."""
+        saved = checkpointer_of(tmp_path, 1).save_checkpoint(name="a")
+        checkpointer_of(tmp_path, 2).save_checkpoint(name="b")
+        saved.path.rename(tmp_path / f".removed+{'0' * 32}+CKPT+a")
+        assert [c.path.name for c in checkpointer_of(tmp_path).list_checkpoints()] == ["CKPT+b"]
+        assert leftovers(tmp_path) == []
+
+    def test_sweeping_touches_nothing_else(self, tmp_path):
+        """Files of those names, links, and whatever else starts with a dot."""
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (outside / "mine").write_text("mine")
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / ".staging+file").write_text("mine")
+        (run / ".removed+link").symlink_to(outside)
+        (run / ".git").mkdir()
+        (run / ".removed+1+CKPT+x").mkdir()
+        (run / ".removed+1+CKPT+x" / "link").symlink_to(outside)
+        checkpointer_of(run)
+        assert leftovers(run) == [".git", ".removed+link", ".staging+file"]
+        assert os.listdir(outside) == ["mine"]
+
+    def test_without_locks_only_what_is_old_is_swept(self, tmp_path, monkeypatch):
+        """On a filesystem that has none nobody can tell whether a save is still running."""
+
+        def no_locks(descriptor, operation):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(_layout.fcntl, "flock", no_locks)
+        for name in ("young", "old"):
+            (tmp_path / f".staging+{name}").mkdir()
+        yesterday = time.time() - 25 * 3600
+        os.utime(tmp_path / ".staging+old", (yesterday, yesterday))
+        checkpointer = checkpointer_of(tmp_path, 1)
+        assert leftovers(tmp_path) == [".staging+young"]
+        assert checkpointer.save_checkpoint() in checkpointer.list_checkpoints()
+
+
+def save_and_stop(folder, how):
+    """In a child: begin a save; inside its hook die, or stay for long."""
+
+    def stop(path):
+        path.write_text("half")
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+    checkpointer = checkpointer_of(folder, 2)
+    checkpointer.add_recoverable("hooked", object(), custom_save_hook=Hooked(stop))
+    checkpointer.save_and_keep_only(name="second", num_to_keep=1)
+
+
+def save_and_prune(folder, log, first):
+    """In a child: save and prune as fast as it can; log what was reported saved."""
+    checkpointer = checkpointer_of(folder)
+    with Path(log).open("a", buffering=1) as lines:
+        for number in range(first, first + 100_000):
+            checkpointer.recoverables["number"].number = number
+            # Every third replaces a checkpoint of its own name, which retention leaves alone.
+            name = "named" if number % 3 == 0 else None
+            checkpointer.save_and_keep_only(
+                {"number": number},
+                name=name,
+                num_to_keep=2,
+                ckpt_predicate=lambda ckpt: ckpt.path.name != "CKPT+named",
+            )
+            lines.write(f"{number} {name}\n")
+
+
+@pytest.fixture
+def start():
+    """A function that starts a child; every child is ended at the end."""
+    children = []
+
+    def start_child(function, *args):
+        child = context.Process(target=function, args=args)
+        child.start()
+        children.append(child)
+        return child
+
+    yield start_child
+    for child in children:
+        child.kill()
+        child.join()
+
+
+class TestKilledProcesses:
+    """Processes that really die."""
+
+    def test_one_killed_inside_a_hook_leaves_no_trace_after_the_next_start(self, tmp_path, start):
+        """Earlier checkpoints are whole, nothing new is visible, the staging folder is swept."""
+        checkpointer_of(tmp_path, 1).save_checkpoint(name="first")
+        child = start(save_and_stop, tmp_path, "die")
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+        (left,) = leftovers(tmp_path)
+        assert left.startswith(".staging+")
+        assert visible(tmp_path) == ["CKPT+first"]
+        assert whole_numbers(tmp_path) == {"CKPT+first": 1}
+        assert leftovers(tmp_path) == []
+
+    def test_the_folder_of_a_living_process_is_left_alone_until_it_dies(self, tmp_path, start):
+        """Another process starts, saves and prunes meanwhile."""
+        checkpointer_of(tmp_path, 1).save_checkpoint(name="first")
+        child = start(save_and_stop, tmp_path, "stay")
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".staging+*/hooked.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        (left,) = leftovers(tmp_path)
+        checkpointer = checkpointer_of(tmp_path, 3)
+        checkpointer.save_and_keep_only(name="third")
+        assert leftovers(tmp_path) == [left]
+        assert (tmp_path / left / "number.ckpt").is_file()
+        child.kill()
+        child.join()
+        assert whole_numbers(tmp_path) == {"CKPT+third": 3}
+        assert leftovers(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        "kills", [15, pytest.param(200, marks=pytest.mark.slow)], ids=["15", "200"]
+    )
+    def test_whatever_instant_it_is_killed_at_nothing_reported_saved_is_lost(
+        self, tmp_path, start, kills
+    ):
+        """Each start goes on where the killed one was; every checkpoint found is whole."""
+        chance = random.Random(5)
+        folder, log = tmp_path / "run", tmp_path / "log"
+        folder.mkdir()
+        log.touch()
+        first = 0
+        for _ in range(kills):
+            child = start(save_and_prune, folder, log, first)
+            size = log.stat().st_size
+            deadline = time.monotonic() + 60
+            while log.stat().st_size == size and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.05))
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+            reported = [line.split() for line in log.read_text().splitlines()]
+            numbers = whole_numbers(folder)
+            last = int(reported[-1][0])
+            # One more may have been published than was reported.
+            assert max(numbers.values()) in (last, last + 1)
+            named = [int(number) for number, name in reported if name == "named"]
+            assert not named or numbers["CKPT+named"] in (named[-1], last + 1)
+            others = {number for name, number in numbers.items() if name != "CKPT+named"}
+            unnamed = [int(number) for number, name in reported if name == "None"]
+            assert set(unnamed[-1:]) <= others
+            # The two that are kept, and one that it did not come to prune.
+            assert len(others) <= 3
+            assert leftovers(folder) == []
+            first = last + 1
+        assert first > kills
