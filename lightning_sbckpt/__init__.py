@@ -1,7 +1,7 @@
 """SpeechBrain's checkpointing for PyTorch and Lightning, exact and crash-safe.
 
 The core (`Checkpointer` and what is beside it) needs torch alone. `SBCheckpoint`, the Lightning
-callback, is imported when it is first asked for, and Lightning with it.
+callback, and `assert_resume_exact` are imported when first asked for, and Lightning with them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lightning_sbckpt.transfer import Pretrainer
 
 if TYPE_CHECKING:
     from lightning_sbckpt.plugin.callback import SBCheckpoint
+    from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
 __all__ = [
     "DEFAULT_LOAD_HOOKS",
@@ -41,6 +42,7 @@ __all__ = [
     "Pretrainer",
     "SBCheckpoint",
     "SBCheckpointError",
+    "assert_resume_exact",
     "average_checkpoints",
     "average_state_dicts",
     "ckpt_recency",
@@ -63,4 +65,8 @@ def __getattr__(name: str) -> object:
         from lightning_sbckpt.plugin.callback import SBCheckpoint
 
         return SBCheckpoint
+    if name == "assert_resume_exact":
+        from lightning_sbckpt.plugin.selftest import assert_resume_exact
+
+        return assert_resume_exact
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

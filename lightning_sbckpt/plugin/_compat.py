@@ -9,6 +9,7 @@ the package may.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core import saving
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.strategies import Strategy
 from torchmetrics import Metric
 
@@ -358,6 +360,10 @@ class LoopResumption:
         self._undo: list[Undo] = []
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         self._max_steps = epoch_loop.max_steps
+        # Lightning skips the sanity check of a run that resumes within an epoch; between two it
+        # would run one, over loaders that are not yet where they were.
+        self._sanity_steps = trainer.num_sanity_val_steps
+        trainer.num_sanity_val_steps = 0
         for loop, key in (
             (fit_loop, "train_reload_epoch"),
             (epoch_loop.val_loop, "val_reload_epoch"),
@@ -377,6 +383,7 @@ class LoopResumption:
     def cancel(self) -> None:
         """Leave the loops as Lightning made them."""
         self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+        self._trainer.num_sanity_val_steps = self._sanity_steps
         while self._undo:
             self._undo.pop()()
 
@@ -410,11 +417,18 @@ class LoopResumption:
         fit_loop = cast("Any", self._trainer.fit_loop)
         self.cancel()
         self._before_batches()
+        # A fetcher of loaders without length takes a batch at once, but only after several loaders
+        # in turn know which of them had already come to their end.
+        ahead, data_fetcher.prefetch_batches = getattr(data_fetcher, "prefetch_batches", 0), 0
         iter(data_fetcher)
+        data_fetcher.prefetch_batches = ahead
         iterator = fit_loop._combined_loader._iterator
         iterator._idx = self._extra["combined_index"]
         if self._extra["combined_consumed"]:
             iterator._consumed = list(self._extra["combined_consumed"])
+        if ahead and data_fetcher.length is None:
+            with suppress(StopIteration):
+                data_fetcher.batches += [_DataFetcher.__next__(data_fetcher) for _ in range(ahead)]
         # While "restarting", no release makes the loaders' iterators anew in here.
         fit_loop.epoch_loop._restarting = True
         original(data_fetcher)

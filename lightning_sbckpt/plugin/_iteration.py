@@ -52,12 +52,10 @@ class Iteration:
         self.order = order
         self.yielded: int = 0
         self.ended = False
-        self.cycled = False
         self.ready: deque[object] = deque()
         self.keeps_batch = False
         self.last: object = None
         self.on_first: list[Callable[[Iteration], None]] = []
-        self.on_end: Callable[[Iteration], None] | None = None
         self._before_next = before_next
         self._is_watched = True
 
@@ -110,8 +108,6 @@ class Iteration:
 
     def _end(self) -> None:
         self.ended = True
-        if self.on_end is not None:
-            self.on_end(self)
 
 
 class Closed:

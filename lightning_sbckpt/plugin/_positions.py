@@ -208,7 +208,6 @@ class LoaderPosition:
             "yielded": count,
             "prefetched": prefetched,
             "ended": iteration.ended,
-            "cycled": iteration.cycled,
             "log": None if iteration.log is None else iteration.log.state(),
             "order": _order_state(iteration.order, count),
             "workers": to_tensors(getattr(inner, "worker_states", {})),

@@ -15,7 +15,6 @@ from typing import Any, SupportsIndex
 from weakref import ref
 
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
-from lightning_sbckpt.plugin._iteration import Iteration
 from lightning_sbckpt.plugin._positions import LoaderPosition
 from lightning_sbckpt.plugin._sampling import samplers_in
 from lightning_sbckpt.rng import isolated_rng
@@ -145,7 +144,6 @@ class LoaderTracker:
         self._saved_counts: dict[str, int] = {}
         self._notes: list[str] = []
         self._undo: Callable[[], None] | None = None
-        self._events: tuple[object, object] = (None, None)
         self.is_holding = False
         self.is_mid_epoch = False
 
@@ -310,9 +308,6 @@ class LoaderTracker:
             track.position.describe()["length"] is None for track in group
         )
 
-    def _note(self, event: object) -> None:
-        self._events = (self._events[1], event)
-
 
 class _Track:
     """What one `TrackedLoader` shares with its tracker.
@@ -328,7 +323,6 @@ class _Track:
         self.stage = stage
         self.index = index
         self.position = position
-        self._has_told_end = False
 
     @property
     def tracker(self) -> LoaderTracker:
@@ -354,19 +348,12 @@ class _Track:
         keeps_last = tracker._keeps_last(self.stage)
         place = None if pending is None else pending["iteration"]
         if pending is not None and place and tracker.is_mid_epoch and self.stage == "train":
-            if place["cycled"] and not self._has_told_end:
-                # It had ended once in this epoch already, and who cycles it has to hear so.
-                self._has_told_end = True
-                tracker._pending[self.key] = pending
-                return iter(())
             iteration = position.resume(pending, keeps_last=keeps_last)
-            iteration.cycled = place["cycled"]
         else:
             if pending is not None:
                 position.prepare_epoch(pending)
             iteration = position.begin(keeps_last=keeps_last)
         self._take_notes()
-        self._listen(iteration)
         return iteration
 
     def state_dict(self) -> Mapping[str, object]:
@@ -387,27 +374,6 @@ class _Track:
     def _take_notes(self) -> None:
         notes, self.position.notes = self.position.notes, []
         self.tracker._notes += [f"{self.name}: {note}." for note in notes]
-
-    def _listen(self, iteration: Iteration) -> None:
-        reference, key = self._tracker, self.key
-        ended_before = self.tracker._events[1] == ("end", key)
-        self.tracker._note(("iter", key))
-
-        def on_end(_: Iteration) -> None:
-            if (tracker := reference()) is not None:
-                tracker._note(("end", key))
-
-        def on_first(iteration: Iteration) -> None:
-            # A shorter loader of several is begun again and drawn from at once; a new epoch
-            # begins all of them before the first batch.
-            tracker = reference()
-            if tracker is None or len(tracker._groups[key[0]]) == 1:
-                return
-            if ended_before and tracker._events[1] == ("iter", key):
-                iteration.cycled = True
-
-        iteration.on_end = on_end
-        iteration.on_first.append(on_first)
 
 
 def _itself(loader: object) -> object:

@@ -272,6 +272,12 @@ def several_loaders():
     return {"a": long, "b": short}
 
 
+def several_streams():
+    """Return two iterables, the shorter one without a length and with a generator of its own."""
+    short = DataLoader(Numbers(length=3 * BATCH), BATCH, shuffle=True, generator=torch.Generator())
+    return {"a": train_loader(dataset=Stream(False)), "b": short}
+
+
 class TwoLoaders(Model):
     """Takes a batch from each of two loaders."""
 
@@ -368,6 +374,9 @@ CELLS: dict[str, Callable] = {
         make, loader=partial(stateful_loader, num_workers=2), checkpoint=BY_STEP
     ),
     "several loaders": partial(make, model=TwoLoaders, loader=several_loaders, checkpoint=BY_STEP),
+    "several loaders, one unsized": partial(
+        make, model=TwoLoaders, loader=several_streams, checkpoint=BY_STEP
+    ),
     "limit_train_batches as int": partial(
         make, trainer={"limit_train_batches": 7}, checkpoint=BY_STEP
     ),
@@ -414,7 +423,43 @@ CELLS: dict[str, Callable] = {
     ),
 }
 
-FEWER_BATCHES = {
+MORE_POINTS = {
+    "base": (*POINTS, "on_sanity_check_start:1", "on_validation_start:2", "on_validation_end:3"),
+    "gradient accumulation": (*POINTS, "on_train_batch_end:6", "on_validation_start:3"),
+    "val_check_interval in steps": (*POINTS, "on_validation_start:3", "on_validation_end:4"),
+}
+FEWER_POINTS = {
     "no validation": POINTS[:3],
     "overfit_batches": ("on_train_batch_start:3", "on_train_batch_start:7", "on_train_epoch_end:2"),
 }
+
+CORE = (
+    "base",
+    "saved at every step",
+    "augmentation",
+    "workers",
+    "unsized iterable",
+    "val_check_interval 0.25",
+    "plateau scheduler",
+    "gradient accumulation",
+    "early stopping",
+    "finetuning",
+    "two optimizers by hand",
+    "max_steps",
+)
+"""The share that is tried with every release of Lightning."""
+
+
+def points_of(name: str) -> tuple:
+    """Return where a cell is killed."""
+    return MORE_POINTS.get(name) or FEWER_POINTS.get(name) or POINTS
+
+
+class Cell:
+    """A cell by name, so that it reaches the other process whatever it is made of."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, dirpath):
+        return CELLS[self.name](dirpath)

@@ -1,25 +1,33 @@
-"""A killed run ends with the bits of one that was not."""
+"""A killed run ends with the bits of one that was not.
+
+A seeded share of the cells runs with every `pytest`, all of them with `pytest -m "slow or not slow"
+tests/plugin/test_exact_resume.py`. docs/generate_exact_resume.py writes down what it finds.
+"""
 
 from __future__ import annotations
+
+import random
 
 import exact_cells
 import pytest
 
 from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
-
-class Cell:
-    """A cell by name, so that it reaches the other process whatever it is made of."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, dirpath):
-        return exact_cells.CELLS[self.name](dirpath)
+SHARE = {"base", *random.Random(20).sample(sorted(exact_cells.CELLS), 11)}
 
 
-@pytest.mark.parametrize("name", exact_cells.CELLS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SHARE else pytest.mark.slow)
+        for name in exact_cells.CELLS
+    ],
+)
 def test_a_killed_run_ends_with_the_same_bits(name):
     """Killed at batches of two epochs, twice in one, in validation and at an epoch's end."""
-    points = exact_cells.FEWER_BATCHES.get(name, exact_cells.POINTS)
-    assert_resume_exact(Cell(name), points, timeout=120)
+    assert_resume_exact(exact_cells.Cell(name), exact_cells.points_of(name), timeout=300)
+
+
+def test_the_share_is_what_it_seems():
+    """Every name in it is that of a cell."""
+    assert set(exact_cells.CELLS) >= {*SHARE, *exact_cells.CORE, *exact_cells.MORE_POINTS}

@@ -45,7 +45,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lightning_sbckpt._streams import streams
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
-from lightning_sbckpt.plugin import _iteration, _loader_workers, _positions, _sampling
+from lightning_sbckpt.plugin import _loader_workers, _positions, _sampling
 from lightning_sbckpt.plugin.loaders import LoaderTracker, TrackedLoader
 from lightning_sbckpt.rng import capture_rng, restore_rng
 
@@ -641,11 +641,6 @@ MECHANISMS = {
         (_loader_workers.WatchedIterable, "__iter__", lambda self: iter(self.watched)),
         WORKER_LOADERS["persistent, iterable"],
         MID,
-    ),
-    "a loader that had ended once": (
-        (_iteration.Iteration, "cycled", property(lambda self: False, lambda self, value: None)),
-        LOADERS["cycle of two without length"],
-        (Stop(0, 6),),
     ),
 }
 

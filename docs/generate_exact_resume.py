@@ -1,0 +1,104 @@
+"""Measure what resumes exactly, and write the table of `docs/exact-resume.md`.
+
+    python docs/generate_exact_resume.py                    with the Lightning that is installed
+    python docs/generate_exact_resume.py 2.4.0 2.5.0 2.6.6  and with these, a core share of the cells
+
+Each cell is a run of `tests/plugin/exact_cells.py` that is killed by SIGKILL at each of its points,
+started again, and compared bit for bit with one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "exact-resume.md"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+sys.path.insert(0, str(HERE.parent / "tests" / "plugin"))
+
+
+def measure(names: list[str]) -> dict[str, str]:
+    """Return the verdict on each cell, with the Lightning that this process imports."""
+    import exact_cells
+
+    from lightning_sbckpt.plugin.selftest import run_selftest
+
+    verdicts = {}
+    for name in names:
+        try:
+            report = run_selftest(exact_cells.Cell(name), exact_cells.points_of(name), timeout=300)
+        except RuntimeError as error:
+            verdicts[name] = f"not run: {str(error).strip().splitlines()[-1][:80]}"
+        else:
+            verdicts[name] = f"exact, {len(report.rows)} of {len(report.rows)} kills"
+            if not report.exact:
+                differing = sum(bool(row.differences) for row in report.rows)
+                verdicts[name] = f"differs after {differing} of {len(report.rows)} kills"
+        print(f"{name}: {verdicts[name]}", file=sys.stderr, flush=True)
+    return verdicts
+
+
+def measure_release(release: str) -> dict[str, str]:
+    """Return the verdicts on the core share with another release of Lightning."""
+    with tempfile.TemporaryDirectory() as folder:
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", folder, f"lightning=={release}"], check=True)
+        measured = subprocess.run(
+            [sys.executable, __file__, "--measure"],
+            env={**os.environ, "PYTHONPATH": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    verdicts: dict[str, str] = json.loads(measured.stdout.splitlines()[-1])
+    return verdicts
+
+
+def table(columns: dict[str, dict[str, str]]) -> str:
+    """Return a Markdown table, a row for each cell and a column for each release."""
+    cells = list(dict.fromkeys(name for verdicts in columns.values() for name in verdicts))
+    lines = [
+        "| run | " + " | ".join(f"Lightning {release}" for release in columns) + " |",
+        "| --- | " + " | ".join("---" for _ in columns) + " |",
+    ]
+    for cell in cells:
+        verdicts = (verdicts.get(cell, "") for verdicts in columns.values())
+        lines.append(f"| {cell} | " + " | ".join(verdicts) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("releases", nargs="*", help="further releases of Lightning")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    import exact_cells
+
+    if arguments.measure:
+        print(json.dumps(measure(list(exact_cells.CORE))))
+        return
+    columns = {version("lightning"): measure(list(exact_cells.CELLS))}
+    for release in arguments.releases:
+        if release not in columns:
+            columns[release] = measure_release(release)
+    versions = ", ".join(
+        [f"Python {platform.python_version()}"]
+        + [f"{name} {version(name)}" for name in ("torch", "torchmetrics", "numpy", "torchdata")]
+    )
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    body = f"{BEGIN}\nMeasured with {versions}, on {platform.machine()} CPUs.\n\n{table(columns)}\n{END}"
+    PAGE.write_text(f"{head}{body}{tail}")
+
+
+if __name__ == "__main__":
+    main()
