@@ -46,6 +46,29 @@ def capture(trainer: Trainer, tracker: LoaderTracker, *, within_epoch: bool) -> 
     return state
 
 
+def weak_points(device: torch.device, *, deterministic: bool) -> list[str]:
+    """Return what of the hardware keeps a resumed run from being exact, a sentence each.
+
+    Args:
+        device: Where the model trains.
+        deterministic: Whether torch was told to use deterministic kernels only.
+
+    Example:
+        >>> weak_points(torch.device("cpu"), deterministic=False)
+        []
+        >>> weak_points(torch.device("cuda"), deterministic=False)
+        ['kernels on cuda may be nondeterministic, ...']
+    """
+    if device.type == "cpu" or deterministic:
+        return []
+    sentence = (
+        f"kernels on {device.type} may be nondeterministic, so a resumed run may differ in the last "
+        "bits, as two runs that were never stopped do: pass Trainer(deterministic=True) if it must "
+        "not"
+    )
+    return [sentence]
+
+
 def modes(module: LightningModule) -> dict[str, list[str]]:
     """Return what is frozen, in evaluation mode, or keeps no running statistics, by name.
 

@@ -31,6 +31,8 @@ __all__ = ["KillPoint", "SelftestReport", "assert_resume_exact", "run_selftest"]
 Factory = Callable[[Path], Sequence[Any]]
 """`factory(dirpath)` returns a Trainer with an `SBCheckpoint(dirpath)`, a module, and its data."""
 
+_BY_UP_TO = " differing by up to "
+
 DEFAULT_KILL_POINTS = (
     "on_train_batch_start:2",
     "on_train_batch_end:4",
@@ -104,6 +106,9 @@ class SelftestReport:
         for row in self.rows:
             first = row.differences[0] if row.differences else "every bit agrees"
             more = f" (and {len(row.differences) - 1} more)" if len(row.differences) > 1 else ""
+            # The first to differ says when; the first tensor to differ says which, and how far.
+            far = next((line for line in row.differences[1:] if _BY_UP_TO in line), None)
+            more += f", ends with {far}" if far else ""
             verdict = "DIFFERS  " if row.differences else "exact    "
             lines.append(f"{row.kills:<{width}}  {verdict}{first}{more}; {row.resumed}")
         return "\n".join(lines)
@@ -426,7 +431,7 @@ def _state_differences(expected: Any, actual: Any, where: str) -> list[str]:
         if torch.equal(expected, actual) or _same_bits(expected, actual):
             return []
         distance = (expected.double() - actual.double()).abs().max().item()
-        return [f"{where} differs by up to {distance:.3g}"]
+        return [f"{where}{_BY_UP_TO}{distance:.3g}"]
     if isinstance(expected, Mapping) and isinstance(actual, Mapping):
         found = [
             f"{where}[{key!r}] is only in one of the runs"

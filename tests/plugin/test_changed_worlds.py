@@ -147,6 +147,30 @@ def test_a_compiled_module_takes_the_weights_of_one_that_was_not(tmp_path):
     assert torch.equal(module.state_dict()["body._orig_mod.0.weight"], before["body.0.weight"])
 
 
+def test_adapters_alone_are_saved_and_resumed(tmp_path):
+    """A frozen backbone that the module leaves out of its checkpoint comes from the module again."""
+
+    class Adapted(exact_cells.Model):
+        strict_loading = False
+
+        def __init__(self):
+            super().__init__("none")
+            self.body.requires_grad_(False)
+
+        def on_save_checkpoint(self, checkpoint):
+            for key in [key for key in checkpoint["state_dict"] if key.startswith("body.")]:
+                del checkpoint["state_dict"][key]
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.head.parameters(), lr=0.01)
+
+    trainer, module = fit(tmp_path, Adapted)
+    assert sorted(saved_weights(trainer)) == ["head.bias", "head.weight"]
+    head, body = module.head.weight.clone(), module.body[0].weight.clone()
+    _, again = fit(tmp_path, Adapted, epochs=1)
+    assert torch.equal(again.head.weight, head) and torch.equal(again.body[0].weight, body)
+
+
 def test_a_part_is_left_out_by_its_name(tmp_path):
     """Random states, callbacks, whatever has a file can be skipped, and the report says so."""
     fit(tmp_path)

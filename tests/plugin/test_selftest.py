@@ -76,10 +76,13 @@ def test_what_differs_first_is_named_with_how_far(tmp_path):
         assert_resume_exact(forgetful, ["on_train_batch_start:5"])
     message = str(caught.value)
     assert "DIFFERS" in message and "weights differ after batch 3 of epoch 0" in message
+    assert (
+        "ends with ['at the end of training']['weights']['body.0.weight'] differing by" in message
+    )
     report = run_selftest(forgetful, ["on_train_batch_start:5"])
     told = report.rows[0].differences
     assert any("logged at step" in line and "instead of" in line for line in told)
-    assert any("differs by up to" in line for line in told)
+    assert any("differing by up to" in line for line in told)
 
 
 def test_what_its_hooks_save_comes_back(tmp_path):
