@@ -337,6 +337,11 @@ def early_stopping() -> list:
     return [EarlyStopping("val_loss", patience=0, min_delta=0.05)]
 
 
+def patient() -> list:
+    """Return a stopper that leaves the second epoch its chance, however often is validated."""
+    return [EarlyStopping("val_loss", patience=9)]
+
+
 BY_STEP = {"every_n_train_steps": 3}
 POINTS = (
     "on_train_batch_start:5",
@@ -422,6 +427,72 @@ CELLS: dict[str, Callable] = {
         make, trainer={"max_time": {"hours": 1}, "max_epochs": 2}, checkpoint=BY_STEP
     ),
 }
+
+# The cells above change one thing each. These are drawn, with a fixed seed, from all their products.
+DRAWN_LOADERS = {
+    "augmentation": partial(train_loader, noise=True),
+    "workers": partial(train_loader, noise=True, num_workers=2),
+    "persistent workers": partial(train_loader, noise=True, num_workers=2, persistent_workers=True),
+    "seeded generator": seeded_loader,
+    "own sampler": partial(sampled, Shuffled),
+    "sized iterable": lambda: train_loader(dataset=Stream(True)),
+    "stateful loader": stateful_loader,
+}
+DRAWN_MODELS = {
+    "step scheduler": Model,
+    "epoch scheduler": partial(Model, "epoch"),
+    "plateau scheduler": partial(Model, "plateau"),
+    "plateau scheduler by step": partial(Model, "plateau-step"),
+}
+DRAWN_TRAINERS = {
+    "accumulation": {"accumulate_grad_batches": 3},
+    "val_check_interval 0.25": {"val_check_interval": 0.25},
+    "accumulation, val_check_interval 0.25": {
+        "accumulate_grad_batches": 3,
+        "val_check_interval": 0.25,
+    },
+    "bf16, clipping": {"precision": "bf16-mixed", "gradient_clip_val": 0.1},
+    "check_val_every_n_epoch 2": {"check_val_every_n_epoch": 2, "max_epochs": 4},
+    "limited batches": {"limit_train_batches": 7},
+}
+DRAWN_CALLBACKS = {"no callback": list, "weight averaging": ema, "patience": patient}
+DRAWN_CHECKPOINTS = {
+    "by step": BY_STEP,
+    "at validation": {},
+    "by the clock": {"train_time_interval": timedelta(microseconds=1)},
+}
+
+
+def drawn(count: int, seed: int) -> dict[str, Callable]:
+    """Return so many cells that change one thing of each kind."""
+    draw = random.Random(seed)
+    cells = {}
+    while len(cells) < count:
+        choices = [
+            draw.choice(sorted(kind))
+            for kind in (
+                DRAWN_LOADERS,
+                DRAWN_MODELS,
+                DRAWN_TRAINERS,
+                DRAWN_CALLBACKS,
+                DRAWN_CHECKPOINTS,
+            )
+        ]
+        loader, model, trainer, callbacks, checkpoint = choices
+        if "check_val" in trainer and (model == "plateau scheduler" or "patience" in callbacks):
+            continue  # Both want a validation in every epoch.
+        cells["drawn: " + ", ".join(choices)] = partial(
+            make,
+            loader=DRAWN_LOADERS[loader],
+            model=DRAWN_MODELS[model],
+            trainer=DRAWN_TRAINERS[trainer],
+            callbacks=DRAWN_CALLBACKS[callbacks],
+            checkpoint=DRAWN_CHECKPOINTS[checkpoint],
+        )
+    return cells
+
+
+CELLS.update(drawn(16, seed=5))
 
 MORE_POINTS = {
     "base": (*POINTS, "on_sanity_check_start:1", "on_validation_start:2", "on_validation_end:3"),
