@@ -244,10 +244,7 @@ class SBCheckpoint(LightningCheckpoint):
         """Tell at the first fit, not after the crash, what will not resume exactly."""
         began_anew = self._run is not None and self._run.resumed_from is None
         if self._tracker is not None and began_anew:
-            kernels = exact.weak_points(
-                trainer.strategy.root_device,
-                deterministic=torch.are_deterministic_algorithms_enabled(),
-            )
+            kernels = exact.weak_points(trainer.strategy.root_device)
             for sentence in [*self._tracker.warnings(), *kernels]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
 

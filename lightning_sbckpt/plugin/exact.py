@@ -46,20 +46,19 @@ def capture(trainer: Trainer, tracker: LoaderTracker, *, within_epoch: bool) -> 
     return state
 
 
-def weak_points(device: torch.device, *, deterministic: bool) -> list[str]:
+def weak_points(device: torch.device) -> list[str]:
     """Return what of the hardware keeps a resumed run from being exact, a sentence each.
 
     Args:
         device: Where the model trains.
-        deterministic: Whether torch was told to use deterministic kernels only.
 
     Example:
-        >>> weak_points(torch.device("cpu"), deterministic=False)
+        >>> weak_points(torch.device("cpu"))
         []
-        >>> weak_points(torch.device("cuda"), deterministic=False)
+        >>> weak_points(torch.device("cuda"))
         ['kernels on cuda may be nondeterministic, ...']
     """
-    if device.type == "cpu" or deterministic:
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
         return []
     sentence = (
         f"kernels on {device.type} may be nondeterministic, so a resumed run may differ in the last "

@@ -199,6 +199,7 @@ class Resumption:
         exact.restore_modes(self._trainer.lightning_module, modes)
         self.report.skipped += exact.restore(self._trainer, self._state)
         self.report.notes += self._tracker.report()
+        self.report.notes += exact.weak_points(self._trainer.strategy.root_device)
         self._done(self.report)
 
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt.errors import DamagedCheckpointError
+from lightning_sbckpt.plugin import exact
 
 ALL = {"num_to_keep": 99}
 
@@ -463,3 +464,26 @@ class TestReport:
         report = fit(tmp_path).callback.resume_report
         assert "extra" not in report.restored
         assert [text.partition(" ")[0] for text in report.skipped] == ["extra"]
+
+    def test_what_will_not_resume_exactly_is_told_at_the_first_fit_and_again_at_the_resume(
+        self, tmp_path, monkeypatch
+    ):
+        """Not after the crash: here, a device with kernels that may be nondeterministic."""
+        of_device = exact.weak_points
+        monkeypatch.setattr(exact, "weak_points", lambda device: of_device(torch.device("cuda")))
+        once, twice = {"trainer": {"max_epochs": 1}}, {"trainer": {"max_epochs": 2}}
+        with pytest.warns(UserWarning, match=r"kernels on cuda may be nondeterministic"):
+            fit(tmp_path, **once)
+        notes = fit(tmp_path, **twice).callback.resume_report.notes
+        assert any("kernels on cuda may be nondeterministic" in note for note in notes)
+
+    def test_another_number_of_ranks_is_named_and_the_run_goes_on(self, tmp_path):
+        """Every rank has random states and a position of its own, which others can't take."""
+        fit(tmp_path, trainer={"max_epochs": 1})
+        path = newest(tmp_path).path / "rng.ckpt"
+        state = torch.load(path, weights_only=True)
+        torch.save({"ranks": state["ranks"] * 2}, path)
+        (path.parent / "MANIFEST.yaml").unlink()
+        report = fit(tmp_path, trainer={"max_epochs": 2}).callback.resume_report
+        (told,) = [line for line in report.skipped if line.startswith("rng")]
+        assert "saved by 2 ranks, this run has 1" in told and "not bit for bit" in told
