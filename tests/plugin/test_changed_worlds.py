@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import exact_cells
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -145,6 +146,9 @@ def test_a_compiled_module_takes_the_weights_of_one_that_was_not(tmp_path):
     _, module = fit(tmp_path, Compiled, epochs=1)
     assert "body._orig_mod.0.weight" in module.state_dict()
     assert torch.equal(module.state_dict()["body._orig_mod.0.weight"], before["body.0.weight"])
+    trained = saved_weights(fit(tmp_path, Compiled, epochs=2)[0])
+    _, plain = fit(tmp_path, epochs=2)
+    assert torch.equal(plain.body[0].weight, trained["body._orig_mod.0.weight"])
 
 
 def test_adapters_alone_are_saved_and_resumed(tmp_path):
@@ -178,6 +182,37 @@ def test_a_part_is_left_out_by_its_name(tmp_path):
     report = trainer.checkpoint_callback.resume_report
     assert "rng (asked for by skip)" in report.skipped
     assert "rng" not in report.restored and "model" in report.restored
+
+
+class Counting(L.Callback):
+    """Counts epochs, and keeps the count in the checkpoint."""
+
+    def __init__(self):
+        self.epochs = 0
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.epochs += 1
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict):
+        self.epochs = state_dict["epochs"]
+
+
+@pytest.mark.parametrize(("skip", "counted"), [([], 2), (["callbacks"], 1)])
+def test_a_part_that_is_left_out_is_not_loaded(tmp_path, skip, counted):
+    """The report does not only say so."""
+    for epochs in (1, 2):
+        callback = Counting()
+        trainer, module, data = exact_cells.make(
+            tmp_path,
+            callbacks=lambda callback=callback: [callback],
+            trainer={"max_epochs": epochs},
+            checkpoint={"skip": skip},
+        )
+        trainer.fit(module, **data)
+    assert callback.epochs == counted
 
 
 def test_another_batch_size_goes_on_and_is_named_as_not_exact(tmp_path):
