@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lightning_sbckpt._state import load_state, save_state
+from lightning_sbckpt._reading import load_live_state, load_state
+from lightning_sbckpt._state import save_state
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.hooks import HookRegistry, default_registry
 from lightning_sbckpt.typing import Stateful
@@ -42,10 +43,19 @@ def torch_save(obj: Stateful, path: str | Path) -> None:
         >>> sorted(torch.load(file, weights_only=True))
         ['bias', 'weight']
     """
-    state = obj.state_dict()
-    if not state:
-        logger.warning("the state_dict of %s, saved in %s, is empty", type(obj).__name__, path)
+    state = _state_dict_of(obj)
+    warn_if_empty(state, type(obj).__name__, Path(path).name)
     save_state(state, Path(path))
+
+
+def warn_if_empty(state: object, kind: str, filename: str) -> None:
+    """Warn of a state without anything in it: what was to be saved is probably elsewhere."""
+    if isinstance(state, Mapping) and not state:
+        logger.warning("the state_dict of %s, saved in %s, is empty", kind, filename)
+
+
+def _state_dict_of(obj: Stateful) -> Mapping[str, object]:
+    return obj.state_dict()
 
 
 def torch_recovery(obj: Stateful, path: str | Path, end_of_epoch: bool) -> None:
@@ -71,7 +81,7 @@ def torch_recovery(obj: Stateful, path: str | Path, end_of_epoch: bool) -> None:
     """
     del end_of_epoch
     path = Path(path)
-    apply_state(obj, cast("Mapping[str, object]", load_state(path)), path)
+    apply_state(obj, load_live_state(obj, path), path)
 
 
 def apply_state(obj: Stateful, state: Mapping[str, object], path: Path) -> None:
@@ -105,7 +115,7 @@ def torch_parameter_transfer(obj: torch.nn.Module, path: str | Path) -> None:
         >>> torch_parameter_transfer(torch.nn.Linear(1, 1, bias=False), file)
     """
     path = Path(path)
-    state = cast("Mapping[str, object]", load_state(path))
+    state = load_live_state(obj, path)
     name = type(obj).__name__
     try:
         keys = obj.load_state_dict(state, strict=False)
@@ -122,6 +132,10 @@ def torch_parameter_transfer(obj: torch.nn.Module, path: str | Path) -> None:
 def save_generator(generator: torch.Generator, path: Path) -> None:
     """Save the state of a `torch.Generator`."""
     torch.save(generator.get_state(), path)
+
+
+def _generator_state(generator: torch.Generator) -> torch.Tensor:
+    return generator.get_state()
 
 
 def load_generator(generator: torch.Generator, path: Path, end_of_epoch: bool) -> None:
@@ -230,7 +244,11 @@ def _class_names(obj: object) -> set[str]:
 
 def save_metric(metric: Metric | MetricCollection, path: Path) -> None:
     """Save the live state of a metric."""
-    save_state({"live": metric_state(metric), "state_dict": metric.state_dict()}, path)
+    save_state(_whole_metric_state(metric), path)
+
+
+def _whole_metric_state(metric: Metric | MetricCollection) -> dict[str, object]:
+    return {"live": metric_state(metric), "state_dict": metric.state_dict()}
 
 
 def load_metric(metric: Metric | MetricCollection, path: Path, end_of_epoch: bool) -> None:
@@ -286,3 +304,11 @@ _register_builtin_hooks(default_registry)
 def has_state(obj: object) -> bool:
     """Return whether `torch_save` and `torch_recovery` can serve an object of no known class."""
     return all(callable(getattr(obj, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+STATE_OF: dict[Callable[..., object], Callable[[Any], object]] = {
+    torch_save: _state_dict_of,
+    save_generator: _generator_state,
+    save_metric: _whole_metric_state,
+}
+"""From save hooks that do nothing but save a state to functions that return it."""

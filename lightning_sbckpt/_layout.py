@@ -15,16 +15,18 @@ import fcntl
 import logging
 import os
 import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_sbckpt._state import PICKLED_SUFFIX
+from lightning_sbckpt._annotations import ANNOTATIONS_NAME, annotated
+from lightning_sbckpt._reading import PICKLED_SUFFIX
 from lightning_sbckpt._storage import LocalStorage
 from lightning_sbckpt.errors import CheckpointNameError, CheckpointNotFoundError, MetaError
-from lightning_sbckpt.meta import Checkpoint, read_meta
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency, read_meta
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -125,11 +127,12 @@ def publish(staged: Path, target: Path, storage: LocalStorage, *, replace: bool)
     if replaced is not None:
         # The new one is durable, so the save did not fail; the rest is swept at the next start.
         with suppress(OSError):
-            storage.remove_tree(replaced)
+            # Renamed before the first file goes: half of it must never look like what to bring back.
+            storage.remove_tree(_give_up(replaced, name=target.name, storage=storage))
 
 
-def remove(folder: Path, storage: LocalStorage) -> None:
-    """Remove a checkpoint: it is none from the first step on.
+def unpublish(folder: Path, storage: LocalStorage) -> Path:
+    """Make a checkpoint none, durably, and return where its files are now: they may be removed.
 
     Raises:
         CheckpointNotFoundError: The folder is not a checkpoint; nothing is removed.
@@ -139,11 +142,15 @@ def remove(folder: Path, storage: LocalStorage) -> None:
             f"{folder} is not removed: it is no checkpoint (a folder named {CKPT_PREFIX}... with a "
             f"{META_NAME} in it)"
         )
-    removed = folder.with_name(f"{_REMOVED}{uuid.uuid4().hex}+{folder.name}")
+    return _give_up(folder, name=folder.name, storage=storage)
+
+
+def _give_up(folder: Path, *, name: str, storage: LocalStorage) -> Path:
+    removed = folder.with_name(f"{_REMOVED}{uuid.uuid4().hex}+{name[:50]}")
     storage.rename(folder, removed)
     # Durable before the files go: else a power cut could bring back the name without its files.
     storage.flush_dir(folder.parent)
-    storage.remove_tree(removed)
+    return removed
 
 
 def sweep(root: Path, storage: LocalStorage) -> None:
@@ -152,6 +159,8 @@ def sweep(root: Path, storage: LocalStorage) -> None:
         leftovers = [Path(entry.path) for entry in os.scandir(root) if _is_leftover(entry)]
     except OSError:
         return
+    # Of two that were set aside under one name the newer is brought back.
+    leftovers.sort(key=_time_of, reverse=True)
     for folder in leftovers:
         try:
             if folder.name.startswith(_REPLACED):
@@ -167,6 +176,13 @@ def sweep(root: Path, storage: LocalStorage) -> None:
             logger.info("cleared %s, left by an interrupted process", folder)
         except OSError as error:
             logger.debug("left %s where it is: %s", folder, error)
+
+
+def _time_of(folder: Path) -> float:
+    try:
+        return ckpt_recency(Checkpoint(folder, read_meta(folder / META_NAME), {}))
+    except (MetaError, OSError):
+        return float("-inf")
 
 
 def _is_leftover(entry: os.DirEntry[str]) -> bool:
@@ -194,22 +210,37 @@ def is_checkpoint(folder: Path) -> bool:
         folder.name.startswith(CKPT_PREFIX)
         and not folder.is_symlink()
         and folder.is_dir()
-        and (folder / META_NAME).is_file()
+        and _has_meta(folder)
     )
+
+
+def _has_meta(folder: str | Path) -> bool:
+    try:
+        # A link is none of ours: it may lead out of the folder.
+        return stat.S_ISREG(os.lstat(f"{folder}/{META_NAME}").st_mode)
+    except OSError:
+        return False
+
+
+def folder_names(root: Path) -> list[str]:
+    """Return the names of the folders in `root` that may be checkpoints, sorted.
+
+    Whether there is meta in them is not looked at.
+    """
+    try:
+        with os.scandir(root) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.name.startswith(CKPT_PREFIX) and entry.is_dir(follow_symlinks=False)
+            )
+    except FileNotFoundError:
+        return []
 
 
 def list_folders(root: Path) -> list[Path]:
     """Return the checkpoint folders in `root`, by name; a missing `root` has none."""
-    try:
-        with os.scandir(root) as entries:
-            candidates = [
-                Path(entry.path)
-                for entry in entries
-                if entry.name.startswith(CKPT_PREFIX) and entry.is_dir(follow_symlinks=False)
-            ]
-    except FileNotFoundError:
-        return []
-    return sorted(folder for folder in candidates if (folder / META_NAME).is_file())
+    return [root / name for name in folder_names(root) if _has_meta(root / name)]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -219,18 +250,32 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         CheckpointNotFoundError: There is no checkpoint there.
         MetaError: Its meta can't be read.
     """
+    meta, names = read_folder(folder)
+    return Checkpoint(folder, meta, {name: folder / f"{name}{PARAMFILE_EXT}" for name in names})
+
+
+def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
+    """Return the meta of a checkpoint folder, annotations over it, and its recoverables' names.
+
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint there.
+        MetaError: Its meta can't be read.
+    """
     try:
         meta = read_meta(folder / META_NAME)
-        paramfiles = {
-            name.removesuffix(PARAMFILE_EXT): folder / name
-            for name in sorted(os.listdir(folder))
-            # What only pickle can hold lies beside a recoverable's file and is no recoverable.
-            if name.endswith(PARAMFILE_EXT) and not name.endswith(PICKLED_SUFFIX + PARAMFILE_EXT)
-        }
+        present = sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(
             f"{folder} is not a checkpoint: it has no readable {META_NAME}"
         ) from error
     except OSError as error:
         raise MetaError(f"{folder / META_NAME} can't be read: {error.strerror or error}") from error
-    return Checkpoint(folder, meta, paramfiles)
+    if ANNOTATIONS_NAME in present:
+        meta = annotated(folder, meta)
+    # What only pickle can hold lies beside a recoverable's file and is no recoverable.
+    pickled = PICKLED_SUFFIX + PARAMFILE_EXT
+    return meta, [
+        name.removesuffix(PARAMFILE_EXT)
+        for name in present
+        if name.endswith(PARAMFILE_EXT) and not name.endswith(pickled)
+    ]

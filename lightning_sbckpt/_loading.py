@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_sbckpt._builtin_hooks import has_state, torch_recovery
 from lightning_sbckpt._layout import META_NAME
 from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._state import pickled_path, trusting_pickle
+from lightning_sbckpt._reading import pickled_path, trusting_pickle
 from lightning_sbckpt.errors import (
     DamagedCheckpointError,
     HookError,
@@ -37,23 +37,23 @@ class LoadOptions:
     trust_pickle: bool
 
 
-def damage_of(ckpt: Checkpoint, names: Collection[str]) -> list[str]:
+def damage_of(ckpt: Checkpoint, names: Collection[str], *, recent: bool = False) -> list[str]:
     """Return what is wrong with the files that loading these recoverables reads."""
     if not names:
         # Whoever loads it will do so by other means: every file counts.
-        return find_damage(ckpt.path)
+        return find_damage(ckpt.path, recent=recent)
     paths = [ckpt.paramfiles[name] for name in names if name in ckpt.paramfiles]
     files = {META_NAME, *(p.name for p in paths), *(pickled_path(p).name for p in paths)}
-    return find_damage(ckpt.path, files)
+    return find_damage(ckpt.path, files, recent=recent)
 
 
 def require_sound(ckpt: Checkpoint, names: Collection[str]) -> None:
-    """Refuse a damaged checkpoint.
+    """Refuse a damaged checkpoint; files that were found sound just now are not read again.
 
     Raises:
         DamagedCheckpointError: A file is not the one that was written.
     """
-    problems = damage_of(ckpt, names)
+    problems = damage_of(ckpt, names, recent=True)
     if problems:
         raise DamagedCheckpointError(
             f"{ckpt.path} is damaged and nothing was loaded from it: {'; '.join(problems)}. "

@@ -11,49 +11,18 @@ from __future__ import annotations
 
 import io
 import logging
-import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import cast
 
 import torch
 
-from lightning_sbckpt.errors import DamagedCheckpointError, UntrustedPickleError
+from lightning_sbckpt._reading import TAG, Where, pickled_path
 
 logger = logging.getLogger("lightning_sbckpt")
 
-PICKLED_SUFFIX = "+pickled"
-_TAG = "__lightning_sbckpt__"
-_Where = tuple[object, ...]
-
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 _warned: set[tuple[str, str]] = set()
-
-
-@contextmanager
-def trusting_pickle(trust: bool = True) -> Iterator[None]:
-    """Read pickled state inside the block: this can run any code that the file's author chose.
-
-    Args:
-        trust: False changes nothing: what was trusted outside is trusted inside.
-
-    Example:
-        >>> with trusting_pickle():
-        ...     pass  # checkpointer.recover_if_possible()
-    """
-    token = _trusted.set(trust or _trusted.get())
-    try:
-        yield
-    finally:
-        _trusted.reset(token)
-
-
-def pickled_path(path: Path) -> Path:
-    """Return the file beside `path` that holds what only pickle can hold."""
-    return path.with_name(f"{path.stem}{PICKLED_SUFFIX}{path.suffix}")
 
 
 def save_state(state: object, path: Path) -> None:
@@ -63,82 +32,28 @@ def save_state(state: object, path: Path) -> None:
         state: Anything; dictionaries, lists and tuples are looked into.
         path: The file to write.
     """
-    pickled: dict[_Where, object] = {}
-    torch.save(_encode(state, (), pickled), path)
+    encoded, pickled = encode(state)
+    torch.save(encoded, path)
     if pickled:
         torch.save(pickled, pickled_path(path))
-        for where, value in pickled.items():
-            # Once per place and process: a warning at every save would hide the others.
-            seen = (path.name, _spell(where))
-            if seen not in _warned:
-                _warned.add(seen)
-                logger.warning(
-                    "%s: %s is a %s, which only pickle can hold; it is saved in %s and will be "
-                    "read back only with trust_pickle=True",
-                    path.stem,
-                    _spell(where),
-                    type(value).__qualname__,
-                    pickled_path(path).name,
-                )
+        say_what_is_pickled(path, pickled)
 
 
-def load_state(path: Path, *, missing_pickled: list[str] | None = None) -> object:
-    """Return the state in `path`, its tensors on the CPU; no pickle is executed unless trusted.
-
-    Args:
-        path: A file written by `save_state` or by `torch.save`.
-        missing_pickled: If given, a state with parts that only pickle holds is returned without
-            them, and their places are added to this list; otherwise such a state is refused.
-
-    Returns:
-        The state.
-
-    Raises:
-        UntrustedPickleError: The file holds, or has beside it, pickled objects that are not
-            trusted.
-        DamagedCheckpointError: The file can't be read at all.
-    """
-    path = Path(path)
-    state = _decode(_torch_load(path, trust=_trusted.get()))
-    beside = pickled_path(path)
-    if beside.exists():
-        if _trusted.get():
-            parts = cast("dict[_Where, object]", _torch_load(beside, trust=True))
-            for where, value in parts.items():
-                state = _graft(state, where, value)
-        elif missing_pickled is None:
-            raise UntrustedPickleError(
-                f"{path} has state that only pickle can hold, in {beside.name}. Reading it can run "
-                "any code its author chose: if you trust it, pass trust_pickle=True"
+def say_what_is_pickled(path: Path, pickled: Mapping[Where, object]) -> None:
+    """Warn of what will be read back only when the user trusts it."""
+    for where, value in pickled.items():
+        # Once per place and process: a warning at every save would hide the others.
+        seen = (path.name, _spell(where))
+        if seen not in _warned:
+            _warned.add(seen)
+            logger.warning(
+                "%s: %s is a %s, which only pickle can hold; it is saved in %s and will be "
+                "read back only with trust_pickle=True",
+                path.stem,
+                _spell(where),
+                type(value).__qualname__,
+                pickled_path(path).name,
             )
-        else:
-            missing_pickled.append(f"{path.stem}: what {beside.name} holds")
-    return state
-
-
-def _torch_load(path: Path, *, trust: bool) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        if _is_pickle(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
-            raise UntrustedPickleError(
-                f"{path} holds objects that only pickle can hold, and was not written by this "
-                "package. Reading it can run any code its author chose: if you trust it, pass "
-                f"trust_pickle=True. torch says: {str(error).splitlines()[0]}"
-            ) from error
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise DamagedCheckpointError(
-            f"{path} can't be read by torch.load: {reason}. The file is damaged or is not a torch "
-            "file; recover from another checkpoint"
-        ) from error
-
-
-def _is_pickle(path: Path) -> bool:
-    """Return whether a file is a torch file of today, or a pickle as torch wrote them long ago."""
-    with path.open("rb") as stream:
-        return stream.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
 def _is_plain(skeleton: object) -> bool:
@@ -153,12 +68,13 @@ def _is_plain(skeleton: object) -> bool:
     return True
 
 
-def _encode(value: object, where: _Where, pickled: dict[_Where, object]) -> object:
-    """Return what tensors-only loading takes; put the rest into `pickled`, leaving None for it."""
-    encoded = _rewrite(value)
+def encode(state: object) -> tuple[object, dict[Where, object]]:
+    """Return what tensors-only loading takes, with None for what it doesn't, and that by place."""
+    pickled: dict[Where, object] = {}
+    encoded = _rewrite(state)
     if not _is_plain(_skeleton(encoded)):
-        encoded = _extract(encoded, where, pickled)
-    return encoded
+        encoded = _extract(encoded, (), pickled)
+    return encoded, pickled
 
 
 def _rewrite(value: object) -> object:
@@ -177,7 +93,7 @@ def _rewrite(value: object) -> object:
     if kind.__module__ == "numpy":
         return _rewrite_numpy(value)
     if isinstance(value, PurePath):
-        return {_TAG: "path", "path": str(value)}
+        return {TAG: "path", "path": str(value)}
     return value
 
 
@@ -190,7 +106,7 @@ def _rewrite_numpy(value: object) -> object:
         buffer = bytearray(array.tobytes())
         data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0).byte()
         tag = "ndarray" if isinstance(value, np.ndarray) else "scalar"
-        return {_TAG: tag, "dtype": value.dtype.str, "shape": list(value.shape), "data": data}
+        return {TAG: tag, "dtype": value.dtype.str, "shape": list(value.shape), "data": data}
     return value
 
 
@@ -207,7 +123,7 @@ def _skeleton(value: object) -> object:
     return value
 
 
-def _extract(value: object, where: _Where, pickled: dict[_Where, object]) -> object:
+def _extract(value: object, where: Where, pickled: dict[Where, object]) -> object:
     if _is_plain(_skeleton(value)):
         return value
     kind = type(value)
@@ -223,46 +139,5 @@ def _extract(value: object, where: _Where, pickled: dict[_Where, object]) -> obj
     return None
 
 
-def _decode(value: object) -> object:
-    kind = type(value)
-    if kind is dict:
-        fields = cast("dict[str, object]", value)
-        if _TAG in fields:
-            return _decode_tagged(fields)
-        return {key: _decode(item) for key, item in fields.items()}
-    if kind is OrderedDict:
-        # In place: a module's state_dict carries its metadata as an attribute.
-        ordered = cast("OrderedDict[object, object]", value)
-        for key, item in ordered.items():
-            ordered[key] = _decode(item)
-        return ordered
-    if kind in (list, tuple):
-        return kind(_decode(item) for item in cast("list[object]", value))
-    return value
-
-
-def _decode_tagged(fields: dict[str, object]) -> object:
-    if fields[_TAG] == "path":
-        return Path(str(fields["path"]))
-    import numpy as np
-
-    data = cast("torch.Tensor", fields["data"]).numpy().tobytes()
-    array = np.frombuffer(data, dtype=np.dtype(str(fields["dtype"])))
-    array = array.reshape(cast("list[int]", fields["shape"])).copy()
-    return array if fields[_TAG] == "ndarray" else array[()]
-
-
-def _graft(state: object, where: _Where, value: object) -> object:
-    if not where:
-        return value
-    first, rest = where[0], where[1:]
-    if isinstance(state, tuple):
-        index = cast("int", first)
-        return (*state[:index], _graft(state[index], rest, value), *state[index + 1 :])
-    container = cast("dict[object, object]", state)
-    container[first] = _graft(container[first], rest, value)
-    return container
-
-
-def _spell(where: _Where) -> str:
+def _spell(where: Where) -> str:
     return "".join(f"[{step!r}]" for step in where) or "its whole state"

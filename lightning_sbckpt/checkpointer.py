@@ -12,25 +12,29 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lightning_sbckpt._catalog import Catalog
-from lightning_sbckpt._layout import check_name, read_checkpoint, remove, sweep
-from lightning_sbckpt._loading import LoadOptions, first_sound, load_into, require_sound
-from lightning_sbckpt._saving import SaveJob, save_jobs, write_checkpoint
+import torch
+
+from lightning_sbckpt._jobs import SaveJob, save_jobs
+from lightning_sbckpt._layout import check_name, read_checkpoint, sweep
+from lightning_sbckpt._loading import LoadOptions, load_into, require_sound
+from lightning_sbckpt._saver import SavePolicy
+from lightning_sbckpt._saving import Description
 from lightning_sbckpt._storage import LocalStorage
-from lightning_sbckpt._world import current_world, decided_by_main
-from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError, MetaError
+from lightning_sbckpt.curator import Curator
+from lightning_sbckpt.errors import (
+    ConfigurationError,
+    MetaError,
+)
 from lightning_sbckpt.hooks import HookRegistry, check_signature, default_registry
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, plain_meta
-from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
-from lightning_sbckpt.selection import importance, rank_checkpoints
+from lightning_sbckpt.retention import rules_from_keys
 from lightning_sbckpt.typing import (
     CheckpointPredicate,
     ImportanceKey,
     LoadHook,
-    RetentionRule,
     SaveHook,
     World,
 )
@@ -43,7 +47,7 @@ logger = logging.getLogger("lightning_sbckpt")
 _TICK = 1e-5
 
 
-class Checkpointer:
+class Checkpointer(Curator):
     """Saves named objects together and brings them back.
 
     Args:
@@ -56,11 +60,22 @@ class Checkpointer:
         world: The ranks that save and load together; by default those of `torch.distributed`.
         trust_pickle: Read state that only pickle can hold. It can run any code that the author of
             the checkpoint chose.
-        save_mode: `"sync"`: a checkpoint is on the disk when `save_checkpoint` returns.
+        save_mode: `"sync"`: a checkpoint is on the disk when `save_checkpoint` returns. `"async"`:
+            its state is copied then, and written in the background. `"overlap"`: large tensors are
+            copied while training goes on, until an optimizer among the recoverables makes its next
+            step, or `before_update` is called.
+        on_save_error: `"raise"`, or `"warn"`: a checkpoint that can't be written is said in the
+            log, and training goes on without it.
+        when_busy: While a checkpoint is still being written in the background, the next save is to
+            `"wait"` for it or to `"skip"`.
+        link_unchanged: Files with the same bytes as in the checkpoint before become hard links to
+            them where the filesystem can.
+        access: `"exclusive"`: from the first save on, no other process may write to the folder.
+            `"shared"`: several may, if all say so. `"read"`: this one never does.
         storage: How the disk is changed; another one is for tests.
 
     Raises:
-        ConfigurationError: The folder can't be used.
+        ConfigurationError: The folder can't be used, or an argument is none of those known.
         CheckpointNameError: A name would not stay inside a checkpoint folder.
         HookSignatureError: A custom hook can't be called.
 
@@ -89,21 +104,26 @@ class Checkpointer:
         world: World | None = None,
         trust_pickle: bool = False,
         save_mode: str = "sync",
+        on_save_error: str = "raise",
+        when_busy: str = "wait",
+        link_unchanged: bool = True,
+        access: str = "exclusive",
         storage: LocalStorage | None = None,
     ) -> None:
-        if save_mode != "sync":
-            raise ConfigurationError(
-                f"save_mode is {save_mode!r}, this release knows 'sync' only: a checkpoint is on "
-                "the disk when save_checkpoint returns"
-            )
         # A Path has lost one of the slashes.
         if re.match(r"[A-Za-z][\w+.-]+:/", str(checkpoints_dir)):
             raise ConfigurationError(
                 f"checkpoints_dir is {str(checkpoints_dir)!r}: this release saves to local folders "
                 "only; save to one and copy its checkpoint folders where they should go"
             )
-        self.checkpoints_dir = Path(checkpoints_dir)
-        self.recoverables: dict[str, object] = {}
+        super().__init__(
+            checkpoints_dir,
+            world=world,
+            policy=SavePolicy(save_mode, on_save_error, when_busy),
+            link_unchanged=link_unchanged,
+            access=access,
+            storage=storage,
+        )
         self.optional_recoverables: dict[str, bool] = {}
         self.custom_load_hooks: dict[str, LoadHook] = {}
         self.custom_save_hooks: dict[str, SaveHook] = {}
@@ -111,18 +131,18 @@ class Checkpointer:
         self.registry = registry
         self.trust_pickle = trust_pickle
         self.lineage: dict[str, object] = {}
-        self._world = world
-        self._storage = storage or LocalStorage()
-        self._catalog = Catalog(self.checkpoints_dir)
         self._newest_saved = 0.0
+        self._watched: dict[int, object] = {}
         for name, load_hook in (custom_load_hooks or {}).items():
             self._set_hook("load", name, load_hook)
         for name, save_hook in (custom_save_hooks or {}).items():
             self._set_hook("save", name, save_hook)
         if recoverables is not None:
             self.add_recoverables(recoverables)
+        if access == "read":
+            return
         try:
-            self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            self._storage.make_dirs(self.checkpoints_dir)
         except OSError as error:
             raise ConfigurationError(
                 f"checkpoints_dir {self.checkpoints_dir} can't be made a folder: "
@@ -130,18 +150,6 @@ class Checkpointer:
             ) from error
         if self.world.rank == 0:
             sweep(self.checkpoints_dir, self._storage)
-
-    @property
-    def world(self) -> World:
-        """The ranks that save and load together, as they are now.
-
-        Example:
-            >>> import tempfile
-            >>> Checkpointer(tempfile.mkdtemp()).world.size
-            1
-        """
-        # Asked for anew each time: a process group may be set up after the checkpointer.
-        return self._world or current_world()
 
     # ------------------------------------------------------------------ what is saved
 
@@ -219,8 +227,12 @@ class Checkpointer:
         end_of_epoch: bool = True,
         name: str | None = None,
         verbosity: int = logging.INFO,
+        *,
+        then: Callable[[], object] | None = None,
     ) -> Checkpoint | None:
         """Save every recoverable into a new checkpoint, flushed to the disk when this returns.
+
+        With `save_mode="async"` or `"overlap"` it is flushed later: see `wait`.
 
         Args:
             meta: Keys to find the checkpoint by later, metrics above all. `unixtime` (seconds
@@ -229,12 +241,17 @@ class Checkpointer:
             name: The checkpoint's own name; by default it is named by time. A checkpoint saved
                 before under the same name is replaced.
             verbosity: The level of the log line.
+            then: Called on rank zero when the checkpoint is durable; in the background if the save
+                goes on there.
 
         Returns:
-            The checkpoint; None on ranks other than zero.
+            The checkpoint; None on ranks other than zero, and where it is not yet durable or, with
+            `on_save_error="warn"`, failed.
 
         Raises:
-            SaveError: Something could not be written; nothing of this checkpoint is visible.
+            SaveError: Something could not be written, of this checkpoint or of the one before it
+                in the background; nothing of it is visible.
+            FolderInUseError: Another process writes to this folder.
             HookError: A recoverable has no way to be saved.
             MetaError: YAML can't hold the meta.
 
@@ -253,18 +270,36 @@ class Checkpointer:
             "end-of-epoch": bool(end_of_epoch),
             **_checked(plain_meta(meta or {})),
         }
-        saved = write_checkpoint(
-            self.checkpoints_dir,
-            jobs,
-            meta=described,
-            name=name,
-            lineage=self.lineage,
-            world=self.world,
-            storage=self._storage,
-            verbosity=verbosity,
+        self.claim()
+        self._watch_optimizers()
+        saved = self.saver.save(
+            jobs, Description(described, name, dict(self.lineage), verbosity), self.world, then
         )
         self._newest_saved = max(self._newest_saved, unixtime)
         return saved
+
+    def _watch_optimizers(self) -> None:
+        if self.saver.policy.mode != "overlap":
+            return
+        for obj in self.recoverables.values():
+            if isinstance(obj, torch.optim.Optimizer) and id(obj) not in self._watched:
+                obj.register_step_pre_hook(lambda *_: self.before_update())
+                self._watched[id(obj)] = obj
+
+    def before_update(self) -> None:
+        """Return when what is being saved may change; only `save_mode="overlap"` ever waits here.
+
+        Torch's optimizers among the recoverables call it themselves before each step. Like every
+        method that saves or waits, it is for the thread that trains.
+
+        Raises:
+            SaveError: See `wait`.
+
+        Example:
+            >>> import tempfile
+            >>> Checkpointer(tempfile.mkdtemp()).before_update()
+        """
+        self.saver.before_update(self.world)
 
     def save_and_keep_only(
         self,
@@ -276,7 +311,7 @@ class Checkpointer:
         importance_keys: Sequence[ImportanceKey] = (),
         max_keys: Sequence[str] = (),
         min_keys: Sequence[str] = (),
-        ckpt_predicate: CheckpointPredicate | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
         verbosity: int = logging.INFO,
     ) -> None:
         """Save a checkpoint, then delete those that nothing asks to keep.
@@ -312,18 +347,13 @@ class Checkpointer:
             max_keys=max_keys,
             importance_keys=[*importance_keys, *recent],
         )
-        self.save_checkpoint(meta, end_of_epoch, name, verbosity)
-        self.apply_retention(rules, ckpt_predicate=ckpt_predicate, verbosity=verbosity)
-
-    def wait(self) -> None:
-        """Return when everything handed to the background is durable.
-
-        Every save is durable when it returns (`save_mode="sync"`), so this returns at once.
-
-        Example:
-            >>> import tempfile
-            >>> Checkpointer(tempfile.mkdtemp()).wait()
-        """
+        self.save_checkpoint(
+            meta,
+            end_of_epoch,
+            name,
+            verbosity,
+            then=lambda: self.prune_here(rules, ckpt_predicate=ckpt_predicate, verbosity=verbosity),
+        )
 
     def _save_jobs(self) -> dict[str, SaveJob]:
         for name in self.recoverables:
@@ -333,85 +363,9 @@ class Checkpointer:
 
     def _next_unixtime(self) -> float:
         # A clock that stands still or jumps back must not change the order of checkpoints.
-        newest = max(self._catalog.newest_time(), self._newest_saved)
+        with self._looking:
+            newest = max(self._catalog.newest_time(), self._newest_saved)
         return max(time.time(), newest + _TICK)
-
-    # ------------------------------------------------------------------ finding
-
-    def list_checkpoints(self) -> list[Checkpoint]:
-        """Return every readable checkpoint of the folder, in the order of their names.
-
-        Unreadable ones are left out, with one warning each.
-
-        Example:
-            >>> import tempfile
-            >>> Checkpointer(tempfile.mkdtemp()).list_checkpoints()
-            []
-        """
-        return self._catalog.checkpoints()
-
-    def find_checkpoint(
-        self,
-        importance_key: ImportanceKey | None = None,
-        max_key: str | None = None,
-        min_key: str | None = None,
-        ckpt_predicate: CheckpointPredicate | None = None,
-    ) -> Checkpoint | None:
-        """Return the best checkpoint, by default the newest, or None if there is none.
-
-        Args:
-            importance_key: A function of a checkpoint; the highest result is best.
-            max_key: A key in the meta; the highest value is best.
-            min_key: A key in the meta; the lowest value is best.
-            ckpt_predicate: Only checkpoints for which it is true take part.
-
-        Raises:
-            SelectionError: More than one of the three keys was given.
-
-        Example:
-            >>> import tempfile
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> for loss in (0.5, 0.25, 0.75):
-            ...     _ = checkpointer.save_checkpoint({"loss": loss})
-            >>> checkpointer.find_checkpoint(min_key="loss").meta["loss"]
-            0.25
-        """
-        found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate, 1)
-        return found[0] if found else None
-
-    def find_checkpoints(
-        self,
-        importance_key: ImportanceKey | None = None,
-        max_key: str | None = None,
-        min_key: str | None = None,
-        ckpt_predicate: CheckpointPredicate | None = None,
-        max_num_checkpoints: int | None = None,
-    ) -> list[Checkpoint]:
-        """Return checkpoints, best first; of equally good ones the newer comes first.
-
-        Args:
-            importance_key: See `find_checkpoint`.
-            max_key: See `find_checkpoint`.
-            min_key: See `find_checkpoint`.
-            ckpt_predicate: See `find_checkpoint`.
-            max_num_checkpoints: At most so many; None for all.
-
-        Raises:
-            SelectionError: More than one of the three keys was given.
-
-        Example:
-            >>> import tempfile
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> for loss in (0.5, 0.25, 0.75):
-            ...     _ = checkpointer.save_checkpoint({"loss": loss})
-            >>> found = checkpointer.find_checkpoints(max_key="loss", max_num_checkpoints=2)
-            >>> [ckpt.meta["loss"] for ckpt in found]
-            [0.75, 0.5]
-        """
-        criterion = importance(importance_key=importance_key, max_key=max_key, min_key=min_key)
-        return rank_checkpoints(
-            self.list_checkpoints(), criterion, ckpt_predicate, max_num_checkpoints
-        )
 
     # ------------------------------------------------------------------ loading
 
@@ -420,7 +374,7 @@ class Checkpointer:
         importance_key: ImportanceKey | None = None,
         max_key: str | None = None,
         min_key: str | None = None,
-        ckpt_predicate: CheckpointPredicate | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
     ) -> Checkpoint | None:
         """Load the best sound checkpoint, by default the newest; do nothing if there is none.
 
@@ -449,48 +403,13 @@ class Checkpointer:
             >>> checkpointer.recover_if_possible() == saved
             True
         """
+        self.wait()
         chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
         if chosen is None:
             logger.info("no checkpoint to recover from in %s yet", self.checkpoints_dir)
         else:
             self._load(chosen)
         return chosen
-
-    def find_sound_checkpoint(
-        self,
-        importance_key: ImportanceKey | None = None,
-        max_key: str | None = None,
-        min_key: str | None = None,
-        ckpt_predicate: CheckpointPredicate | None = None,
-    ) -> Checkpoint | None:
-        """Return the best checkpoint whose files are those that were written, or None.
-
-        Unlike `find_checkpoint` this reads the files that would be loaded. Rank zero looks and
-        tells the others.
-
-        Args:
-            importance_key: See `find_checkpoint`.
-            max_key: See `find_checkpoint`.
-            min_key: See `find_checkpoint`.
-            ckpt_predicate: See `find_checkpoint`.
-
-        Raises:
-            DamagedCheckpointError: There are candidates, and every one is damaged.
-
-        Example:
-            >>> import tempfile
-            >>> Checkpointer(tempfile.mkdtemp()).find_sound_checkpoint() is None
-            True
-        """
-        return decided_by_main(
-            self.world,
-            lambda: first_sound(
-                self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate),
-                self.recoverables,
-                self._catalog.unreadable,
-                self.checkpoints_dir,
-            ),
-        )
 
     def load_checkpoint(self, checkpoint: Checkpoint | str | Path) -> None:
         """Load a checkpoint into the recoverables.
@@ -523,108 +442,6 @@ class Checkpointer:
             self.trust_pickle,
         )
         load_into(self.recoverables, checkpoint, options)
-
-    # ------------------------------------------------------------------ deleting
-
-    def delete_checkpoints(
-        self,
-        *,
-        num_to_keep: int = 1,
-        min_keys: Sequence[str] | None = None,
-        max_keys: Sequence[str] | None = None,
-        importance_keys: Sequence[ImportanceKey] = (ckpt_recency,),
-        ckpt_predicate: CheckpointPredicate | None = None,
-        verbosity: int = logging.INFO,
-        dry_run: bool = False,
-    ) -> list[Decision]:
-        """Delete the checkpoints that no key asks to keep.
-
-        Args:
-            num_to_keep: How many to keep by each key; 0 deletes all that a key considers.
-            min_keys: Keys in the meta whose lowest values are kept.
-            max_keys: Keys in the meta whose highest values are kept.
-            importance_keys: Functions of a checkpoint whose highest results are kept; by default
-                the newest are.
-            ckpt_predicate: Only checkpoints for which it is true may be deleted.
-            verbosity: The level of the log lines.
-            dry_run: Delete nothing; return what would be done.
-
-        Returns:
-            What was done with each checkpoint, and why.
-
-        Raises:
-            SelectionError: `num_to_keep` is negative.
-
-        Example:
-            >>> import tempfile
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> for name in "ab":
-            ...     _ = checkpointer.save_checkpoint(name=name)
-            >>> for decision in checkpointer.delete_checkpoints(dry_run=True):
-            ...     print(decision)
-            keep   CKPT+b: among the newest 1
-            remove CKPT+a: older than the newest 1
-        """
-        rules = rules_from_keys(
-            num_to_keep=num_to_keep,
-            min_keys=min_keys or (),
-            max_keys=max_keys or (),
-            importance_keys=importance_keys,
-        )
-        return self.apply_retention(
-            rules, ckpt_predicate=ckpt_predicate, verbosity=verbosity, dry_run=dry_run
-        )
-
-    def apply_retention(
-        self,
-        rules: Sequence[RetentionRule],
-        *,
-        ckpt_predicate: CheckpointPredicate | None = None,
-        protected: Iterable[tuple[Checkpoint, str]] = (),
-        verbosity: int = logging.INFO,
-        dry_run: bool = False,
-    ) -> list[Decision]:
-        """Delete the checkpoints that some rule considers and none keeps.
-
-        Args:
-            rules: The reasons to keep checkpoints, see `lightning_sbckpt.retention`.
-            ckpt_predicate: Only checkpoints for which it is true may be deleted.
-            protected: Checkpoints that stay whatever the rules say, each with the reason.
-            verbosity: The level of the log lines.
-            dry_run: Delete nothing; return what would be done.
-
-        Returns:
-            What was done with each checkpoint, and why.
-
-        Example:
-            >>> import tempfile
-            >>> from lightning_sbckpt.retention import Newest
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> for _ in range(3):
-            ...     _ = checkpointer.save_checkpoint()
-            >>> [decision.keep for decision in checkpointer.apply_retention([Newest(2)])]
-            [True, True, False]
-        """
-
-        def prune() -> list[Decision]:
-            plan = plan_retention(
-                self.list_checkpoints(), rules, predicate=ckpt_predicate, protected=protected
-            )
-            for decision in plan if not dry_run else ():
-                if not decision.keep:
-                    self._remove(decision, verbosity)
-            return plan
-
-        # The others wait: until the folder is as it will be, no rank may save or look.
-        return decided_by_main(self.world, prune)
-
-    def _remove(self, decision: Decision, verbosity: int) -> None:
-        path = decision.checkpoint.path
-        try:
-            remove(path, self._storage)
-        except CheckpointNotFoundError:
-            return  # Another process was faster.
-        logger.log(verbosity, "removed %s: %s", path, decision.reason)
 
 
 def _checked(meta: dict[str, object]) -> dict[str, object]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from lightning_sbckpt.errors import MissingDependencyError, SBCheckpointError
+from lightning_sbckpt.verify import Progress, Verification
+from lightning_sbckpt.verify import verify as verify_folder
 
 try:
     import click
@@ -54,6 +59,99 @@ def selftest(factory: str, kills: tuple[str, ...], timeout: float) -> None:
         raise click.ClickException(str(error)) from error
     click.echo(str(report))
     sys.exit(0 if report.exact else 1)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--workers", default=2, show_default=True, help="How many files are read at once.")
+def verify(path: Path, as_json: bool, workers: int) -> None:
+    """Read every byte of the checkpoints in PATH and compare it with what was written.
+
+    PATH is the folder of all checkpoints, or one checkpoint. Exits with 0 if no damage was found,
+    with 1 if some was, with 2 if PATH holds no checkpoints.
+    """
+    try:
+        with ExitStack() as stack:
+            started = time.perf_counter()
+            found = verify_folder(path, workers=workers, on_progress=_progress_bar(stack))
+            seconds = time.perf_counter() - started
+    except (SBCheckpointError, OSError) as error:
+        _exit_for_no_checkpoints(str(error))
+    if not found:
+        _exit_for_no_checkpoints(f"there are no checkpoints in {path}")
+    click.echo(_as_json(found) if as_json else _as_lines(found, seconds))
+    damage = any(one.problems or one.annotation_problems for one in found)
+    sys.exit(1 if damage else 0)
+
+
+def _exit_for_no_checkpoints(message: str) -> NoReturn:
+    click.echo(f"Error: {_printable(message)}", err=True)
+    sys.exit(2)
+
+
+def _as_json(found: Sequence[Verification]) -> str:
+    return json.dumps(
+        [
+            {
+                "path": str(one.path),
+                "status": one.status,
+                "problems": one.problems,
+                "annotation_problems": one.annotation_problems,
+                "remarks": one.remarks,
+                "bytes": one.bytes,
+            }
+            for one in found
+        ],
+        indent=2,
+    )
+
+
+def _as_lines(found: Sequence[Verification], seconds: float) -> str:
+    lines = []
+    for one in found:
+        lines.append(f"{one.status:<10}  {one.path.name}  {one.bytes / 1e6:,.1f} MB")
+        lines += [
+            f"{'':<10}    {text}"
+            for text in (*one.problems, *one.annotation_problems, *one.remarks)
+        ]
+    counts = ", ".join(
+        f"{count} {status}"
+        for status in ("sound", "damaged", "unverified")
+        if (count := sum(one.status == status for one in found))
+    )
+    size = sum(one.bytes for one in found)
+    lines.append(f"{counts}: {size / 1e6:,.1f} MB read in {seconds:.2f} s")
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(text: str) -> str:
+    """Return text of which no character does anything: names may hold any, and steer a terminal."""
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
+def _progress_bar(stack: ExitStack, patience: float = 1.0) -> Progress:
+    """Return what shows a bar on the terminal as soon as it has taken too long."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+    begin = time.monotonic()
+    shown = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal shown
+        bar.update(task, completed=done, total=total)
+        if not shown and time.monotonic() - begin > patience and bar.console.is_terminal:
+            stack.enter_context(bar)
+            shown = True
+
+    return tell
 
 
 def _load(reference: str) -> Callable[[Path], Any]:

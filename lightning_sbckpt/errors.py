@@ -14,6 +14,8 @@ Every one derives from `SBCheckpointError` and from the builtin that a caller wo
     ├── MismatchError(RuntimeError)          a checkpoint and the objects to load do not fit
     ├── UntrustedPickleError(RuntimeError)   state that only pickle can hold, not trusted
     ├── SaveError(RuntimeError)              a checkpoint could not be written
+    │   └── FolderInUseError                 another process writes checkpoints to the folder
+    ├── RemovalError(OSError)                a checkpoint that was to go could not be removed
     └── MissingDependencyError(ImportError)  an optional library that was asked for is not installed
 
 A message says what failed, on which object and path, what was found against what was
@@ -27,11 +29,13 @@ __all__ = [
     "CheckpointNotFoundError",
     "ConfigurationError",
     "DamagedCheckpointError",
+    "FolderInUseError",
     "HookError",
     "HookSignatureError",
     "MetaError",
     "MismatchError",
     "MissingDependencyError",
+    "RemovalError",
     "SBCheckpointError",
     "SaveError",
     "SelectionError",
@@ -85,6 +89,14 @@ class UntrustedPickleError(SBCheckpointError, RuntimeError):
 
 class SaveError(SBCheckpointError, RuntimeError):
     """A checkpoint that could not be written; nothing of it is visible."""
+
+
+class FolderInUseError(SaveError):
+    """A folder to which another process writes checkpoints; the message names that process."""
+
+
+class RemovalError(SBCheckpointError, OSError):
+    """A checkpoint that was to go could not be removed; every other one is whole."""
 
 
 class MissingDependencyError(SBCheckpointError, ImportError):

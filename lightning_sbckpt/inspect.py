@@ -56,6 +56,9 @@ def table(
     ranked = rank_checkpoints(ckpts, criterion, limit=1) if criterion.key is not None else []
     marks: dict[Path, list[str]] = {ckpt.path: ["best"] for ckpt in ranked}
     marks.setdefault(ckpts[0].path, []).append("newest")
+    for ckpt in ckpts:
+        if ckpt.meta.get("pinned"):
+            marks.setdefault(ckpt.path, []).append("pinned")
 
     grid = rich_table.Table(box=rich_box.SIMPLE_HEAD, pad_edge=False)
     grid.add_column("name", no_wrap=True)
@@ -131,7 +134,15 @@ def _size(checkpoint: Checkpoint) -> str:
             return "gone"  # removed since it was listed
     except OSError:
         return "gone"
-    size = float(sum(file.st_size for file in files))
+    size = _bytes(sum(file.st_size for file in files))
+    if all(file.st_nlink == 1 for file in files):
+        return size
+    # The others are shared with other checkpoints, and stay when this one goes.
+    return f"{size}, {_bytes(sum(file.st_size for file in files if file.st_nlink == 1))} own"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
     units = iter(("B", "KB", "MB", "GB"))
     unit = next(units)
     while size >= 999.5:

@@ -19,12 +19,16 @@ from typing import NamedTuple, cast
 import torch
 import yaml
 
-from lightning_sbckpt.errors import MetaError
+from lightning_sbckpt._flat_yaml import parse_flat
+from lightning_sbckpt._reading import open_state
+from lightning_sbckpt._regular import NotRegularError, read_regular
+from lightning_sbckpt.errors import MetaError, MismatchError
 
 __all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "plain_meta", "read_meta"]
 
+META_NAME = "CKPT.yaml"
+MAX_META_BYTES = 16 * 2**20
 _HEADER = "# yamllint disable\n"
-_MAX_META_BYTES = 16 * 2**20
 _TENSOR = "!tensor"
 _MAX_DEPTH = 200
 
@@ -53,6 +57,40 @@ class Checkpoint(NamedTuple):
         """Hash by path, so that checkpoints go into sets although meta is a dictionary."""
         return hash(self.path)
 
+    def open(self, name: str) -> object:
+        """Return the saved state of one recoverable, for looking at a few tensors of a large file.
+
+        A tensor's bytes are read when it is looked at, and not before. What is written to it stays
+        in memory. Only tensors and plain values are read, whatever is trusted; where the state had
+        something that only pickle can hold, there is None. Nothing is verified, and while the
+        tensors are in use the file may be removed, but not be cut off or written over: copy what
+        is to last.
+
+        Args:
+            name: The name of the recoverable.
+
+        Returns:
+            What its `state_dict()` returned, its tensors on the CPU.
+
+        Raises:
+            MismatchError: The checkpoint has no file of that name.
+            UntrustedPickleError: Nothing but pickle can read the file.
+            DamagedCheckpointError: The file can't be read at all.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(2, 1)})
+            >>> checkpointer.save_checkpoint().open("model")["weight"].shape
+            torch.Size([1, 2])
+        """
+        if name not in self.paramfiles:
+            found = ", ".join(map(repr, self.paramfiles)) or "none"
+            raise MismatchError(
+                f"{self.path} has no file for the recoverable {name!r}; it has: {found}"
+            )
+        return open_state(self.paramfiles[name])
+
 
 def ckpt_recency(ckpt: Checkpoint) -> float:
     """Return how recent a checkpoint is, the default importance of a checkpoint.
@@ -61,12 +99,27 @@ def ckpt_recency(ckpt: Checkpoint) -> float:
         >>> ckpt_recency(Checkpoint(Path("CKPT+a"), {"unixtime": 12.0}, {}))
         12.0
     """
+    return time_of(ckpt.meta)
+
+
+def time_of(meta: Mapping[str, object]) -> float:
+    """Return the `unixtime` of a checkpoint's meta, as `ckpt_recency` does.
+
+    Example:
+        >>> time_of({"unixtime": 12.0})
+        12.0
+        >>> time_of({})
+        -inf
+    """
     # A checkpoint from elsewhere may carry no time or one that is not a number: it is then the
     # oldest, so that it is never taken for the newest and never breaks a sort.
-    unixtime = ckpt.meta.get("unixtime")
+    unixtime = meta.get("unixtime")
     if isinstance(unixtime, bool) or not isinstance(unixtime, (int, float)):
         return -math.inf
-    return float(unixtime) if math.isfinite(unixtime) else -math.inf
+    try:
+        return float(unixtime) if math.isfinite(unixtime) else -math.inf
+    except OverflowError:  # A whole number of hundreds of digits.
+        return -math.inf
 
 
 def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
@@ -243,18 +296,48 @@ def parse_yaml(data: bytes, path: Path | str) -> dict[str, object]:
         Traceback (most recent call last):
         lightning_sbckpt.errors.MetaError: CKPT.yaml can't be read as safe YAML: ...
     """
-    if len(data) > _MAX_META_BYTES:
+    if len(data) > MAX_META_BYTES:
         raise MetaError(
-            f"{path} has {len(data):,} bytes, more than the {_MAX_META_BYTES:,} that meta may have"
+            f"{path} has {len(data):,} bytes, more than the {MAX_META_BYTES:,} that meta may have"
         )
+    flat = parse_flat(data)
+    if flat is not None:
+        return flat
     try:
         _refuse_depth(data)
-        parsed = _with_tensors(yaml.load(data, Loader=_Loader), {})  # noqa: S506 - it is safe
+        loaded = yaml.load(data, Loader=_Loader)  # noqa: S506 - it is safe
+        _refuse_growth(loaded, {})
+        parsed = _with_tensors(loaded, {})
     except Exception as error:  # PyYAML's constructors raise whatever a strange value leads to.
         raise MetaError(f"{path} can't be read as safe YAML: {error}") from error
     if not isinstance(parsed, dict):
         raise MetaError(f"{path} holds a {type(parsed).__name__}, expected a mapping of keys")
     return parsed
+
+
+def _refuse_growth(value: object, seen: dict[int, int | None]) -> int:
+    """Return about how many characters a value has when it is written without aliases.
+
+    A few lines of aliases of aliases take no memory, and more time than there is as soon as
+    somebody prints, compares or copies them.
+    """
+    if isinstance(value, str):
+        return 1 + len(value)
+    if isinstance(value, int):
+        return 1 + value.bit_length() // 3
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    size = seen.get(id(value), 0)
+    if size is None:
+        raise MetaError("it has a value that contains itself")
+    if not size:
+        seen[id(value)] = None
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        size = 1 + sum(_refuse_growth(item, seen) for item in items)
+        if size > MAX_META_BYTES:
+            raise MetaError("its aliases grow without end")
+        seen[id(value)] = size
+    return size
 
 
 def _refuse_depth(data: bytes) -> None:
@@ -281,7 +364,7 @@ def read_meta(path: Path) -> dict[str, object]:
         The meta.
 
     Raises:
-        MetaError: See `parse_yaml`.
+        MetaError: See `parse_yaml`; or it is no regular file, but a link, a pipe or a device.
         OSError: The file can't be read.
 
     Example:
@@ -291,5 +374,8 @@ def read_meta(path: Path) -> dict[str, object]:
         >>> read_meta(file)
         {'loss': tensor([1., 2.])}
     """
-    with path.open("rb") as stream:
-        return parse_yaml(stream.read(_MAX_META_BYTES + 1), path)
+    try:
+        data = read_regular(path, MAX_META_BYTES)
+    except NotRegularError as error:
+        raise MetaError(f"{path} can't be read: {error.strerror}") from error
+    return parse_yaml(data, path)

@@ -1,32 +1,50 @@
 """What retention keeps: rules in, a plan with a reason for every checkpoint out.
 
 A rule is one reason to keep checkpoints, and several rules add up: a checkpoint goes only if at
-least one rule considers it and no rule keeps it. Nothing here touches a disk; a plan can be
-printed before anything is removed.
+least one rule considers it and no rule keeps it. A limit (`Budget`) then takes from what they keep.
+Nothing here touches a disk; a plan can be printed before anything is removed.
+
+Two keys in the meta have a meaning of their own. A checkpoint that is `pinned` stays whatever the
+rules say. One that is `ephemeral: true` was saved for recovery only: rules don't consider it,
+other than `Newest` and those that are told to (`ephemeral=True`), and if none does it stays only
+as long as it is the newest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from math import inf
+from pathlib import Path
 
+from lightning_sbckpt._rules_budget import Budget
+from lightning_sbckpt._rules_ranked import Best, Important, Newest, Pareto, check_count
+from lightning_sbckpt._rules_spaced import EveryNEpochs, EveryNSteps, Milestones, TimeSpaced
+from lightning_sbckpt._rules_where import Where
 from lightning_sbckpt.errors import SelectionError
+from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
-from lightning_sbckpt.selection import (
-    Criterion,
-    function_name,
-    importance,
-    newest_first,
-    rank_checkpoints,
+from lightning_sbckpt.selection import newest_first
+from lightning_sbckpt.typing import (
+    BytesOf,
+    CheckpointPredicate,
+    ImportanceKey,
+    RetentionLimit,
+    RetentionRule,
 )
-from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = [
     "Best",
+    "Budget",
     "Decision",
+    "EveryNEpochs",
+    "EveryNSteps",
     "Important",
+    "Milestones",
     "Newest",
+    "Pareto",
+    "TimeSpaced",
+    "Where",
     "plan_retention",
     "rules_from_keys",
 ]
@@ -42,7 +60,6 @@ class Decision:
         reason: Why, in words.
 
     Example:
-        >>> from pathlib import Path
         >>> print(Decision(Checkpoint(Path("CKPT+a"), {}, {}), True, "among the newest 1"))
         keep   CKPT+a: among the newest 1
     """
@@ -57,169 +74,33 @@ class Decision:
         return f"{verb:<6} {self.checkpoint.path.name}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Newest:
-    """Keep the newest `n` checkpoints; considers every one.
-
-    Raises:
-        SelectionError: `n` is not a whole number of 0 or more.
-
-    Example:
-        >>> from pathlib import Path
-        >>> ckpts = [Checkpoint(Path(str(time)), {"unixtime": time}, {}) for time in (1, 2)]
-        >>> {ckpt.path.name: reason for ckpt, reason in Newest(1).keeps(ckpts).items()}
-        {'2': 'among the newest 1'}
-    """
-
-    n: int
-
-    def __post_init__(self) -> None:
-        """Refuse a number that cannot be a count."""
-        _check_count("Newest", "n", self.n)
-
-    def considers(self, checkpoint: Checkpoint) -> bool:
-        """Return True: every checkpoint has an age."""
-        del checkpoint
-        return True
-
-    def keeps(self, checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, str]:
-        """Return the newest of the checkpoints, each with the reason."""
-        ranked = newest_first(checkpoints)[: self.n]
-        return dict.fromkeys(ranked, f"among the newest {self.n}")
-
-    def rejects(self, checkpoint: Checkpoint) -> str:
-        """Return why a checkpoint is not kept by this rule."""
-        del checkpoint
-        return f"older than the newest {self.n}" if self.n else "none are kept for being new"
-
-
-@dataclass(frozen=True)
-class Best:
-    """Keep the `n` checkpoints with the best value of a key; considers those that have it.
-
-    NaN ranks worst; of equally good checkpoints the newer stays.
-
-    Raises:
-        SelectionError: `n` is not a whole number of 0 or more, or `mode` is unknown.
-
-    Example:
-        >>> from pathlib import Path
-        >>> ckpts = [Checkpoint(Path(str(acc)), {"acc": acc}, {}) for acc in (0.9, 0.8)]
-        >>> {c.path.name: reason for c, reason in Best("acc", mode="max").keeps(ckpts).items()}
-        {'0.9': 'among the 1 best acc (max): 0.9'}
-    """
-
-    key: str
-    n: int = 1
-    mode: Literal["min", "max"] = field(default="min", kw_only=True)
-
-    def __post_init__(self) -> None:
-        """Refuse a count or mode that cannot be meant."""
-        _check_count("Best", "n", self.n)
-        if self.mode not in ("min", "max"):
-            raise SelectionError(
-                f"Best({self.key!r}) has mode={self.mode!r}, expected 'min' or 'max'."
-            )
-        if not isinstance(self.key, str):
-            raise SelectionError(
-                f"Best has key={self.key!r}, expected the name of a key in the meta. To keep by "
-                "a function of the checkpoint, use Important."
-            )
-
-    def considers(self, checkpoint: Checkpoint) -> bool:
-        """Return whether the checkpoint has a value for the key."""
-        return self._criterion().applies(checkpoint)
-
-    def keeps(self, checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, str]:
-        """Return the best of the checkpoints, each with its value as the reason."""
-        criterion = self._criterion()
-        ranked = rank_checkpoints(checkpoints, criterion, limit=self.n)
-        sign = -1.0 if criterion.lowest else 1.0
-        return {
-            ckpt: f"among the {self.n} best {self.key} ({self.mode}): "
-            f"{sign * criterion.score(ckpt):g}"
-            for ckpt in ranked
-        }
-
-    def rejects(self, checkpoint: Checkpoint) -> str:
-        """Return why a checkpoint is not kept by this rule."""
-        del checkpoint
-        if self.n:
-            return f"not among the {self.n} best {self.key}"
-        return f"none are kept for their {self.key}"
-
-    def _criterion(self) -> Criterion:
-        return Criterion(key=self.key, lowest=self.mode == "min")
-
-
-@dataclass(frozen=True)
-class Important:
-    """Keep the `n` checkpoints for which a function is highest; considers every one.
-
-    Raises:
-        SelectionError: `n` is not a whole number of 0 or more, or `key_function` is no function.
-
-    Example:
-        >>> from pathlib import Path
-        >>> def size(ckpt):
-        ...     return len(ckpt.paramfiles)
-        >>> ckpts = [Checkpoint(Path("a"), {}, {}), Checkpoint(Path("b"), {}, {"model": Path("m")})]
-        >>> {ckpt.path.name: reason for ckpt, reason in Important(size, 1).keeps(ckpts).items()}
-        {'b': 'among the 1 most important by size'}
-    """
-
-    key_function: ImportanceKey
-    n: int
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be a count or called."""
-        _check_count("Important", "n", self.n)
-        importance(importance_key=self.key_function)
-
-    def considers(self, checkpoint: Checkpoint) -> bool:
-        """Return True: the function is asked about every checkpoint."""
-        del checkpoint
-        return True
-
-    def keeps(self, checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, str]:
-        """Return the most important of the checkpoints, each with the reason."""
-        criterion = importance(importance_key=self.key_function)
-        ranked = rank_checkpoints(checkpoints, criterion, limit=self.n)
-        return dict.fromkeys(ranked, f"among the {self._what()}")
-
-    def rejects(self, checkpoint: Checkpoint) -> str:
-        """Return why a checkpoint is not kept by this rule."""
-        del checkpoint
-        if self.n:
-            return f"not among the {self._what()}"
-        return f"none are kept for being important by {function_name(self.key_function)}"
-
-    def _what(self) -> str:
-        return f"{self.n} most important by {function_name(self.key_function)}"
-
-
 def plan_retention(
     checkpoints: Iterable[Checkpoint],
     rules: Sequence[RetentionRule],
     *,
-    predicate: CheckpointPredicate | None = None,
+    predicate: str | CheckpointPredicate | None = None,
     protected: Iterable[tuple[Checkpoint, str]] = (),
+    bytes_of: BytesOf | None = None,
 ) -> list[Decision]:
     """Decide for every checkpoint whether it stays, and say why.
 
     Args:
         checkpoints: The checkpoints there are, in any order.
-        rules: The reasons to keep; without any, everything stays.
+        rules: The reasons to keep, and limits; without any, everything stays.
         predicate: Says which checkpoints may be removed; the others stay and the rules do not
-            see them. None lets all be removed.
+            see them. A function, or an expression. None lets all be removed.
         protected: Checkpoints that stay whatever the rules say, each with the reason. They still
-            take their place in the rules' rankings.
+            take their place in the rules' rankings, as do those pinned in their meta.
+        bytes_of: How large checkpoints are, for a limit that doesn't know itself; asked only if
+            there is one.
 
     Returns:
         One decision per checkpoint, newest first.
 
+    Raises:
+        SelectionError: A rule can't rank a checkpoint, or an expression can't be read.
+
     Example:
-        >>> from pathlib import Path
         >>> ckpts = [
         ...     Checkpoint(Path(name), {"unixtime": time, "loss": loss}, {})
         ...     for name, time, loss in [("a", 1, 0.1), ("b", 2, 0.9), ("c", 3, 0.5)]
@@ -231,36 +112,124 @@ def plan_retention(
         keep   a: among the 1 best loss (min): 0.1
     """
     # By path, since two records of one checkpoint need not compare equal: NaN differs from NaN.
-    everything = {ckpt.path: ckpt for ckpt in checkpoints}
-    protection: dict[object, list[str]] = {}
+    everything = newest_first({ckpt.path: ckpt for ckpt in checkpoints}.values())
+    wanted = as_predicate(predicate)
+    removable = [ckpt for ckpt in everything if wanted is None or wanted(ckpt)]
+    votes = {ckpt.path: _Votes() for ckpt in everything}
     for ckpt, reason in protected:
-        protection.setdefault(ckpt.path, []).append(reason)
-    removable = [ckpt for ckpt in everything.values() if predicate is None or predicate(ckpt)]
+        votes.setdefault(ckpt.path, _Votes()).protections.append(reason)
+    for ckpt in everything:
+        if ckpt.meta.get("pinned"):
+            votes[ckpt.path].protections.append(_pin(ckpt))
+    reasons_to_keep = [rule for rule in rules if not isinstance(rule, RetentionLimit)]
+    for place, rule in enumerate(reasons_to_keep):
+        _ask(rule, place, removable, votes)
+    if reasons_to_keep:
+        _judge_ephemeral(removable, votes)
     in_play = {ckpt.path for ckpt in removable}
-    keeps: dict[object, list[str]] = {}
-    rejects: dict[object, list[str]] = {}
-    for rule in rules:
-        considered = [ckpt for ckpt in removable if rule.considers(ckpt)]
-        kept = {ckpt.path: reason for ckpt, reason in rule.keeps(considered).items()}
-        for ckpt in considered:
-            if ckpt.path in kept:
-                keeps.setdefault(ckpt.path, []).append(kept[ckpt.path])
-            else:
-                rejects.setdefault(ckpt.path, []).append(rule.rejects(ckpt))
 
     def decide(ckpt: Checkpoint) -> Decision:
-        reasons = protection.get(ckpt.path, []) + keeps.get(ckpt.path, [])
+        mine = votes[ckpt.path]
+        reasons = mine.protections + mine.keeps
         if reasons:
             return Decision(ckpt, True, ", ".join(reasons))
         if not rules:
             return Decision(ckpt, True, "no retention rule")
         if ckpt.path not in in_play:
             return Decision(ckpt, True, "not for this retention: ckpt_predicate is false")
-        if ckpt.path not in rejects:
+        if not mine.rejects:
             return Decision(ckpt, True, "no rule considers it")
-        return Decision(ckpt, False, ", ".join(rejects[ckpt.path]))
+        return Decision(ckpt, False, ", ".join(mine.rejects))
 
-    return [decide(ckpt) for ckpt in newest_first(everything.values())]
+    plan = [decide(ckpt) for ckpt in everything]
+    for limit in rules:
+        if isinstance(limit, RetentionLimit):
+            plan = _limited(plan, limit, votes, in_play, bytes_of)
+    return plan
+
+
+@dataclass
+class _Votes:
+    """What was said about one checkpoint."""
+
+    protections: list[str] = field(default_factory=list)
+    keeps: list[str] = field(default_factory=list)
+    rejects: list[str] = field(default_factory=list)
+    # The first place it has in any rule that keeps it, and that rule's.
+    standing: tuple[float, float] = (inf, inf)
+    is_best: bool = False
+
+
+def _pin(checkpoint: Checkpoint) -> str:
+    reason = checkpoint.meta["pinned"]
+    return f"pinned: {reason}" if isinstance(reason, str) and reason != "pinned" else "pinned"
+
+
+def _is_ephemeral(checkpoint: Checkpoint) -> bool:
+    return checkpoint.meta.get("ephemeral") is True
+
+
+def _ask(
+    rule: RetentionRule, place: int, removable: Sequence[Checkpoint], votes: dict[Path, _Votes]
+) -> None:
+    sees_all = getattr(rule, "ephemeral", True)
+    seen = [ckpt for ckpt in removable if sees_all or not _is_ephemeral(ckpt)]
+    considered = [ckpt for ckpt in seen if rule.considers(ckpt)]
+    kept = {ckpt.path: reason for ckpt, reason in rule.keeps(considered).items()}
+    for rank, (path, reason) in enumerate(kept.items()):
+        votes[path].keeps.append(reason)
+        votes[path].standing = min(votes[path].standing, (rank, place))
+        votes[path].is_best |= rank == 0 and isinstance(rule, (Best, Important))
+    for ckpt in considered:
+        if ckpt.path not in kept:
+            votes[ckpt.path].rejects.append(rule.rejects(ckpt))
+
+
+def _judge_ephemeral(removable: Sequence[Checkpoint], votes: dict[Path, _Votes]) -> None:
+    # One that no rule has an opinion about would stay for ever, and nobody wants it to.
+    for ckpt in removable:
+        mine = votes[ckpt.path]
+        if not _is_ephemeral(ckpt) or mine.keeps:
+            continue
+        if mine.rejects:
+            mine.rejects.insert(0, "ephemeral")
+        elif ckpt is removable[0]:
+            mine.keeps.append("ephemeral, and the newest to recover from")
+        else:
+            mine.rejects.append("ephemeral, and there is a newer one to recover from")
+
+
+def _limited(
+    plan: Sequence[Decision],
+    limit: RetentionLimit,
+    votes: dict[Path, _Votes],
+    in_play: set[Path],
+    bytes_of: BytesOf | None,
+) -> list[Decision]:
+    staying = [decision.checkpoint for decision in plan if decision.keep]
+    newest = next((ckpt.path for ckpt in staying if ckpt.path in in_play), None)
+    fixed: list[Checkpoint] = []
+    optional: list[Checkpoint] = []
+    for ckpt in staying:
+        mine = votes[ckpt.path]
+        stays = mine.protections or mine.is_best or ckpt.path == newest or ckpt.path not in in_play
+        (fixed if stays else optional).append(ckpt)
+    # The plan is newest first and the sort stable: of equally wanted ones the newer is wanted more.
+    optional.sort(key=lambda ckpt: (*votes[ckpt.path].standing, -len(votes[ckpt.path].keeps)))
+    dropped, complaint = limit.exceeding(optional, fixed, bytes_of)
+    gone = {ckpt.path: reason for ckpt, reason in dropped.items()}
+    kept_in_spite = {ckpt.path for ckpt in fixed if ckpt.path in in_play} if complaint else set()
+
+    def decide(decision: Decision) -> Decision:
+        path = decision.checkpoint.path
+        if path in gone:
+            reason = f"{gone[path]} ({decision.reason})"
+            return replace(decision, keep=False, reason=reason)
+        if path in kept_in_spite:
+            return replace(decision, reason=f"{decision.reason}, {complaint}")
+        return decision
+
+    return [decide(decision) for decision in plan]
 
 
 def rules_from_keys(
@@ -286,9 +255,9 @@ def rules_from_keys(
 
     Example:
         >>> rules_from_keys(num_to_keep=2, min_keys=["loss"], importance_keys=[ckpt_recency])
-        [Best(key='loss', n=2, mode='min'), Newest(n=2)]
+        [Best(key='loss', n=2, mode='min', ephemeral=False), Newest(n=2, ephemeral=True)]
     """
-    _check_count("Retention", "num_to_keep", num_to_keep)
+    check_count("Retention", "num_to_keep", num_to_keep)
     rules: list[RetentionRule] = []
     rules += [Best(key, num_to_keep, mode="min") for key in _keys("min_keys", min_keys)]
     rules += [Best(key, num_to_keep, mode="max") for key in _keys("max_keys", max_keys)]
@@ -297,14 +266,6 @@ def rules_from_keys(
         for function in importance_keys or ()
     ]
     return rules
-
-
-def _check_count(owner: str, name: str, n: object) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise SelectionError(
-            f"{owner} has {name}={n!r}, expected a whole number of checkpoints to keep, 0 or "
-            "more; 0 removes every checkpoint that is considered."
-        )
 
 
 def _keys(name: str, keys: Sequence[str] | None) -> list[str]:

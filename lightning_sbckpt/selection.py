@@ -8,12 +8,14 @@ ranking never depends on the order in which the checkpoints are given.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterable
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import nlargest
-from math import inf, isnan
+from heapq import nlargest, nsmallest
+from math import inf, isfinite, isnan
 
 from lightning_sbckpt.errors import SelectionError
+from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey
 
@@ -96,7 +98,7 @@ class Criterion:
         if len(found) < len(scores):
             raise SelectionError(
                 f"Cannot rank checkpoint {checkpoint.path} by {self.describe()}: {origin} gives "
-                f"{value!r} ({type(value).__name__}), expected a real number. Rank by another "
+                f"{reprlib.repr(value)} ({type(value).__name__}), expected a real number. Rank by another "
                 "key, or leave this checkpoint out with ckpt_predicate."
             )
         return tuple(-score for score in found) if self.lowest else tuple(found)
@@ -161,7 +163,7 @@ def importance(
 def rank_checkpoints(
     checkpoints: Iterable[Checkpoint],
     criterion: Criterion,
-    predicate: CheckpointPredicate | None = None,
+    predicate: str | CheckpointPredicate | None = None,
     limit: int | None = None,
 ) -> list[Checkpoint]:
     """Return the candidates among the checkpoints, best first.
@@ -174,13 +176,15 @@ def rank_checkpoints(
         checkpoints: The checkpoints there are, in any order.
         criterion: What makes a checkpoint good.
         predicate: Leaves out the checkpoints for which it is false; asked about candidates only.
+            May be an expression, see `lightning_sbckpt.expressions`.
         limit: Return at most so many; None returns all.
 
     Returns:
         The ranked checkpoints.
 
     Raises:
-        SelectionError: A candidate's value is not a number, or `limit` is negative.
+        SelectionError: A candidate's value is not a number, `limit` is negative, or an expression
+            can't be read or asks for a key which none of the checkpoints has.
 
     Example:
         >>> from pathlib import Path
@@ -195,6 +199,9 @@ def rank_checkpoints(
         raise SelectionError(
             f"Cannot return {limit} checkpoints: expected 0 or more, or None for all of them."
         )
+    if isinstance(predicate, str):
+        checkpoints = list(checkpoints)
+        predicate = as_predicate(predicate, among=checkpoints)
     candidates = [
         ckpt
         for ckpt in checkpoints
@@ -206,6 +213,39 @@ def rank_checkpoints(
         candidates,
         key=lambda ckpt: (criterion.order(ckpt), ckpt_recency(ckpt), _Name(ckpt)),
     )
+
+
+def shortlist(
+    metas: Sequence[Mapping[str, object]], criterion: Criterion, limit: int
+) -> Sequence[int]:
+    """Return which of many metas may be among the best, so that only those need to be ranked.
+
+    It never leaves out one that `rank_checkpoints` with this `limit` would return, and is faster
+    where the values are ordinary numbers, one for each checkpoint.
+
+    Args:
+        metas: The meta of every checkpoint.
+        criterion: What makes a checkpoint good: a key, or how recent it is.
+        limit: How many are asked for.
+
+    Returns:
+        Indices into `metas`.
+
+    Example:
+        >>> metas = [{"loss": 0.5}, {"loss": 0.25}, {"loss": 0.75}, {"loss": 0.25}]
+        >>> shortlist(metas, importance(min_key="loss"), 1)
+        [1, 3]
+    """
+    key = "unixtime" if criterion.key is None else criterion.key
+    values = [meta.get(key) for meta in metas]
+    numbers_only = [value for value in values if type(value) is float and isfinite(value)]
+    if not 0 < limit < len(values) or len(numbers_only) < len(values):
+        return range(len(values))
+    if criterion.lowest:
+        last = nsmallest(limit, numbers_only)[-1]
+        return [index for index, value in enumerate(numbers_only) if value <= last]
+    last = nlargest(limit, numbers_only)[-1]
+    return [index for index, value in enumerate(numbers_only) if value >= last]
 
 
 def newest_first(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:

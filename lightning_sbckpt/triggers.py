@@ -1,63 +1,58 @@
 """When to save: pure answers to "is a checkpoint due at this moment?".
 
 A trigger holds no state and reads no clock. Whoever saves describes the moment, including when
-the last save was, and asks.
+the last save was, and asks by `ask`. `a | b` is due when either is, `a & b` when both are at the
+same moment: `EveryNSteps(100) & AfterStep(1000) | OnValidationEnd()`.
+
+A trigger that is `ephemeral` asks for a checkpoint for recovery only, which retention treats by
+rules of its own. Where a lasting one is due at the same moment, the checkpoint is a lasting one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from math import isfinite
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar
 
+from lightning_sbckpt._moments import Due, Kind, Moment, Trigger, may_be_due, together
+from lightning_sbckpt._triggers_combined import (
+    AfterStep,
+    AllOf,
+    AnyOf,
+    Composable,
+    Ephemeral,
+    ask,
+    check_period,
+)
 from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.selection import function_name
 
-__all__ = ["AnyOf", "EveryInterval", "EveryNEpochs", "EveryNSteps", "Moment", "Trigger"]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A point in training at which a checkpoint might be due.
-
-    Attributes:
-        kind: What has just ended: a training batch, a validation, or a training epoch.
-        epoch: The number of the epoch, from 0.
-        global_step: Optimizer steps taken since training began.
-        batch: Batches seen since training began.
-        seconds: Seconds since this process began to fit, from a monotonic clock.
-        previous_step: The global step at the end of the batch before; a batch of a training with
-            several optimizers may take several steps.
-        last_save_seconds: The `seconds` of the last save, or 0 before the first.
-        validated_this_epoch: Whether a validation has run in this epoch.
-
-    Example:
-        >>> Moment("batch", epoch=0, global_step=10, batch=10, seconds=2.5).previous_step
-        0
-    """
-
-    kind: Literal["batch", "validation_end", "epoch_end"]
-    epoch: int
-    global_step: int
-    batch: int
-    seconds: float
-    previous_step: int = 0
-    last_save_seconds: float = 0.0
-    validated_this_epoch: bool = False
-
-
-@runtime_checkable
-class Trigger(Protocol):
-    """Anything that can say whether a checkpoint is due."""
-
-    def due(self, moment: Moment) -> str | None:
-        """Return why a checkpoint is due at this moment, or None."""
-        ...
+__all__ = [
+    "AfterStep",
+    "AllOf",
+    "AnyOf",
+    "AtSteps",
+    "Due",
+    "Ephemeral",
+    "EveryInterval",
+    "EveryNEpochs",
+    "EveryNSteps",
+    "FirstStep",
+    "Moment",
+    "OnValidationEnd",
+    "Trigger",
+    "WhenTrue",
+    "ask",
+    "may_be_due",
+    "together",
+]
 
 
 @dataclass(frozen=True)
-class EveryNEpochs:
+class EveryNEpochs(Composable):
     """Due after every `n` epochs: when validation ends, or the epoch if nothing was validated.
 
     After validation the metrics of these very weights are known. An epoch that validates several
@@ -75,10 +70,11 @@ class EveryNEpochs:
     """
 
     n: int = 1
+    kinds: ClassVar[tuple[Kind, ...]] = ("validation_end", "epoch_end")
 
     def __post_init__(self) -> None:
         """Refuse a number that cannot be a period."""
-        _check_period("EveryNEpochs", self.n)
+        check_period("EveryNEpochs", self.n)
 
     def due(self, moment: Moment) -> str | None:
         """Return the reason at the end of every n-th epoch."""
@@ -91,7 +87,7 @@ class EveryNEpochs:
 
 
 @dataclass(frozen=True)
-class EveryNSteps:
+class EveryNSteps(Composable):
     """Due after the batch in which the global step reached or passed a multiple of `n`.
 
     The batches that accumulate gradients share one global step, and only the one that took the
@@ -106,10 +102,15 @@ class EveryNSteps:
     """
 
     n: int
+    kinds: ClassVar[tuple[Kind, ...]] = ("batch",)
 
     def __post_init__(self) -> None:
         """Refuse a number that cannot be a period."""
-        _check_period("EveryNSteps", self.n)
+        check_period("EveryNSteps", self.n)
+
+    def quiet(self, global_step: int, previous_step: int) -> bool:
+        """Return whether it can't be due after a batch between these steps."""
+        return global_step // self.n <= previous_step // self.n
 
     def due(self, moment: Moment) -> str | None:
         """Return the reason after a batch that completed a multiple of n steps."""
@@ -121,7 +122,7 @@ class EveryNSteps:
 
 
 @dataclass(frozen=True)
-class EveryInterval:
+class EveryInterval(Composable):
     """Due after the first batch that ends so long after the last save, whatever caused it.
 
     Args:
@@ -137,6 +138,7 @@ class EveryInterval:
     """
 
     interval: timedelta | float
+    kinds: ClassVar[tuple[Kind, ...]] = ("batch",)
 
     def __post_init__(self) -> None:
         """Refuse an interval that never or always passes."""
@@ -169,41 +171,123 @@ class EveryInterval:
 
 
 @dataclass(frozen=True)
-class AnyOf:
-    """Due when any of the triggers is; says which. With no trigger it is never due.
+class AtSteps(Composable):
+    """Due after the batch in which the global step reached or passed one of the given steps.
 
     Raises:
-        ConfigurationError: Something given is no trigger.
+        ConfigurationError: The steps are not a list of whole numbers of at least 1.
 
     Example:
-        >>> either = AnyOf([EveryNSteps(5), EveryInterval(60)])
-        >>> either.due(Moment("batch", epoch=0, global_step=10, batch=10, seconds=61.0))
-        'every 5 steps, 61 s since the last save, every 60 s'
+        >>> AtSteps([10, 50]).due(Moment("batch", epoch=0, global_step=10, batch=10, seconds=1.0,
+        ...     previous_step=9))
+        'step 10'
     """
 
-    triggers: tuple[Trigger, ...]
+    steps: Sequence[int]
+    kinds: ClassVar[tuple[Kind, ...]] = ("batch",)
 
-    def __init__(self, triggers: Iterable[Trigger]) -> None:
-        """Take the triggers, in the order in which their reasons are told."""
-        given: tuple[object, ...] = tuple(triggers)
-        wrong = [repr(trigger) for trigger in given if not isinstance(trigger, Trigger)]
-        if wrong:
+    def __post_init__(self) -> None:
+        """Refuse steps that are none; put them in order."""
+        given: object = self.steps
+        listed = isinstance(given, Iterable) and not isinstance(given, str)
+        steps: list[object] = list(self.steps) if listed else []
+        if not steps or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in steps):
             raise ConfigurationError(
-                f"AnyOf was given {', '.join(wrong)}, expected objects with a method due(moment), "
-                "such as EveryNEpochs(1) or EveryNSteps(1000)."
+                f"AtSteps has steps={given!r}, expected a list of whole numbers of at least 1, such "
+                "as AtSteps([100, 1000])."
             )
-        object.__setattr__(self, "triggers", given)
+        object.__setattr__(self, "steps", tuple(sorted(set(self.steps))))
+
+    def quiet(self, global_step: int, previous_step: int) -> bool:
+        """Return whether it can't be due after a batch between these steps."""
+        return bisect_right(self.steps, previous_step) == bisect_right(self.steps, global_step)
 
     def due(self, moment: Moment) -> str | None:
-        """Return the reasons of all triggers that are due, or None."""
-        reasons = [trigger.due(moment) for trigger in self.triggers]
-        return ", ".join(reason for reason in reasons if reason is not None) or None
+        """Return the reason after a batch that reached one of the steps."""
+        if moment.kind != "batch":
+            return None
+        first = bisect_right(self.steps, moment.previous_step)
+        reached = self.steps[first : bisect_right(self.steps, moment.global_step)]
+        return ", ".join(f"step {step}" for step in reached) or None
+
+
+@dataclass(frozen=True)
+class FirstStep(Composable):
+    """Due after the very first optimizer step of a run, for recovery only.
+
+    A rehearsal: within the first minute it shows that saving works, and the line in the log says
+    how long it took and how large a checkpoint is. Retention lets it go when the next one is there.
+
+    Example:
+        >>> first = Moment("batch", epoch=0, global_step=1, batch=1, seconds=0.5)
+        >>> FirstStep().due(first)
+        'the first step, to see that saving works'
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("batch",)
+    ephemeral: ClassVar[bool] = True
+
+    def due(self, moment: Moment) -> str | None:
+        """Return the reason after the batch that took the first step."""
+        if moment.kind == "batch" and moment.previous_step == 0 < moment.global_step:
+            return "the first step, to see that saving works"
+        return None
+
+
+@dataclass(frozen=True)
+class OnValidationEnd(Composable):
+    """Due whenever a validation has ended, how many there may be in an epoch.
+
+    Example:
+        >>> OnValidationEnd().due(
+        ...     Moment("validation_end", epoch=0, global_step=10, batch=10, seconds=1.0))
+        'validation has ended'
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("validation_end",)
+
+    def due(self, moment: Moment) -> str | None:
+        """Return the reason at the end of a validation."""
+        return "validation has ended" if moment.kind == "validation_end" else None
+
+
+@dataclass(frozen=True)
+class WhenTrue(Composable):
+    """Due when a function of the moment says so.
+
+    The function may be asked several times about one moment, and on every rank: it has to give
+    the same answer each time.
+
+    Args:
+        function: Takes a `Moment`; returns whether a checkpoint is due, or the reason as text.
+
+    Raises:
+        ConfigurationError: The function can't be called.
+
+    Example:
+        >>> def late(moment):
+        ...     return moment.seconds > 3600
+        >>> WhenTrue(late).due(Moment("batch", epoch=0, global_step=9, batch=9, seconds=4000.0))
+        'late is true'
+    """
+
+    function: Callable[[Moment], bool | str | None]
+
+    def __post_init__(self) -> None:
+        """Refuse what can't be called."""
+        if not callable(self.function):
+            raise ConfigurationError(
+                f"WhenTrue has function={self.function!r}, expected a function of a Moment that "
+                "returns whether a checkpoint is due."
+            )
+
+    def due(self, moment: Moment) -> str | None:
+        """Return the text that the function gave, or that it is true."""
+        answer = self.function(moment)
+        if isinstance(answer, str):
+            return answer or None
+        return f"{function_name(self.function)} is true" if answer else None
 
 
 def _every(n: int, unit: str) -> str:
     return f"every {unit}" if n == 1 else f"every {n} {unit}s"
-
-
-def _check_period(owner: str, n: object) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ConfigurationError(f"{owner} has n={n!r}, expected a whole number of at least 1.")

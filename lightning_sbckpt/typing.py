@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from lightning_sbckpt.meta import Checkpoint
 
 __all__ = [
+    "BytesOf",
     "CheckpointPredicate",
     "ImportanceKey",
     "LoadHook",
+    "RetentionLimit",
     "RetentionRule",
     "SaveHook",
     "Stateful",
@@ -36,6 +38,12 @@ ImportanceKey = Callable[["Checkpoint"], float]
 CheckpointPredicate = Callable[["Checkpoint"], bool]
 """Says whether a checkpoint takes part."""
 
+BytesOf = Callable[["Checkpoint"], Mapping[Hashable, int] | int]
+"""Gives the bytes of a checkpoint: a number, or from what identifies each file to its bytes.
+
+Files that several checkpoints share have the same identity in each.
+"""
+
 
 @runtime_checkable
 class Stateful(Protocol):
@@ -51,18 +59,42 @@ class Stateful(Protocol):
 
 
 class RetentionRule(Protocol):
-    """One reason to keep checkpoints: a pure function of the checkpoints there are."""
+    """One reason to keep checkpoints: a pure function of the checkpoints there are.
+
+    A rule with an attribute `ephemeral` that is false is not shown the ephemeral checkpoints,
+    those saved for recovery only.
+    """
 
     def considers(self, checkpoint: Checkpoint) -> bool:
         """Return whether the rule has an opinion about this checkpoint."""
         ...
 
     def keeps(self, checkpoints: Iterable[Checkpoint]) -> dict[Checkpoint, str]:
-        """Return the checkpoints to keep among those given, each with the reason."""
+        """Return the checkpoints to keep among those given, the most wanted first, with reasons."""
         ...
 
     def rejects(self, checkpoint: Checkpoint) -> str:
         """Return why a considered checkpoint was not kept, for the log."""
+        ...
+
+
+@runtime_checkable
+class RetentionLimit(Protocol):
+    """One bound on what the rules keep; stands among the rules, and considers no checkpoint."""
+
+    def exceeding(
+        self,
+        wanted: Sequence[Checkpoint],
+        fixed: Sequence[Checkpoint],
+        bytes_of: BytesOf | None,
+    ) -> tuple[dict[Checkpoint, str], str | None]:
+        """Return what has to go, and why each; and what is left to complain about, or None.
+
+        Args:
+            wanted: The checkpoints that may go, the most wanted first.
+            fixed: Those that stay in any case.
+            bytes_of: How large checkpoints are, if the caller knows.
+        """
         ...
 
 

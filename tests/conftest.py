@@ -20,6 +20,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from _counts import COUNTS
 
 CORE_NAMES = (
     "Checkpointer",
@@ -169,3 +170,12 @@ def all_levels(caplog: pytest.LogCaptureFixture) -> Callable[[], None]:
             caplog.set_level(logging.DEBUG, logger=name)
 
     return enable
+
+
+@pytest.fixture(autouse=True)
+def counted(record_property):
+    """What a test has counted becomes its properties, in the report that `--junitxml` writes."""
+    COUNTS.clear()
+    yield
+    for what, times in COUNTS.items():
+        record_property(what, times)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 
 import pytest
 import torch
 import xxhash
 import yaml
+from _counts import count
 
 from lightning_sbckpt import Checkpointer, _manifest
+from lightning_sbckpt._manifest import find_damage
 from lightning_sbckpt.errors import DamagedCheckpointError
+from lightning_sbckpt.verify import verify
 
 FILES = ["model.ckpt", "optimizer.ckpt", "MANIFEST.yaml", "CKPT.yaml"]
 
@@ -122,6 +126,102 @@ class TestEveryHarmToEveryFile:
 def blamed(name, harm):
     """Return the file that is named: a sound manifest of another checkpoint blames the others."""
     return "model.ckpt" if (name, harm) == ("MANIFEST.yaml", swap) else name
+
+
+def flipped(data, place, chance):
+    """Return the bytes with one bit changed."""
+    changed = bytearray(data)
+    changed[place] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+def cut(data, place, chance):
+    """Return the first bytes."""
+    return data[:place]
+
+
+def zeroed(data, place, chance):
+    """Return the bytes with zeros from a place on, as after a power cut; None if they were zeros."""
+    return data[:place] + bytes(len(data) - place) if data[place:].strip(b"\0") else None
+
+
+def grown(data, place, chance):
+    """Return the bytes and some more."""
+    return data + chance.randbytes(place + 1)
+
+
+SPOILERS = [flipped, cut, zeroed, grown]
+
+
+def spoil_anywhere(ckpt, name, spoil, places, chance):
+    """Spoil a file at each of the places, and give what differs, restoring it afterwards."""
+    file = ckpt.path / name
+    data = file.read_bytes()
+    for place in places or range(len(data)):
+        spoilt = spoil(data, place % len(data), chance)
+        if spoilt is not None:
+            file.write_bytes(spoilt)
+            yield place
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("spoil", SPOILERS, ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("name", FILES)
+class TestAnywhere:
+    """A bit flipped, a file cut off, zeroed or grown, at any place of any file."""
+
+    def test_it_is_found_and_the_file_is_named(self, three, name, spoil):
+        """At a sample of the places, the first and the last among them."""
+        chance = random.Random(f"{name} {spoil.__name__}")
+        places = [0, 1, -1, -2, *(chance.randrange(10**6) for _ in range(20))]
+        for place in spoil_anywhere(three[2], name, spoil, places, chance):
+            (problem,) = find_damage(three[2].path)
+            assert name in problem, place
+            count("damaged files, all found")
+        assert find_damage(three[2].path) == []
+
+    @pytest.mark.slow
+    def test_it_is_found_at_every_single_byte(self, three, name, spoil):
+        """All of them, of each file."""
+        chance = random.Random(1)
+        found = 0
+        for place in spoil_anywhere(three[2], name, spoil, None, chance):
+            (problem,) = find_damage(three[2].path)
+            assert name in problem, place
+            found += 1
+        count("damaged files, all found", found)
+        size = (three[2].path / name).stat().st_size
+        assert found == size if spoil is not zeroed else 0 < found <= size
+
+    def test_recovery_steps_back_and_a_later_verification_agrees(self, run, three, name, spoil):
+        """Whatever the spoilt meta claims now, nothing of that checkpoint is loaded."""
+        chance = random.Random(f"{spoil.__name__} {name}")
+        places = [chance.randrange(10**6) for _ in range(3)]
+        for place in spoil_anywhere(three[2], name, spoil, places, chance):
+            checkpointer, model = run()
+            assert checkpointer.recover_if_possible() == three[1], place
+            assert model.value == 2.0
+            assert [found.status for found in verify(checkpointer.checkpoints_dir)] == [
+                "sound",
+                "sound",
+                "damaged",
+            ]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_another_checkpoint_is_found(run, three, name, caplog):
+    """Both were written by us, and neither is what belongs there: two files change places."""
+    one, other = (ckpt.path / name for ckpt in three[1:])
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+    checkpointer, model = run()
+    assert checkpointer.recover_if_possible() == three[0]
+    assert model.value == 1.0
+    lines = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(lines) == 2
+    assert all(blamed(name, swap) in line for line in lines)
 
 
 class TestSteppingBack:

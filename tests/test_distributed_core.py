@@ -103,6 +103,11 @@ def child(task, rank, folder, answers):
         time.sleep(0.01)
 
 
+def entries(folder):
+    """Return what is in a folder, but for the lock of who writes there."""
+    return [name for name in os.listdir(folder) if name != ".lock"]
+
+
 @pytest.fixture
 def both(tmp_path):
     """A function that runs a task on two ranks and returns their two answers."""
@@ -128,7 +133,7 @@ def save_and_recover(folder, rank):
     checkpointer.add_recoverables({"sum": Gathered(rank + 1), "each": PerRank(rank + 10)})
     before = checkpointer.recoverables["model"].weight.tolist()
     saved = checkpointer.save_checkpoint({"loss": 1.0})
-    at_once = sorted(os.listdir(folder))
+    at_once = sorted(entries(folder))
     checkpointer.recoverables["sum"].number = checkpointer.recoverables["each"].number = 0
     recovered = checkpointer.recover_if_possible()
     after = checkpointer.recoverables["model"].weight.tolist()
@@ -139,7 +144,7 @@ def save_and_recover(folder, rank):
 def test_both_save_one_checkpoint_and_load_the_same(both, tmp_path):
     """Rank zero's model; what is registered so is saved on both; the other rank writes nothing."""
     first, second = both(save_and_recover)
-    (name,) = os.listdir(tmp_path / "run")
+    (name,) = entries(tmp_path / "run")
     assert (first[0], second[0]) == (False, True)
     # The save returns on every rank only when the checkpoint is there.
     assert first[1] == second[1] == [name]
@@ -154,9 +159,9 @@ def keep_only_one(folder, rank):
     checkpointer = checkpointer_of(folder, rank)
     for _ in range(3):
         checkpointer.save_and_keep_only()
-        left = len(os.listdir(folder))
+        left = len(entries(folder))
     checkpointer.delete_checkpoints(num_to_keep=0)
-    return left, os.listdir(folder)
+    return left, entries(folder)
 
 
 def test_rank_zero_deletes_and_the_other_waits_for_it(both):
@@ -185,7 +190,7 @@ def fail_in_hook(folder, rank, failing):
     del checkpointer.recoverables["failing"]
     checkpointer.save_checkpoint(name="later")
     dist.barrier()
-    return answer, sorted(os.listdir(folder))
+    return answer, sorted(entries(folder))
 
 
 def fail_in_hook_of_zero(folder, rank):
@@ -284,7 +289,7 @@ def test_a_disk_that_fails_on_rank_zero_fails_both(both, tmp_path, task, reason)
     for answer in both(task):
         assert answer[0] == "SaveError"
         assert reason in answer[1]
-    assert os.listdir(tmp_path / "run") == []
+    assert entries(tmp_path / "run") == []
 
 
 def recover_damaged(folder, rank):
@@ -342,4 +347,4 @@ def test_retention_that_fails_on_rank_zero_fails_both(both, tmp_path):
     """The saved checkpoint stays."""
     zero, one = both(retention_fails)
     assert "no such key" in zero[1] and "no such key" in one[1]
-    assert len(os.listdir(tmp_path / "run")) == 1
+    assert len(entries(tmp_path / "run")) == 1

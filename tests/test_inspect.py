@@ -161,3 +161,19 @@ def test_paths_may_be_relative(monkeypatch, tmp_path):
     write(tmp_path / "run/CKPT+a", 5, unixtime=NOON)
     monkeypatch.chdir(tmp_path)
     assert "5 B" in table([Checkpoint(Path("run/CKPT+a"), {"unixtime": NOON}, {})])
+
+
+def test_bytes_shared_with_another_checkpoint_are_told_from_its_own(tmp_path):
+    """A hard-linked file stays on the disk when this checkpoint goes."""
+    first = write(tmp_path / "CKPT+a", 5000, unixtime=NOON)
+    second = write(tmp_path / "CKPT+b", 3000, unixtime=NOON + 1)
+    assert "5 KB" in table([first, second]) and "own" not in table([first, second])
+    (second.path / "frozen.ckpt").hardlink_to(first.path / "model.ckpt")
+    assert "8 KB, 3 KB own" in table([first, second])
+    assert "5 KB, 0 B own" in table([first, second])
+
+
+def test_pinned_checkpoints_are_marked(tmp_path):
+    """Beside the best and the newest."""
+    ckpt = write(tmp_path / "CKPT+a", 10, unixtime=NOON, pinned="in the paper")
+    assert table([ckpt]).splitlines()[-1].endswith("newest, pinned")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -18,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sbckpt import Checkpointer, ckpt_recency
+from lightning_sbckpt._flat_yaml import parse_flat
 from lightning_sbckpt.errors import MetaError
-from lightning_sbckpt.meta import Checkpoint, dump_meta, parse_yaml, plain_meta
+from lightning_sbckpt.meta import Checkpoint, dump_meta, parse_yaml, plain_meta, read_meta
 
 
 def there_and_back(meta):
@@ -215,6 +217,7 @@ ALIASES = "a0: &a0 [x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40)
 )
 HOSTILE = {
+    "aliases that grow": ALIASES.encode(),
     "merge bomb": MERGES.encode(),
     "flow nesting": b"a: " + b"[" * 1_000_000,
     "closed nesting": b"a: " + b"{b: " * 300_000 + b"}" * 300_000,
@@ -268,11 +271,6 @@ except RecursionError:
         done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True)
         assert done.returncode != 0
 
-    def test_aliases_share_what_they_name(self):
-        """They are part of YAML, and cost no memory."""
-        read = parse_yaml(ALIASES.encode(), "CKPT.yaml")
-        assert read["a39"][0] is read["a38"]
-
     def test_ordinary_nesting_is_fine(self):
         """Many brackets are not deep brackets."""
         meta = {"rows": [[i, {"x": [i]}] for i in range(1000)]}
@@ -302,3 +300,161 @@ def test_a_record_is_hashed_by_its_path():
     """So that it goes into sets although its meta is a dictionary."""
     a, b = (Checkpoint(Path("CKPT+a"), {"x": x}, {}) for x in (1, 2))
     assert hash(a) == hash(b) and len({a, b}) == 2
+
+
+# What a file may hold between the key and the end of the line, as it would be written by hand.
+WORDS = """
+0 -0 1 -1 +1 00 01 -01 017 -017 0x1f 0b1 0o7 07 1_000 1:30 1:30.5 999999999999999999 9999999999999999999
+1.5 -1.5 +1.5 1. .5 -.5 1.5e5 1.5e+5 1.5e-05 -1.5E+3 1e5 1e+5 1.0e+999 00.5 1_0.5 . -. .e1
+.inf -.inf +.inf .Inf .nan .NaN -.nan inf nan NaN e1 _1 1_ - -- -a 1a a1 1.5a
+true True TRUE tRUE false yes Yes no on ON off y n Y N null Null NULL nULL ~ = <<
+2026-11-22 2026-11-22T10:15:03Z 10:15 a b a/b a-b a+b a.b a:b a,b a=b a@b a#b a'b a"b a!b a&b
+CKPT+2026-11-22+10-15-03+00 '' 'a' '1' 'true' 'a b' 'a''b' 'a: b' 'a #b' '\\' ' ' 'a "a" "a
+[] [1] {} {a: 1} [ ] { } | > ! !a !!int !!str & &a * *a % @ ` ? # : , a# a\\n --- ...
+"""
+SCALARS = [
+    *WORDS.split(),
+    "a b",
+    "a  b",
+    "a b c",
+    "a yes",
+    "yes a",
+    " a",
+    "a ",
+    "a: b",
+    "a #b",
+    "- a",
+    "",
+    "é",
+    "\t",
+]
+KEYS = [*SCALARS, "loss", "end-of-epoch", "val/loss", "x.y", "'quoted'", "k" * 128, "k" * 2000]
+LINES = st.builds("{}{}{}".format, st.sampled_from(KEYS), st.sampled_from([": "] * 9 + [":", " : ", ":\t"]), st.sampled_from(SCALARS))  # fmt: skip
+PLAIN_LINES = st.builds("key_{}: {}".format, st.integers(0, 9), st.sampled_from(SCALARS))
+OTHER_LINES = st.sampled_from(["# comment", "#", " # indented", "", " ", "- 1", "---", "...", "%YAML 1.1", " a: 1", "a", "\ufeff"])  # fmt: skip
+
+
+def same(found, expected):
+    """Return whether two mappings are the same to the type, the sign and the order of keys."""
+    return repr(found) == repr(expected) and all(
+        type(found[key]) is type(expected[key])
+        and (not isinstance(found[key], float) or same_float(found[key], expected[key]))
+        for key in expected
+    )
+
+
+def same_float(found, expected):
+    return math.copysign(1, found) == math.copysign(1, expected)
+
+
+class TestTheFastPath:
+    """It gives what the safe loader gives, to the type, or leaves the file to it."""
+
+    @given(
+        st.lists(PLAIN_LINES | PLAIN_LINES | LINES | OTHER_LINES, max_size=5),
+        st.sampled_from(["\n"] * 8 + ["\r\n", "\x85", "\r", "\x0b"]),
+        st.booleans(),
+    )
+    @settings(max_examples=1500, deadline=None, derandomize=True)
+    def test_lines_written_by_hand(self, lines, end, ended):
+        """Every kind of key and scalar there is, and what is none."""
+        data = (end.join(lines) + (end if ended else "")).encode()
+        found = parse_flat(data)
+        if found is not None:
+            assert same(found, yaml.safe_load(data))
+
+    @given(
+        st.dictionaries(
+            st.sampled_from(KEYS) | st.text(max_size=8),
+            st.none()
+            | st.booleans()
+            | st.integers()
+            | st.floats()
+            | st.sampled_from(SCALARS)
+            | st.text(max_size=8),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    @settings(max_examples=800, deadline=None, derandomize=True)
+    def test_whatever_is_written(self, meta):
+        """By our own dumper."""
+        data = dump_meta(meta)
+        found = parse_flat(data)
+        assert found is None or same(found, yaml.safe_load(data))
+        assert same(parse_yaml(data, "CKPT.yaml"), yaml.safe_load(data))
+
+    @given(st.binary(max_size=30))
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    def test_any_bytes_at_all(self, data):
+        """Also after a healthy line."""
+        for whole in (data, b"a: 1\n" + data):
+            found = parse_flat(whole)
+            assert found is None or same(found, yaml.safe_load(whole))
+
+    @pytest.mark.parametrize("scalar", SCALARS)
+    def test_every_scalar_alone(self, scalar):
+        """So that none depends on being drawn."""
+        data = f"key: {scalar}\n".encode()
+        found = parse_flat(data)
+        assert found is None or same(found, yaml.safe_load(data))
+
+    @pytest.mark.parametrize("key", KEYS, ids=lambda key: key[:20])
+    def test_every_key_alone(self, key):
+        """Also words that are something else, and longer ones than YAML allows."""
+        data = f"{key}: 1.5\n".encode()
+        found = parse_flat(data)
+        assert found is None or same(found, yaml.safe_load(data))
+
+    def test_what_a_run_saves_is_read_by_it(self):
+        """Or it would be of no use."""
+        meta = {
+            "unixtime": 1790000000.123456,
+            "end-of-epoch": True,
+            "epoch": 3,
+            "val/loss": 1e-05,
+            "gain": -math.inf,
+            "worst": math.nan,
+            "big": 1e22,
+            "nothing": None,
+            "stage": "full",
+            "commit": "7a1bc67",
+            "seed": "1234",
+            "note": "the second of three",
+            "resumed_from": "CKPT+2026-11-22+10-15-03+00",
+        }
+        data = dump_meta(meta)
+        assert same(parse_flat(data), yaml.safe_load(data))
+
+    def test_it_takes_the_loader_out_of_the_way(self, monkeypatch):
+        """A plain file is read without it, another one is not."""
+
+        def no_loader(*_, **__):
+            raise RuntimeError("the loader was asked")
+
+        monkeypatch.setattr(yaml, "load", no_loader)
+        assert parse_yaml(b"loss: 0.5\n", "CKPT.yaml") == {"loss": 0.5}
+        with pytest.raises(MetaError, match="the loader was asked"):
+            parse_yaml(b"loss: [0.5]\n", "CKPT.yaml")
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a symbolic link", "a folder", "a socket"])
+def test_meta_is_read_from_regular_files_only(tmp_path, kind):
+    """A pipe would be waited on for ever, and a link may lead out of the folder."""
+    folder = tmp_path / "CKPT+a"
+    folder.mkdir()
+    path = folder / "CKPT.yaml"
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a symbolic link":
+        (tmp_path / "elsewhere").write_text("loss: 0.5\n")
+        path.symlink_to(tmp_path / "elsewhere")
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        os.mknod(path, 0o600 | 0o140000)
+    with pytest.raises(MetaError, match=rf"CKPT\.yaml can't be read: it is {kind}"):
+        read_meta(path)
+    checkpointer = Checkpointer(tmp_path)
+    healthy = checkpointer.save_checkpoint()
+    assert checkpointer.list_checkpoints() == [healthy]

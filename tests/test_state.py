@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lightning_sbckpt import Checkpointer, _state, trusting_pickle
-from lightning_sbckpt._state import load_state, pickled_path, save_state
+from lightning_sbckpt._reading import load_state, pickled_path
+from lightning_sbckpt._state import save_state
 from lightning_sbckpt.errors import (
     CheckpointNameError,
     DamagedCheckpointError,

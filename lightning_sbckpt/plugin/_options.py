@@ -12,8 +12,15 @@ from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.collect import RESERVED, is_reserved
 from lightning_sbckpt.plugin.run import BestBy
 from lightning_sbckpt.retention import Best, Important, Newest
-from lightning_sbckpt.triggers import AnyOf, EveryInterval, EveryNEpochs, EveryNSteps, Trigger
-from lightning_sbckpt.typing import ImportanceKey, RetentionRule
+from lightning_sbckpt.triggers import (
+    AnyOf,
+    EveryInterval,
+    EveryNEpochs,
+    EveryNSteps,
+    Trigger,
+    may_be_due,
+)
+from lightning_sbckpt.typing import ImportanceKey, RetentionLimit, RetentionRule
 
 
 def best_by(
@@ -37,7 +44,8 @@ def retention_rules(
     Raises:
         ConfigurationError: None would.
     """
-    if num_to_keep < 1 and not keep:
+    # A limit gives no reason to keep anything.
+    if num_to_keep < 1 and all(isinstance(rule, RetentionLimit) for rule in keep):
         raise ConfigurationError(
             f"num_to_keep={num_to_keep} would delete every checkpoint as soon as it is written: "
             "keep at least 1, or say what to keep by rules in keep=[...]"
@@ -58,28 +66,39 @@ def triggers(
     every_n_epochs: int | None,
     every_n_train_steps: int | None,
     train_time_interval: timedelta | float | None,
+    more: Sequence[Trigger] = (),
 ) -> tuple[AnyOf, AnyOf]:
-    """Return the triggers that every batch may set off, and those of validation and epoch end."""
+    """Return the triggers that every batch may set off, and those of validation and epoch end.
+
+    Raises:
+        ConfigurationError: A period is none, or one of `more` is no trigger.
+    """
     batch: list[Trigger] = []
     if every_n_train_steps is not None:
         batch.append(EveryNSteps(every_n_train_steps))
     if train_time_interval is not None:
         batch.append(EveryInterval(train_time_interval))
     ends: list[Trigger] = [] if every_n_epochs is None else [EveryNEpochs(every_n_epochs)]
+    if isinstance(more, Trigger):
+        more = [more]
+    for trigger in AnyOf(more).triggers:
+        # What is never due after a batch must not cost anything there.
+        if may_be_due(trigger, "batch"):
+            batch.append(trigger)
+        if may_be_due(trigger, "validation_end") or may_be_due(trigger, "epoch_end"):
+            ends.append(trigger)
     return AnyOf(batch), AnyOf(ends)
 
 
-def check_save_mode(save_mode: str) -> None:
-    """Refuse what this release can't do.
+def check_when_in_use(given: str) -> str:
+    """Return what to do when another process writes to the folder.
 
     Raises:
-        ConfigurationError: The mode is not `"sync"`.
+        ConfigurationError: It is neither `"raise"` nor `"read"`.
     """
-    if save_mode != "sync":
-        raise ConfigurationError(
-            f"save_mode is {save_mode!r}, this release knows 'sync' only: every checkpoint is on "
-            "the disk when training goes on"
-        )
+    if given not in ("raise", "read"):
+        raise ConfigurationError(f"when_in_use is {given!r}, expected one of 'raise', 'read'")
+    return given
 
 
 def check_lists(lists: Mapping[str, Sequence[str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +15,10 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._layout import read_checkpoint
+from lightning_sbckpt._saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
-from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
+from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation, classes_of
@@ -34,7 +35,7 @@ from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_re
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.rng import isolated_rng
-from lightning_sbckpt.triggers import Moment
+from lightning_sbckpt.triggers import Due, Moment, Trigger, ask, together
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = ["SBCheckpoint"]
@@ -55,7 +56,8 @@ class SBCheckpoint(LightningCheckpoint):
         max_key: The metric whose highest value is best.
         importance_key: A function of a checkpoint whose highest result is best. At most one of the
             three; with none, the newest checkpoint is the best.
-        ckpt_predicate: Only checkpoints for which it is true may be deleted.
+        ckpt_predicate: Only checkpoints for which it is true may be deleted: a function, or an
+            expression over the meta such as `"epoch > 3"`.
         num_to_keep: How many of the best, and how many of the newest, to keep.
         keep_recent: Keep the newest `num_to_keep`, not only the best.
         keep: More rules of `lightning_sbckpt.retention`; what any rule keeps stays.
@@ -63,10 +65,21 @@ class SBCheckpoint(LightningCheckpoint):
             nothing was validated in it. None for not at all.
         every_n_train_steps: Save after every n optimizer steps, too.
         train_time_interval: Save when so much time has passed since the last save, too.
+        triggers: More triggers of `lightning_sbckpt.triggers`; a checkpoint is saved when any is due.
         resume: Go on from the newest sound checkpoint in `dirpath`, if there is one and `fit` was
             given no `ckpt_path`.
         restore_best: Hold the best weights when the fit has ended.
-        save_mode: `"sync"`: a checkpoint is on the disk when training goes on.
+        save_mode: `"sync"`: a checkpoint is on the disk when training goes on. `"async"`: its
+            state is copied, and written while training goes on. `"overlap"`: large tensors are
+            copied under the next forward and backward, too.
+        on_save_error: `"raise"`, or `"warn"`: training goes on without a checkpoint that could not
+            be written.
+        when_busy: While a checkpoint is still being written, the next save is to `"wait"` for it
+            or to `"skip"`.
+        when_in_use: If another process writes to `dirpath`: `"raise"`, or `"read"`: resume from
+            there, but save nothing.
+        link_unchanged: Files that have not changed since the checkpoint before share its bytes
+            where the filesystem can.
         recoverables: More objects to save and load, by name, or a function of Trainer and module
             that returns them. Modules and datamodules may offer theirs in a method
             `configure_recoverables()`.
@@ -108,16 +121,21 @@ class SBCheckpoint(LightningCheckpoint):
         min_key: str | None = None,
         max_key: str | None = None,
         importance_key: ImportanceKey | None = None,
-        ckpt_predicate: CheckpointPredicate | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
         num_to_keep: int = 1,
         keep_recent: bool = True,
         keep: Sequence[RetentionRule] = (),
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | float | None = None,
+        triggers: Sequence[Trigger] = (),
         resume: bool = True,
         restore_best: bool = True,
         save_mode: str = "sync",
+        on_save_error: str = "raise",
+        when_busy: str = "wait",
+        when_in_use: str = "raise",
+        link_unchanged: bool = True,
         recoverables: Recoverables | None = None,
         optional: Sequence[str] = (),
         skip: Sequence[str] = (),
@@ -132,13 +150,15 @@ class SBCheckpoint(LightningCheckpoint):
         self.dirpath = Path(dirpath)
         self._best_by = _options.best_by(importance_key, max_key, min_key)
         self._rules = _options.retention_rules(self._best_by, num_to_keep, keep_recent, keep)
-        self._ckpt_predicate = ckpt_predicate
+        self._ckpt_predicate = as_predicate(ckpt_predicate)
         self._batch_triggers, self._triggers = _options.triggers(
-            every_n_epochs, every_n_train_steps, train_time_interval
+            every_n_epochs, every_n_train_steps, train_time_interval, triggers
         )
         self._resume = resume
         self._restore_best = restore_best
-        _options.check_save_mode(save_mode)
+        self._policy = SavePolicy(save_mode, on_save_error, when_busy)
+        self._when_in_use = _options.check_when_in_use(when_in_use)
+        self._link_unchanged = link_unchanged
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
         self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
         self._split_model = tuple(split_model)
@@ -178,7 +198,10 @@ class SBCheckpoint(LightningCheckpoint):
         self._validated_this_epoch = False
         self._metrics: dict[str, Any] = {}
         self._metrics_of: tuple[int, int] | None = None
-        self._deferred: list[str | None] = []
+        self._deferred: list[Due | None] = []
+        self._retake = False
+        self._unannounced = False
+        self._failed = 0
 
     @property
     def checkpointer(self) -> Checkpointer | None:
@@ -198,9 +221,10 @@ class SBCheckpoint(LightningCheckpoint):
             return
         self._refuse_what_cannot_work(trainer)
         world = TrainerWorld(trainer)
-        checkpointer = Checkpointer(self.dirpath, world=world, trust_pickle=self._trust_pickle)
+        checkpointer = self._open(world)
         self._run = Run(checkpointer, self._best_by, self._rules, self._ckpt_predicate)
         self._reset_progress()
+        checkpointer.saver.retake = self._take_anew
         self._reader.skip = self._adaptation.skip
         self._tracker = LoaderTracker(lambda: _stage_of(trainer))
         self._tracker.attach(strategy)
@@ -214,6 +238,30 @@ class SBCheckpoint(LightningCheckpoint):
             _compat.between_batches(trainer, lambda: self._after_batch(trainer)),
             _compat.between_epochs(trainer, lambda: self._after_epoch(trainer)),
         ]
+
+    def _open(self, world: TrainerWorld) -> Checkpointer:
+        def opened(access: str) -> Checkpointer:
+            return Checkpointer(
+                self.dirpath,
+                world=world,
+                trust_pickle=self._trust_pickle,
+                save_mode=self._policy.mode,
+                on_save_error=self._policy.on_error,
+                when_busy=self._policy.when_busy,
+                link_unchanged=self._link_unchanged,
+                access=access,
+            )
+
+        checkpointer = opened("exclusive")
+        try:
+            # Now, and not at the first save: hours may have gone by until then.
+            checkpointer.claim()
+        except FolderInUseError as error:
+            if self._when_in_use == "raise":
+                raise
+            rank_zero_warn(f"SBCheckpoint: nothing of this run will be saved: {error}")
+            return opened("read")
+        return checkpointer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
@@ -248,6 +296,27 @@ class SBCheckpoint(LightningCheckpoint):
             for sentence in [*self._tracker.warnings(), *kernels]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
 
+        checkpointer = self.checkpointer
+        if checkpointer is not None and not pl_module.automatic_optimization:
+            if self._policy.mode == "overlap":
+                rank_zero_info(
+                    "SBCheckpoint: this module optimizes manually, so nobody tells when parameters "
+                    "are about to change: copies are made before training goes on (save_mode "
+                    "'async')"
+                )
+            checkpointer.saver.fall_back()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let a copy that hides behind forward and backward come to its end."""
+        if self._policy.mode == "overlap" and self._run is not None:
+            self._run.checkpointer.before_update()
+
+    def _take_anew(self) -> None:
+        # At the next place between two batches: here, in the middle of one, nothing fits together.
+        self._retake = True
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch for a validation."""
         self._validated_this_epoch = False
@@ -269,16 +338,26 @@ class SBCheckpoint(LightningCheckpoint):
         self._metrics_of = self._now(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the best weights."""
-        if not _compat.is_dev_run(trainer):
+        """See every checkpoint on the disk, and restore the best weights."""
+        if _compat.is_dev_run(trainer) or self._run is None:
+            return
+        try:
+            self._run.checkpointer.wait()
+        finally:
+            if self._unannounced:
+                self._announce(trainer)
             self._restore_best_weights(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Restore the best weights if it was the user who stopped; leave the Trainer as it was."""
-        interrupted = isinstance(exception, KeyboardInterrupt) and trainer.state.fn == "fit"
-        if interrupted and not _compat.is_dev_run(trainer):
+        """Let the last save come to its end; restore the best weights if the user stopped."""
+        fitting = trainer.state.fn == "fit" and not _compat.is_dev_run(trainer)
+        if fitting and self._run is not None:
+            # Without the other ranks, which may be anywhere; and the run's own exception is what
+            # the user must see.
+            self._run.checkpointer.saver.finish_here()
+        if fitting and isinstance(exception, KeyboardInterrupt):
             self._restore_best_weights(pl_module)
         self._leave(trainer)
 
@@ -294,6 +373,8 @@ class SBCheckpoint(LightningCheckpoint):
             self._undo.pop()()
         self._reader.skip = ()
         self._tracker = None
+        if self._run is not None:
+            self._run.checkpointer.release()
 
     def _refuse_what_cannot_work(self, trainer: Trainer) -> None:
         others = [
@@ -390,15 +471,20 @@ class SBCheckpoint(LightningCheckpoint):
         previous, self._previous_step = self._previous_step, step
         validated, self._validated = self._validated, False
         at_limit = 0 <= trainer.max_steps <= step
-        if not (validated or at_limit or self._batch_triggers.triggers):
+        retake, self._retake = self._retake, False
+        if self._unannounced:
+            self._announce_when_done(trainer)
+        if not (validated or at_limit or retake) and self._batch_triggers.quiet(step, previous):
             return
         moment = self._moment(trainer, "batch", previous)
-        reasons = [self._batch_triggers.due(moment)]
+        reasons = [ask(self._batch_triggers, moment)]
+        if retake:
+            reasons.append(Due("the last one was dropped"))
         if validated:
-            reasons.append(self._triggers.due(replace(moment, kind="validation_end")))
+            reasons.append(ask(self._triggers, moment._replace(kind="validation_end")))
         if at_limit:
-            reasons.append("max_steps is reached")
-        if _compat.epoch_is_over(trainer) and self._triggers.due(replace(moment, kind="epoch_end")):
+            reasons.append(Due("max_steps is reached"))
+        if _compat.epoch_is_over(trainer) and self._triggers.due(moment._replace(kind="epoch_end")):
             # The end of the epoch is saved anyway, and then its metrics are known.
             self._deferred = reasons
             return
@@ -406,20 +492,40 @@ class SBCheckpoint(LightningCheckpoint):
 
     def _after_epoch(self, trainer: Trainer) -> None:
         deferred, self._deferred = self._deferred, []
-        # No state is saved twice. What was trained since the last save is kept when training ends.
-        if self._last_save == self._now(trainer):
-            return
+        run = cast("Run", self._run)
         at_end = trainer.should_stop or _compat.epochs_done(trainer) == trainer.max_epochs
-        due = self._triggers.due(self._moment(trainer, "epoch_end", self._previous_step))
-        reasons = [*deferred, due, "training ends" if at_end else None]
+        if at_end:
+            # No step comes any more, but callbacks that put averaged weights in place may.
+            run.checkpointer.before_update()
+        retake, self._retake = self._retake, False
+        # No state is saved twice, unless it could not be written. What was trained since the last
+        # save is kept when training ends.
+        is_saved = self._last_save == self._now(trainer) and not retake
+        if is_saved and run.checkpointer.saver.failed == self._failed:
+            return
+        due = ask(self._triggers, self._moment(trainer, "epoch_end", self._previous_step))
+        reasons = [*deferred, due, Due("training ends") if at_end else None]
         self._save_if_due(trainer, reasons, within_epoch=False)
 
+    def _announce_when_done(self, trainer: Trainer) -> None:
+        saver = cast("Run", self._run).checkpointer.saver
+        # With several ranks it has to wait for a place where all of them are.
+        if cast("Run", self._run).checkpointer.world.size == 1 and not saver.busy:
+            self._announce(trainer)
+
+    def _announce(self, trainer: Trainer) -> None:
+        """Tell loggers, and whoever looks at the callback, which checkpoints there are."""
+        self._unannounced = False
+        self._set_paths(cast("Run", self._run))
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(proxy(self))
+
     def _save_if_due(
-        self, trainer: Trainer, reasons: Sequence[str | None], *, within_epoch: bool
+        self, trainer: Trainer, reasons: Sequence[Due | None], *, within_epoch: bool
     ) -> None:
-        said = ", ".join(reason for reason in reasons if reason)
-        if said:
-            self._save(trainer, said, within_epoch=within_epoch)
+        due = together(reasons)
+        if due is not None:
+            self._save(trainer, due, within_epoch=within_epoch)
 
     def _moment(self, trainer: Trainer, kind: Any, previous_step: int) -> Moment:
         done = kind == "epoch_end"
@@ -437,9 +543,11 @@ class SBCheckpoint(LightningCheckpoint):
     def _now(self, trainer: Trainer) -> tuple[int, int]:
         return trainer.global_step, _compat.batches_seen(trainer)
 
-    def _save(self, trainer: Trainer, reason: str, *, within_epoch: bool) -> None:
+    def _save(self, trainer: Trainer, due: Due, *, within_epoch: bool) -> None:
         run = cast("Run", self._run)
         checkpointer = run.checkpointer
+        if checkpointer.access == "read":
+            return
         # Hooks of the user may draw random numbers: a run with saves must equal one without.
         with isolated_rng():
             state = exact.capture(
@@ -458,19 +566,37 @@ class SBCheckpoint(LightningCheckpoint):
                 **exact.parts_of_ranks(state, checkpointer.world),
                 **self._user_recoverables(trainer),
             }
-            checkpointer.lineage = run.lineage(reason)
+            checkpointer.lineage = run.lineage(due.reason)
             over = not within_epoch or _compat.epoch_is_over(trainer)
-            checkpointer.save_checkpoint(self._meta_for(trainer, within_epoch), end_of_epoch=over)
-            self._last_save = self._now(trainer)
+            saver = checkpointer.saver
+            if not self._goes_on(trainer, within_epoch):
+                saver.copy_at_once()
+                # The last one is not skipped: nothing comes after it that would hold the same.
+                saver.wait(checkpointer.world)
+            self._failed, skipped = saver.failed, saver.skipped
+            checkpointer.save_checkpoint(
+                self._meta_for(trainer, due, within_epoch), end_of_epoch=over, then=run.prune
+            )
+            if saver.skipped == skipped:
+                self._last_save = self._now(trainer)
             self._last_save_seconds = time.monotonic() - self._started
-            run.prune()
             # They would keep the whole state of this moment in memory.
             checkpointer.recoverables = {}
-        self._set_paths(run)
-        for logger in trainer.loggers:
-            logger.after_save_checkpoint(proxy(self))
+        if saver.skipped > skipped:
+            return
+        if self._policy.mode == "sync" or self._unannounced:
+            # In the background it is the one before that is durable by now.
+            self._announce(trainer)
+        self._unannounced = self._policy.mode != "sync"
 
-    def _meta_for(self, trainer: Trainer, within_epoch: bool) -> dict[str, object]:
+    def _goes_on(self, trainer: Trainer, within_epoch: bool) -> bool:
+        """Return whether an optimizer step is to come, until which a copy may take its time."""
+        at_limit = 0 <= trainer.max_steps <= trainer.global_step
+        ending = within_epoch and _compat.epoch_is_over(trainer)
+        last = _compat.epochs_done(trainer) + ending == trainer.max_epochs
+        return not (trainer.should_stop or at_limit or last)
+
+    def _meta_for(self, trainer: Trainer, due: Due, within_epoch: bool) -> dict[str, object]:
         # Only what was computed for these very weights.
         fresh = self._metrics_of == self._now(trainer)
         meta: dict[str, object] = dict(self._metrics) if fresh else {}
@@ -481,6 +607,8 @@ class SBCheckpoint(LightningCheckpoint):
         done = _compat.epochs_done(trainer)
         meta["epoch"] = trainer.current_epoch if within_epoch else done - 1
         meta["global_step"] = trainer.global_step
+        if due.ephemeral:
+            meta["ephemeral"] = True
         return meta
 
     def _user_recoverables(self, trainer: Trainer) -> dict[str, object]:

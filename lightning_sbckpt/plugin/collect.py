@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_sbckpt._layout import PARAMFILE_EXT, is_checkpoint, read_checkpoint
 from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._state import load_state, trusting_pickle
+from lightning_sbckpt._reading import load_state, trusting_pickle
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -60,10 +60,16 @@ _OURS = "lightning_sbckpt"
 
 
 class Part:
-    """One piece of Lightning's dictionary, as a recoverable."""
+    """One piece of Lightning's dictionary, as a recoverable.
 
-    def __init__(self, state: Mapping[str, object]) -> None:
+    Args:
+        state: The piece.
+        volatile: Whether it may change before the next optimizer step, as gradients do.
+    """
+
+    def __init__(self, state: Mapping[str, object], *, volatile: bool = False) -> None:
         self._state = state
+        self.volatile = volatile
 
     def state_dict(self) -> Mapping[str, object]:
         """Return the piece."""
@@ -195,7 +201,8 @@ class FolderReader:
                 f"{folder} has no {MODEL}{PARAMFILE_EXT}, so it is not from SBCheckpoint; it has "
                 f"{found}. Load it with lightning_sbckpt.Checkpointer"
             )
-        problems = find_damage(folder)
+        # The search has read them all a moment ago, if there was one.
+        problems = find_damage(folder, recent=True)
         if problems:
             raise DamagedCheckpointError(
                 f"{folder} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
@@ -237,7 +244,9 @@ class FolderReader:
     def _numbered(self, checkpoint: Checkpoint, name: str) -> list[Any]:
         states: list[Any] = []
         while (key := numbered(name, len(states))) in checkpoint.paramfiles:
-            states.append(load_state(checkpoint.paramfiles[key], missing_pickled=self.unread))
+            path = checkpoint.paramfiles[key]
+            # What becomes an optimizer's state is dropped with it.
+            states.append(load_state(path, missing_pickled=self.unread, grouped=True))
         return states
 
 

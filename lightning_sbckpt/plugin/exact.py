@@ -151,5 +151,6 @@ def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
     gathered = world.gather(dict(state)) or []
     names = {name for of_rank in gathered for name in of_rank}
     return {
-        name: Part({"ranks": [of_rank.get(name) for of_rank in gathered]}) for name in sorted(names)
+        name: Part({"ranks": [of_rank.get(name) for of_rank in gathered]}, volatile=True)
+        for name in sorted(names)
     }

@@ -132,7 +132,7 @@ class Run:
         )
 
     def prune(self) -> None:
-        """Delete what no rule keeps, of this run's own checkpoints only."""
+        """Delete what no rule keeps, of this run's own checkpoints only; rank zero alone does."""
         protected = [
             (ckpt, "another run wrote it")
             for ckpt in self.checkpointer.list_checkpoints()
@@ -147,7 +147,7 @@ class Run:
 
         origin = self.resumed_from
         if origin is not None and self.is_own(origin):
-            plan = self.checkpointer.apply_retention(
+            plan = self.checkpointer.prune_here(
                 self._rules, ckpt_predicate=removable, protected=protected, dry_run=True
             )
             newer = ckpt_recency(origin)
@@ -155,9 +155,7 @@ class Run:
                 decision.keep and ckpt_recency(decision.checkpoint) > newer for decision in plan
             ):
                 protected.append((origin, "the run was resumed from it, and nothing newer stays"))
-        self.checkpointer.apply_retention(
-            self._rules, ckpt_predicate=removable, protected=protected
-        )
+        self.checkpointer.prune_here(self._rules, ckpt_predicate=removable, protected=protected)
 
     def _id_in(self, checkpoint: Checkpoint) -> object:
         if checkpoint.path not in self._ids:

@@ -342,7 +342,17 @@ def patient() -> list:
     return [EarlyStopping("val_loss", patience=9)]
 
 
+class WideModel(Model):
+    """Has a tensor so large that its copy is hidden behind training where that is asked for."""
+
+    def __init__(self, scheduler: str = "step", compute_auroc: bool = True) -> None:
+        super().__init__(scheduler, compute_auroc)
+        self.body[0] = nn.Sequential(nn.Linear(FEATURES, 12_000), nn.Linear(12_000, 8))
+
+
 BY_STEP = {"every_n_train_steps": 3}
+ASYNC = {**BY_STEP, "save_mode": "async"}
+OVERLAP = {**BY_STEP, "save_mode": "overlap"}
 POINTS = (
     "on_train_batch_start:5",
     ("on_train_batch_start:14", "on_train_batch_start:5"),
@@ -426,6 +436,18 @@ CELLS: dict[str, Callable] = {
     "max_time": partial(
         make, trainer={"max_time": {"hours": 1}, "max_epochs": 2}, checkpoint=BY_STEP
     ),
+    "save_mode async": partial(make, model=WideModel, checkpoint=ASYNC),
+    "save_mode overlap": partial(make, model=WideModel, checkpoint=OVERLAP),
+    "save_mode overlap, accumulation": partial(
+        make,
+        model=WideModel,
+        trainer={"accumulate_grad_batches": 3, "gradient_clip_val": 0.1},
+        checkpoint={"train_time_interval": timedelta(microseconds=1), "save_mode": "overlap"},
+    ),
+    "save_mode overlap, weight averaging": partial(
+        make, model=WideModel, callbacks=ema, checkpoint=OVERLAP
+    ),
+    "save_mode overlap, two optimizers by hand": partial(make, model=GAN, checkpoint=OVERLAP),
 }
 
 # The cells above change one thing each. These are drawn, with a fixed seed, from all their products.
@@ -438,11 +460,11 @@ DRAWN_LOADERS = {
     "sized iterable": lambda: train_loader(dataset=Stream(True)),
     "stateful loader": stateful_loader,
 }
-DRAWN_MODELS = {
-    "step scheduler": Model,
-    "epoch scheduler": partial(Model, "epoch"),
-    "plateau scheduler": partial(Model, "plateau"),
-    "plateau scheduler by step": partial(Model, "plateau-step"),
+DRAWN_SCHEDULERS = {
+    "step scheduler": "step",
+    "epoch scheduler": "epoch",
+    "plateau scheduler": "plateau",
+    "plateau scheduler by step": "plateau-step",
 }
 DRAWN_TRAINERS = {
     "accumulation": {"accumulate_grad_batches": 3},
@@ -463,7 +485,9 @@ DRAWN_CHECKPOINTS = {
 }
 
 
-def drawn(count: int, seed: int) -> dict[str, Callable]:
+def drawn(
+    count: int, seed: int, base: type[Model] = Model, **checkpoint_options: str
+) -> dict[str, Callable]:
     """Return so many cells that change one thing of each kind."""
     draw = random.Random(seed)
     cells = {}
@@ -472,27 +496,30 @@ def drawn(count: int, seed: int) -> dict[str, Callable]:
             draw.choice(sorted(kind))
             for kind in (
                 DRAWN_LOADERS,
-                DRAWN_MODELS,
+                DRAWN_SCHEDULERS,
                 DRAWN_TRAINERS,
                 DRAWN_CALLBACKS,
                 DRAWN_CHECKPOINTS,
             )
         ]
-        loader, model, trainer, callbacks, checkpoint = choices
-        if "check_val" in trainer and (model == "plateau scheduler" or "patience" in callbacks):
+        loader, scheduler, trainer, callbacks, checkpoint = choices
+        if "check_val" in trainer and (scheduler == "plateau scheduler" or "patience" in callbacks):
             continue  # Both want a validation in every epoch.
-        cells["drawn: " + ", ".join(choices)] = partial(
+        name = "drawn: " + ", ".join([*choices, *checkpoint_options.values()])
+        cells[name] = partial(
             make,
             loader=DRAWN_LOADERS[loader],
-            model=DRAWN_MODELS[model],
+            model=partial(base, DRAWN_SCHEDULERS[scheduler]),
             trainer=DRAWN_TRAINERS[trainer],
             callbacks=DRAWN_CALLBACKS[callbacks],
-            checkpoint=DRAWN_CHECKPOINTS[checkpoint],
+            checkpoint={**DRAWN_CHECKPOINTS[checkpoint], **checkpoint_options},
         )
     return cells
 
 
 CELLS.update(drawn(16, seed=5))
+CELLS.update(drawn(5, seed=6, base=WideModel, save_mode="async"))
+CELLS.update(drawn(5, seed=7, base=WideModel, save_mode="overlap"))
 
 MORE_POINTS = {
     "base": (*POINTS, "on_sanity_check_start:1", "on_validation_start:2", "on_validation_end:3"),
@@ -500,6 +527,8 @@ MORE_POINTS = {
     "val_check_interval in steps": (*POINTS, "on_validation_start:3", "on_validation_end:4"),
 }
 FEWER_POINTS = {
+    "save_mode async": POINTS[1:3],
+    "save_mode overlap": POINTS[1:3],
     "no validation": POINTS[:3],
     "overfit_batches": ("on_train_batch_start:3", "on_train_batch_start:7", "on_train_epoch_end:2"),
 }
@@ -517,6 +546,8 @@ CORE = (
     "finetuning",
     "two optimizers by hand",
     "max_steps",
+    "save_mode async",
+    "save_mode overlap",
 )
 """The share that is tried with every release of Lightning."""
 

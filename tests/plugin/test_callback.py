@@ -401,7 +401,10 @@ class TestConstruction:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"save_mode": "fast"}, r"save_mode is 'fast', .*'sync'"),
+            ({"save_mode": "fast"}, r"save_mode is 'fast', .*'sync', 'async', 'overlap'"),
+            ({"on_save_error": "ignore"}, r"on_save_error is 'ignore', .*'raise', 'warn'"),
+            ({"when_busy": "drop"}, r"when_busy is 'drop', .*'wait', 'skip'"),
+            ({"when_in_use": "wait"}, r"when_in_use is 'wait', .*'raise', 'read'"),
             ({"split_model": "encoder"}, "letter by letter"),
             ({"optional": "tokenizer"}, "letter by letter"),
             ({"every_n_epochs": 0}, "EveryNEpochs has n=0"),

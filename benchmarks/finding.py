@@ -1,0 +1,162 @@
+"""How long it takes to find the best of many checkpoints.
+
+The folders are the same for all. What has to happen in a new process is measured in a forked one
+that has imported everything and looked at nothing, so that imports are not in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.disk import scratch
+from benchmarks.measure import Section, Settings, Table, described, interleave, timed
+from benchmarks.peer import OURS, quiet
+from benchmarks.peers_trainers import speechbrain_checkpoints
+
+SPEECHBRAIN = "SpeechBrain"
+NO_INDEX = f"{OURS}, no index"
+NEW_PROCESS = f"{OURS}, new process"
+AGAIN = f"{OURS}, asked again"
+
+_COUNTS = (100, 1_000, 3_000, 10_000)
+_QUICK_COUNTS = (100, 1_000)
+
+
+def run(settings: Settings) -> Section:
+    """Measure, in another process, since this one has threads and can't be forked."""
+    table = Table("`find_checkpoint(min_key=...)`", "s", SPEECHBRAIN, columns_are="count")
+    section = Section(
+        "find",
+        "Finding the best checkpoint",
+        "Every checkpoint has a small meta and no more. SpeechBrain reads every meta at every "
+        "call. *No index*: whatever this package keeps beside the checkpoints is removed before; "
+        "*new process*: it is there, from an earlier process; *asked again*: the second call in a "
+        "process, which still looks at the disk.",
+        {"find": table},
+    )
+    counts = _QUICK_COUNTS if settings.quick else _COUNTS
+    for count in counts:
+        with scratch(settings.folder / "find") as folder:
+            make_checkpoints(folder, count)
+            try:
+                said = _ask_child(folder, settings, settings.seconds / len(counts))
+            except Exception as error:
+                section.failures[f"{count:,} checkpoints"] = described(error)
+                continue
+        section.failures |= said["failures"]
+        table.add(f"{count:,}", said["rounds"])
+        print(f"  find: {count:,} checkpoints done", flush=True)
+    return section
+
+
+def make_checkpoints(folder: Path, count: int) -> None:
+    """Make folders as SpeechBrain and this package make them, with a meta and nothing else."""
+    for number in range(count):
+        made = folder / f"CKPT+2026-01-01+00-00-00+{number:05d}"
+        made.mkdir()
+        loss = 1.0 + (number * 7919 % count) / count
+        text = f"# yamllint disable\nend-of-epoch: true\nloss: {loss}\nunixtime: {1e9 + number}\n"
+        (made / "CKPT.yaml").write_text(text)
+
+
+def forget_index(folder: Path) -> None:
+    """Remove what is in the folder besides checkpoints."""
+    for path in folder.iterdir():
+        if not path.name.startswith("CKPT") and path.is_file():
+            path.unlink()
+
+
+def _ask_child(folder: Path, settings: Settings, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.finding", str(folder), str(seconds)]
+    answer = subprocess.run(
+        [*command, str(settings.rounds(5))],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+# ---------------------------------------------------------------------- in the other process
+
+
+def _child(folder: Path, seconds: float, rounds: int) -> None:
+    from lightning_sbckpt import Checkpointer
+
+    quiet()
+    failures: dict[str, str] = {}
+    asked = Checkpointer(folder)
+
+    def find() -> object:
+        return Checkpointer(folder).find_checkpoint(min_key="loss")
+
+    def without_index() -> float:
+        forget_index(folder)
+        return in_new_process(find)
+
+    def find_again() -> float:
+        return timed(lambda: asked.find_checkpoint(min_key="loss"))
+
+    # Each leaves the index behind that the next one needs.
+    without_index()
+    asked.find_checkpoint(min_key="loss")
+    subjects: dict[str, Callable[[], float]] = {
+        NO_INDEX: without_index,
+        NEW_PROCESS: lambda: in_new_process(find),
+        AGAIN: find_again,
+    }
+    try:
+        original = speechbrain_checkpoints().Checkpointer
+    except Exception as error:
+        failures[SPEECHBRAIN] = described(error)
+    else:
+        theirs = original(folder)
+        subjects[SPEECHBRAIN] = lambda: timed(lambda: theirs.find_checkpoint(min_key="loss"))
+        if (
+            theirs.find_checkpoint(min_key="loss").path
+            != asked.find_checkpoint(min_key="loss").path
+        ):
+            raise AssertionError("the two find different checkpoints")
+    measured = interleave(
+        subjects, rounds=rounds, seconds=seconds, at_least=1, warmup=0, failures=failures
+    )
+    in_order = {name: measured[name] for name in (SPEECHBRAIN, NO_INDEX, NEW_PROCESS, AGAIN)}
+    print(json.dumps({"rounds": in_order, "failures": failures}))
+
+
+def in_new_process(act: Callable[[], object]) -> float:
+    """Return how many seconds a call takes in a forked process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        start = time.perf_counter()
+        act()
+        os.write(writing, str(time.perf_counter() - start).encode())
+        # Nothing of the parent's is to be cleaned up twice.
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        said = stream.read()
+    os.waitpid(child, 0)
+    if not said:
+        raise RuntimeError("the forked process failed")
+    return float(said)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("rounds", type=int)
+    given = parser.parse_args()
+    _child(given.folder, given.seconds, given.rounds)

@@ -1,0 +1,118 @@
+"""How long it takes to load into a live model and optimizer, until every byte is usable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.disk import scratch, warm
+from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
+from benchmarks.peer import Peer
+from benchmarks.peers import LOADING, opened
+from benchmarks.states import State
+
+READ = "one read of the bytes"
+_BIG = 1000
+_FOR_BIG = ("lightning-sbckpt, sync", "torch.save + fsync", "torch.load, mmap=True")
+# How the peers are called when it is their loading that is measured.
+_NAMES = {
+    "lightning-sbckpt, sync": "lightning-sbckpt",
+    "torch.save + fsync": "torch.load + load_state_dict",
+}
+
+
+def run(settings: Settings) -> Section:
+    """Measure."""
+    live = Table("Into a model and optimizer that have trained", "s", READ)
+    fresh = Table("Into a new model and optimizer, which has no moments yet", "s", READ)
+    section = Section(
+        "load",
+        "Loading",
+        "The files are in the page cache. Measured is the time until one number of every page of "
+        "every tensor has been read, so that what is mapped lazily is loaded too. This package "
+        "finds the newest checkpoint and verifies its checksums within that time; the others "
+        f"verify nothing. The reference is *{READ}* into memory that is ready. DCP and "
+        "torch_checkpointing load in place and need moments that exist.",
+        {"live": live, "fresh": fresh},
+    )
+    for size in settings.sizes:
+        chosen = {name: make for name, make in LOADING.items() if size < _BIG or name in _FOR_BIG}
+        seconds = settings.seconds_for(size) / 2
+        state = State(size)
+        with (
+            scratch(settings.folder / "load") as folder,
+            opened(chosen, state, folder, section.failures) as peers,
+        ):
+            for name, peer in peers.items():
+                try:
+                    peer.save()
+                except Exception as error:
+                    section.failures[name] = f"could not save: {error}"
+            ready = {name: peer for name, peer in peers.items() if name not in section.failures}
+            target = State(size, seed=1)
+            one_read = OneRead(folder / "bytes", state.bytes())
+            for table, subjects in (
+                (live, {_named(name): _into_live(peer, target) for name, peer in ready.items()}),
+                (
+                    fresh,
+                    {
+                        _named(name): _into_fresh(peer, size)
+                        for name, peer in ready.items()
+                        if peer.loads_into_fresh
+                    },
+                ),
+            ):
+                table.add(
+                    size_label(size),
+                    interleave(
+                        {READ: one_read, **subjects},
+                        rounds=settings.rounds(7),
+                        at_least=settings.at_least,
+                        seconds=seconds,
+                        failures=section.failures,
+                    ),
+                )
+        print(f"  load: {size_label(size)} done", flush=True)
+    return section
+
+
+def _named(name: str) -> str:
+    return _NAMES.get(name, name.removesuffix(" + fsync"))
+
+
+def _into_live(peer: Peer, target: State) -> Callable[[], float]:
+    def load() -> float:
+        target.change()
+        warm(peer.folder)
+        return timed(lambda: (peer.load(target), target.touch()))
+
+    return load
+
+
+def _into_fresh(peer: Peer, size: int) -> Callable[[], float]:
+    def load() -> float:
+        target = State(size, seed=1, has_moments=False)
+        warm(peer.folder)
+        return timed(lambda: (peer.load(target), target.touch()))
+
+    return load
+
+
+class OneRead:
+    """Reads a file of as many bytes as a state has into memory that is ready."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path
+        self._buffer = bytearray(size)
+        path.write_bytes(self._buffer)
+
+    def __call__(self) -> float:
+        """Read, and return the seconds."""
+        warm(self._path)
+        return timed(self._read)
+
+    def _read(self) -> None:
+        left = memoryview(self._buffer)
+        with self._path.open("rb", buffering=0) as stream:
+            while count := stream.readinto(left):
+                left = left[count:]

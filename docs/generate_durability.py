@@ -1,0 +1,85 @@
+"""Run the suites that break things, and write their counts into `docs/durability.md`.
+
+    python docs/generate_durability.py           everything, the long share too: about an hour
+    python docs/generate_durability.py --share   the seeded share that every test run has
+
+The tests count what they do themselves; nothing here knows a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE / "durability.md"
+BEGIN, END = "<!-- counts: begin -->", "<!-- counts: end -->"
+SUITES = (
+    "tests/test_every_operation.py",
+    "tests/test_random_kills.py",
+    "tests/test_full_disk.py",
+    "tests/test_damage.py",
+    "tests/test_verify.py",
+    "tests/test_lock.py",
+    "tests/test_hostile.py",
+    "tests/test_clocks.py",
+    "tests/fuzz",
+)
+
+
+def run(suite: str, *, share: bool) -> tuple[Counter[str], Counter[str], float]:
+    """Run one suite; return how its tests ended, what they counted, and the seconds it took."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        selection = "not slow" if share else ""
+        command = [sys.executable, "-m", "pytest", "-q", "-m", selection, f"--junitxml={report}"]
+        subprocess.run([*command, "--timeout=3600", suite], cwd=HERE.parent, check=False)
+        (summary,) = ET.parse(report).getroot()  # noqa: S314 - pytest has just written it
+    ended = Counter({key: int(summary.attrib[key]) for key in ("failures", "errors", "skipped")})
+    ended["passed"] = int(summary.attrib["tests"]) - ended.total()
+    counted: Counter[str] = Counter()
+    for found in summary.iter("property"):
+        counted[found.attrib["name"]] += int(found.attrib["value"])
+    return ended, counted, float(summary.attrib["time"])
+
+
+def main() -> int:
+    """Run all suites and rewrite the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--share", action="store_true", help="the seeded share only")
+    share = parser.parse_args().share
+    rows, failed = [], 0
+    for suite in SUITES:
+        ended, counted, seconds = run(suite, share=share)
+        failed += ended["failures"] + ended["errors"]
+        counts = "; ".join(f"{what}: {times:,}" for what, times in counted.items())
+        rows.append(
+            f"| `{suite}` | {ended['passed']:,} | {ended['failures'] + ended['errors']} | "
+            f"{ended['skipped']} | {counts} | {seconds:,.0f} |"
+        )
+    which = "the seeded share (`pytest`)" if share else 'everything (`pytest -m ""`)'
+    where = f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    table = [
+        f"{which.capitalize()}, on {where}:",
+        "",
+        "| suite | passed | failed | skipped | counted by the tests | seconds |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    page = PAGE.read_text()
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + BEGIN + "\n\n" + "\n".join(table) + "\n\n" + END + after)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

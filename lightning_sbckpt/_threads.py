@@ -1,0 +1,41 @@
+"""Work that releases the interpreter's lock, shared out among a few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Memory is as fast as it gets with a few; more would take processors from others.
+_MAX_THREADS = 4
+
+
+def run_all(work: Callable[[T], object], items: Iterable[T], *, most: int) -> None:
+    """Call `work` with each item, by at most so many threads; the first failure is raised.
+
+    Args:
+        work: Is called from several threads at once.
+        items: Each is taken by the next thread that is free, in their order.
+        most: How many threads the work is worth.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    threads = min(_MAX_THREADS, processors, most)
+    # A list's iterator may be shared by threads, a generator may not.
+    waiting = iter(list(items))
+
+    def take() -> None:
+        for item in waiting:
+            work(item)
+
+    if threads < 2:
+        take()
+        return
+    with ThreadPoolExecutor(threads, "sbckpt-read") as pool:
+        for future in [pool.submit(take) for _ in range(threads)]:
+            future.result()

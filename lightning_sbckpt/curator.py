@@ -1,0 +1,388 @@
+"""Keeping the checkpoints of a folder: which go, which are pinned, what is noted on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from lightning_sbckpt import _annotations
+from lightning_sbckpt._links import Links
+from lightning_sbckpt._lock import FolderLock
+from lightning_sbckpt._saver import SavePolicy, Saver
+from lightning_sbckpt._saving import Workshop
+from lightning_sbckpt._sizes import checkpoint_bytes
+from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError, SaveError
+from lightning_sbckpt.expressions import as_predicate
+from lightning_sbckpt.finder import Finder
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
+from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule, World
+
+__all__ = ["Curator"]
+
+C = TypeVar("C", bound="Curator")
+
+logger = logging.getLogger("lightning_sbckpt")
+
+_ACCESS = ("exclusive", "shared", "read")
+
+
+class Curator(Finder):
+    """Deletes, pins and annotates the checkpoints of a folder.
+
+    Args:
+        checkpoints_dir: The folder of all checkpoints.
+        world: The ranks that act together; by default those of `torch.distributed`.
+        policy: How saves go on, for the `Checkpointer`.
+        link_unchanged: See `Checkpointer`.
+        access: See `Checkpointer`.
+        storage: How the disk is changed.
+
+    Attributes:
+        access: Whether others may write, or this one may.
+        saver: What writes and removes.
+
+    Raises:
+        ConfigurationError: `access` is none of those known.
+
+    Example:
+        >>> import tempfile
+        >>> Curator(tempfile.mkdtemp()).delete_checkpoints()
+        []
+    """
+
+    def __init__(
+        self,
+        checkpoints_dir: str | Path,
+        *,
+        world: World | None = None,
+        policy: SavePolicy | None = None,
+        link_unchanged: bool = True,
+        access: str = "exclusive",
+        storage: LocalStorage | None = None,
+    ) -> None:
+        if access not in _ACCESS:
+            raise ConfigurationError(
+                f"access is {access!r}, expected one of {', '.join(map(repr, _ACCESS))}"
+            )
+        super().__init__(checkpoints_dir, world=world)
+        self.access = access
+        self._storage = storage or LocalStorage()
+        workshop = Workshop(self.checkpoints_dir, self._storage, Links(enabled=link_unchanged))
+        self.saver = Saver(workshop, policy or SavePolicy())
+        self._lock = FolderLock(self.checkpoints_dir, shared=access == "shared")
+
+    def claim(self) -> None:
+        """Make sure that nobody else writes to the folder; every save does so by itself.
+
+        Raises:
+            FolderInUseError: Another process writes to it.
+            SaveError: The folder is open for reading only.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> Checkpointer(tempfile.mkdtemp()).claim()
+        """
+        self._require_writable()
+        decided_by_main(self.world, self._lock.acquire)
+
+    def wait(self) -> None:
+        """Return when everything handed to the background is done: saved durably, and removed.
+
+        Raises:
+            SaveError: What went wrong there, with its traceback; not with `on_save_error="warn"`.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from lightning_sbckpt import Checkpointer
+            >>> model = torch.nn.Linear(1, 1)
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"m": model}, save_mode="async")
+            >>> checkpointer.save_checkpoint(name="a")
+            >>> checkpointer.wait()
+            >>> [ckpt.path.name for ckpt in checkpointer.list_checkpoints()]
+            ['CKPT+a']
+        """
+        self.saver.wait(self.world)
+        self.saver.wait_for_removals()
+
+    def close(self) -> None:
+        """Wait, and let other processes write to the folder; the next save takes it back.
+
+        Raises:
+            SaveError: See `wait`.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:  # closes it at the end
+            ...     _ = checkpointer.save_checkpoint()
+        """
+        try:
+            self.wait()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let other processes write to the folder; the next save takes it back.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> Checkpointer(tempfile.mkdtemp()).release()
+        """
+        self._lock.release()
+
+    def __enter__(self: C) -> C:  # noqa: PYI019 - Self is not in Python 3.10's typing
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.close()
+        except SaveError:
+            # What ended the block is what the caller must see; this was logged when it happened.
+            if error is None:
+                raise
+
+    def delete_checkpoints(
+        self,
+        *,
+        num_to_keep: int = 1,
+        min_keys: Sequence[str] | None = None,
+        max_keys: Sequence[str] | None = None,
+        importance_keys: Sequence[ImportanceKey] = (ckpt_recency,),
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+        verbosity: int = logging.INFO,
+        dry_run: bool = False,
+    ) -> list[Decision]:
+        """Delete the checkpoints that no key asks to keep.
+
+        Args:
+            num_to_keep: How many to keep by each key; 0 deletes all that a key considers.
+            min_keys: Keys in the meta whose lowest values are kept.
+            max_keys: Keys in the meta whose highest values are kept.
+            importance_keys: Functions of a checkpoint whose highest results are kept; by default
+                the newest are.
+            ckpt_predicate: Only checkpoints for which it is true may be deleted.
+            verbosity: The level of the log lines.
+            dry_run: Delete nothing; return what would be done.
+
+        Returns:
+            What was done with each checkpoint, and why.
+
+        Raises:
+            SelectionError: `num_to_keep` is negative.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> for name in "ab":
+            ...     _ = checkpointer.save_checkpoint(name=name)
+            >>> for decision in checkpointer.delete_checkpoints(dry_run=True):
+            ...     print(decision)
+            keep   CKPT+b: among the newest 1
+            remove CKPT+a: older than the newest 1
+        """
+        rules = rules_from_keys(
+            num_to_keep=num_to_keep,
+            min_keys=min_keys or (),
+            max_keys=max_keys or (),
+            importance_keys=importance_keys,
+        )
+        return self.apply_retention(
+            rules, ckpt_predicate=ckpt_predicate, verbosity=verbosity, dry_run=dry_run
+        )
+
+    def apply_retention(
+        self,
+        rules: Sequence[RetentionRule],
+        *,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+        protected: Iterable[tuple[Checkpoint, str]] = (),
+        verbosity: int = logging.INFO,
+        dry_run: bool = False,
+    ) -> list[Decision]:
+        """Delete the checkpoints that some rule considers and none keeps.
+
+        Args:
+            rules: The reasons to keep checkpoints, see `lightning_sbckpt.retention`.
+            ckpt_predicate: Only checkpoints for which it is true may be deleted.
+            protected: Checkpoints that stay whatever the rules say, each with the reason.
+            verbosity: The level of the log lines.
+            dry_run: Delete nothing; return what would be done.
+
+        Returns:
+            What was done with each checkpoint, and why.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> from lightning_sbckpt.retention import Newest
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> for _ in range(3):
+            ...     _ = checkpointer.save_checkpoint()
+            >>> [decision.keep for decision in checkpointer.apply_retention([Newest(2)])]
+            [True, True, False]
+        """
+        self.wait()
+        # The others wait: until the folder is as it will be, no rank may save or look.
+        return decided_by_main(
+            self.world,
+            lambda: self.prune_here(
+                rules,
+                ckpt_predicate=ckpt_predicate,
+                protected=protected,
+                verbosity=verbosity,
+                dry_run=dry_run,
+            ),
+        )
+
+    def prune_here(
+        self,
+        rules: Sequence[RetentionRule],
+        *,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+        protected: Iterable[tuple[Checkpoint, str]] = (),
+        verbosity: int = logging.INFO,
+        dry_run: bool = False,
+    ) -> list[Decision]:
+        """Do what `apply_retention` does, without the other ranks and without waiting for saves.
+
+        For the `then` of `save_checkpoint`, which runs on rank zero alone.
+
+        Args:
+            rules: See `apply_retention`.
+            ckpt_predicate: See `apply_retention`.
+            protected: See `apply_retention`.
+            verbosity: See `apply_retention`.
+            dry_run: See `apply_retention`.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> Checkpointer(tempfile.mkdtemp()).prune_here([])
+            []
+        """
+        there = self.list_checkpoints()
+        predicate = as_predicate(ckpt_predicate)
+        plan = plan_retention(
+            there, rules, predicate=predicate, protected=protected, bytes_of=checkpoint_bytes
+        )
+        going = [decision for decision in plan if not decision.keep]
+        if going and not dry_run:
+            self._require_writable()
+            self._lock.acquire()
+            for decision in going:
+                self._remove(decision, verbosity)
+        return plan
+
+    def _remove(self, decision: Decision, verbosity: int) -> None:
+        path = decision.checkpoint.path
+        try:
+            self.saver.remove(path)
+        except CheckpointNotFoundError:
+            return  # Another process was faster.
+        logger.log(verbosity, "removed %s: %s", path, decision.reason)
+
+    def pin(self, checkpoint: Checkpoint | str | Path, reason: str = "") -> None:
+        """Keep a checkpoint whatever the rules of retention say.
+
+        Args:
+            checkpoint: The checkpoint, or its folder.
+            reason: Why, for whoever looks at it later.
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> checkpointer.pin(checkpointer.save_checkpoint(name="a"), "in the paper")
+            >>> checkpointer.delete_checkpoints(num_to_keep=0)[0].reason
+            'pinned: in the paper'
+        """
+        self._annotate(
+            checkpoint, lambda folder: _annotations.pin(folder, reason, storage=self._storage)
+        )
+
+    def unpin(self, checkpoint: Checkpoint | str | Path) -> None:
+        """Undo `pin`.
+
+        Args:
+            checkpoint: The checkpoint, or its folder.
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> saved = checkpointer.save_checkpoint(name="a")
+            >>> checkpointer.pin(saved)
+            >>> checkpointer.unpin(saved)
+            >>> "pinned" in checkpointer.find_checkpoint().meta
+            False
+        """
+        self._annotate(checkpoint, lambda folder: _annotations.unpin(folder, storage=self._storage))
+
+    def annotate(
+        self,
+        checkpoint: Checkpoint | str | Path,
+        meta: Mapping[str, object] | None = None,
+        *,
+        note: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        """Add to a checkpoint what became known later: metrics, a note, tags.
+
+        Args:
+            checkpoint: The checkpoint, or its folder.
+            meta: Keys for its meta; ranking and rules see them as if they had been saved with it.
+            note: A remark.
+            tags: Words to find it by.
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+            MetaError: YAML can't hold the meta.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> checkpointer.annotate(checkpointer.save_checkpoint(), {"bleu": 31.5})
+            >>> checkpointer.find_checkpoint(max_key="bleu").meta["bleu"]
+            31.5
+        """
+        self._annotate(
+            checkpoint,
+            lambda folder: _annotations.annotate(
+                folder, meta or {}, storage=self._storage, note=note, tags=tags
+            ),
+        )
+
+    def _annotate(
+        self, checkpoint: Checkpoint | str | Path, change: Callable[[Path], object]
+    ) -> None:
+        folder = checkpoint.path if isinstance(checkpoint, tuple) else Path(checkpoint)
+        self._require_writable()
+        decided_by_main(self.world, lambda: change(folder))
+
+    def _require_writable(self) -> None:
+        if self.access == "read":
+            raise SaveError(
+                f"{self.checkpoints_dir} is open for reading only (access='read'): nothing was "
+                "changed. Use a Checkpointer with access='exclusive' to save and delete"
+            )

@@ -1,0 +1,167 @@
+"""Finding checkpoints in a folder: which there are, which is best, which is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import RLock
+
+from lightning_sbckpt._catalog import Catalog
+from lightning_sbckpt._loading import first_sound
+from lightning_sbckpt._world import current_world, decided_by_main
+from lightning_sbckpt.expressions import as_predicate
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.selection import importance, rank_checkpoints
+from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
+
+__all__ = ["Finder"]
+
+
+class Finder:
+    """Finds the checkpoints of a folder, and changes nothing there.
+
+    Args:
+        checkpoints_dir: The folder of all checkpoints.
+        world: The ranks that look together; by default those of `torch.distributed`.
+
+    Example:
+        >>> Finder("runs/nowhere").list_checkpoints()
+        []
+    """
+
+    def __init__(self, checkpoints_dir: str | Path, *, world: World | None = None) -> None:
+        self.checkpoints_dir = Path(checkpoints_dir)
+        self.recoverables: dict[str, object] = {}
+        self._world = world
+        self._catalog = Catalog(self.checkpoints_dir)
+        # Retention may look in the background while the caller does.
+        self._looking = RLock()
+
+    @property
+    def world(self) -> World:
+        """The ranks that save and load together, as they are now.
+
+        Example:
+            >>> Finder("runs/nowhere").world.size
+            1
+        """
+        # Asked for anew each time: a process group may be set up after the checkpointer.
+        return self._world or current_world()
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """Return every readable checkpoint of the folder, in the order of their names.
+
+        Unreadable ones are left out, with one warning each.
+
+        Example:
+            >>> import tempfile
+            >>> Finder(tempfile.mkdtemp()).list_checkpoints()
+            []
+        """
+        with self._looking:
+            return self._catalog.checkpoints()
+
+    def find_checkpoint(
+        self,
+        importance_key: ImportanceKey | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+    ) -> Checkpoint | None:
+        """Return the best checkpoint, by default the newest, or None if there is none.
+
+        Args:
+            importance_key: A function of a checkpoint; the highest result is best.
+            max_key: A key in the meta; the highest value is best.
+            min_key: A key in the meta; the lowest value is best.
+            ckpt_predicate: Only checkpoints for which it is true take part: a function, or an
+                expression over the meta such as `"val_acc > 0.9"`.
+
+        Raises:
+            SelectionError: More than one of the three keys was given, or the expression can't be
+                meant.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> for loss in (0.5, 0.25, 0.75):
+            ...     _ = checkpointer.save_checkpoint({"loss": loss})
+            >>> checkpointer.find_checkpoint(min_key="loss").meta["loss"]
+            0.25
+        """
+        found = self.find_checkpoints(importance_key, max_key, min_key, ckpt_predicate, 1)
+        return found[0] if found else None
+
+    def find_checkpoints(
+        self,
+        importance_key: ImportanceKey | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+        max_num_checkpoints: int | None = None,
+    ) -> list[Checkpoint]:
+        """Return checkpoints, best first; of equally good ones the newer comes first.
+
+        Args:
+            importance_key: See `find_checkpoint`.
+            max_key: See `find_checkpoint`.
+            min_key: See `find_checkpoint`.
+            ckpt_predicate: See `find_checkpoint`.
+            max_num_checkpoints: At most so many; None for all.
+
+        Raises:
+            SelectionError: More than one of the three keys was given.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> for loss in (0.5, 0.25, 0.75):
+            ...     _ = checkpointer.save_checkpoint({"loss": loss})
+            >>> found = checkpointer.find_checkpoints(max_key="loss", max_num_checkpoints=2)
+            >>> [ckpt.meta["loss"] for ckpt in found]
+            [0.75, 0.5]
+        """
+        criterion = importance(importance_key=importance_key, max_key=max_key, min_key=min_key)
+        candidates = self.list_checkpoints()
+        predicate = as_predicate(ckpt_predicate, among=candidates)
+        return rank_checkpoints(candidates, criterion, predicate, max_num_checkpoints)
+
+    def find_sound_checkpoint(
+        self,
+        importance_key: ImportanceKey | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+    ) -> Checkpoint | None:
+        """Return the best checkpoint whose files are those that were written, or None.
+
+        Unlike `find_checkpoint` this reads the files that would be loaded. Rank zero looks and
+        tells the others.
+
+        Args:
+            importance_key: See `find_checkpoint`.
+            max_key: See `find_checkpoint`.
+            min_key: See `find_checkpoint`.
+            ckpt_predicate: See `find_checkpoint`.
+
+        Raises:
+            DamagedCheckpointError: There are candidates, and every one is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> Finder(tempfile.mkdtemp()).find_sound_checkpoint() is None
+            True
+        """
+        # A key that no checkpoint has is no error here: a run that is started again before its
+        # first validation begins anew.
+        predicate = as_predicate(ckpt_predicate)
+        return decided_by_main(
+            self.world,
+            lambda: first_sound(
+                self.find_checkpoints(importance_key, max_key, min_key, predicate),
+                self.recoverables,
+                self._catalog.unreadable,
+                self.checkpoints_dir,
+            ),
+        )

@@ -1,0 +1,272 @@
+"""Reading every byte of a folder of checkpoints to see whether it is the one that was written."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+
+from lightning_sbckpt._annotations import ANNOTATIONS_NAME, read_annotations
+from lightning_sbckpt._layout import CKPT_PREFIX, META_NAME
+from lightning_sbckpt._manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    file_damage,
+    find_damage,
+    read_manifest,
+)
+from lightning_sbckpt._regular import open_regular
+from lightning_sbckpt._storage import FileDigest
+from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
+from lightning_sbckpt.meta import read_meta
+
+__all__ = ["Verification", "verify"]
+
+_CHUNK = 8 * 2**20
+
+# Called with the bytes read so far and the bytes there are; from several threads, one at a time.
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found in one checkpoint.
+
+    Attributes:
+        path: The folder.
+        problems: What is wrong with it, a sentence each.
+        annotation_problems: What is wrong with what was noted down about it later. It is no worse a
+            checkpoint for that.
+        remarks: What could not be verified.
+        bytes: The size of its files.
+        verified: Whether there is a manifest that says which bytes were written. SpeechBrain writes
+            none.
+
+    Example:
+        >>> Verification(Path("CKPT+a"), ("model.ckpt is missing",)).status
+        'damaged'
+    """
+
+    path: Path
+    problems: tuple[str, ...] = ()
+    annotation_problems: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    bytes: int = 0
+    verified: bool = True
+
+    @property
+    def status(self) -> Literal["sound", "damaged", "unverified"]:
+        """Whether it can be loaded, as far as anybody can tell.
+
+        Example:
+            >>> Verification(Path("CKPT+a"), verified=False).status
+            'unverified'
+        """
+        if self.problems:
+            return "damaged"
+        return "sound" if self.verified else "unverified"
+
+
+def verify(
+    path: str | Path, *, workers: int = 2, on_progress: Progress | None = None
+) -> list[Verification]:
+    """Read every file of every checkpoint in a folder and compare it with what was written.
+
+    Nothing is changed. Another process may save and prune meanwhile: a checkpoint that vanishes is
+    left out, and one that is replaced is read again.
+
+    Args:
+        path: The folder of all checkpoints, or one checkpoint.
+        workers: How many files are read at once.
+        on_progress: Called now and then with the bytes read so far and all bytes there are.
+
+    Returns:
+        What was found in each checkpoint, in the order of their names.
+
+    Raises:
+        CheckpointNotFoundError: There is no such folder.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_sbckpt import Checkpointer
+        >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
+        >>> saved = checkpointer.save_checkpoint(name="a")
+        >>> [found.status for found in verify(checkpointer.checkpoints_dir)]
+        ['sound']
+        >>> with saved.paramfiles["model"].open("ab") as file:
+        ...     _ = file.write(b"more")
+        >>> verify(saved.path)[0].problems
+        ('model.ckpt has ... bytes, ... were written',)
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise CheckpointNotFoundError(
+            f"{root} can't be verified: it is no folder. Name the folder of all checkpoints, or one "
+            "checkpoint in it"
+        )
+    tally = _Tally(on_progress)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        # Begun all at once, so that one large file does not keep the other workers idle.
+        begun = [_begin(folder, pool, tally) for folder in _folders(root)]
+        return [found for found in (_finish(check, pool, tally) for check in begun) if found]
+
+
+def _folders(root: Path) -> list[Path]:
+    """Return what is, or before it was damaged was, a checkpoint."""
+    if _is_or_was_checkpoint(root):
+        return [root]
+    with os.scandir(root) as entries:
+        candidates = sorted(
+            Path(entry.path)
+            for entry in entries
+            if entry.name.startswith(CKPT_PREFIX) and entry.is_dir(follow_symlinks=False)
+        )
+    return [folder for folder in candidates if _is_or_was_checkpoint(folder)]
+
+
+def _is_or_was_checkpoint(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (META_NAME, MANIFEST_NAME))
+
+
+@dataclass
+class _Check:
+    """A checkpoint whose files are being read."""
+
+    folder: Path
+    identity: tuple[int, int] | None
+    size: int = 0
+    verified: bool = True
+    problems: Callable[[], list[str]] = list
+    remarks: list[str] = field(default_factory=list)
+
+
+def _begin(folder: Path, pool: ThreadPoolExecutor, tally: _Tally) -> _Check:
+    check = _Check(folder, _identity(folder))
+    sizes = dict(_sizes(folder))
+    check.size = sum(sizes.values())
+    try:
+        manifest = read_manifest(folder)
+    except (MetaError, OSError) as error:
+        problem = f"{MANIFEST_NAME} can't be used: {error}"
+        check.problems = lambda: [problem]
+        return check
+    if manifest is None:
+        check.verified = False
+        check.remarks.append(f"it has no {MANIFEST_NAME}, so nobody can tell which bytes it had")
+        check.problems = pool.submit(_find_damage_unverified, folder).result
+        return check
+    described = {*manifest.files, MANIFEST_NAME, ANNOTATIONS_NAME}
+    check.remarks += [
+        f"{name} was added later: the manifest says nothing of it"
+        for name in sorted(sizes.keys() - described)
+    ]
+    check.problems = _read_all(folder, manifest, pool, tally)
+    return check
+
+
+def _read_all(
+    folder: Path, manifest: Manifest, pool: ThreadPoolExecutor, tally: _Tally
+) -> Callable[[], list[str]]:
+    read = partial(_digest, tally=tally)
+    tally.expect(sum(expected.size for expected in manifest.files.values()))
+    jobs = [
+        pool.submit(file_damage, folder, name, expected, read)
+        for name, expected in manifest.files.items()
+    ]
+    return lambda: [problem for job in jobs if (problem := job.result()) is not None]
+
+
+def _finish(check: _Check, pool: ThreadPoolExecutor, tally: _Tally) -> Verification | None:
+    problems = check.problems()
+    identity = _identity(check.folder)
+    if identity is None:
+        return None  # Removed since it was listed.
+    if identity != check.identity:
+        return _finish(_begin(check.folder, pool, tally), pool, tally)
+    return Verification(
+        check.folder,
+        tuple(problems),
+        tuple(_annotation_problems(check.folder)),
+        tuple(check.remarks),
+        check.size,
+        check.verified,
+    )
+
+
+def _annotation_problems(folder: Path) -> list[str]:
+    try:
+        read_annotations(folder)
+    except (MetaError, OSError) as error:
+        return [f"{ANNOTATIONS_NAME} can't be used: {error}"]
+    return []
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_ctime_ns
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    for above, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                path = Path(above, name)
+                yield path.relative_to(folder).as_posix(), path.lstat().st_size
+
+
+def _find_damage_unverified(folder: Path) -> list[str]:
+    problems = find_damage(folder)
+    try:
+        read_meta(folder / META_NAME)
+    except (MetaError, OSError) as error:
+        problems.append(f"{META_NAME} can't be read: {error}")
+    return problems
+
+
+class _Tally:
+    """The bytes read so far, by all workers."""
+
+    def __init__(self, tell: Progress | None) -> None:
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._done = 0
+        self._all = 0
+
+    def expect(self, count: int) -> None:
+        """Count bytes that will be read."""
+        with self._lock:
+            self._all += count
+
+    def add(self, count: int) -> None:
+        """Count bytes that have been read."""
+        with self._lock:
+            self._done += count
+            if self._tell is not None:
+                self._tell(self._done, max(self._all, self._done))
+
+
+def _digest(path: Path, *, tally: _Tally) -> FileDigest:
+    """Return size and hash of a file, telling how far it is."""
+    hasher = xxhash.xxh3_128()
+    size = 0
+    with open_regular(path) as stream:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        buffer = memoryview(bytearray(_CHUNK))
+        # Unbuffered, and hashed in pieces that the hash takes without the interpreter's lock.
+        while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+            hasher.update(buffer[:count])
+            size += count
+            tally.add(count)
+    return FileDigest(size, hasher.hexdigest())
