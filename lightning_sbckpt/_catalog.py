@@ -14,11 +14,11 @@ import os
 import time
 from pathlib import Path
 
-from lightning_sbckpt._index import Entry, Identity, read_index, write_index
-from lightning_sbckpt._layout import META_NAME, PARAMFILE_EXT, folder_names, read_folder
+from lightning_sbckpt._index import Entry, Identity, Row, read_index, write_index
+from lightning_sbckpt._layout import PARAMFILE_EXT, folder_names, read_folder
 from lightning_sbckpt._watch import Watch, watch
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency, time_of
+from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.selection import Criterion, rank_checkpoints, shortlist
 from lightning_sbckpt.typing import CheckpointPredicate
 
@@ -43,19 +43,53 @@ _NO_IDENTITY: Identity = (0, 0, 0, 0, 0, 0, 0)
 class _Known:
     """What was found in one checkpoint folder, and whether that holds while its times stay."""
 
-    # Made when they are asked for: a path takes longer than all the rest.
+    # Made when they are asked for: a path and a dictionary take longer than all the rest.
     _path: Path | None = None
     _paramfiles: dict[str, Path]
     _is_flat = False
+    _meta: dict[str, object] | None = None
+    _names: list[str]
+    _row: Row
 
-    def __init__(self, entry: Entry, *, settled: bool, problem: str | None = None) -> None:
-        self.entry = entry
+    def __init__(self, identity: Identity, *, settled: bool, problem: str | None = None) -> None:
+        self.identity = identity
         self.settled = settled
         self.problem = problem
 
+    @classmethod
+    def from_index(cls, identity: Identity, row: Row) -> _Known:
+        """Return what the index says, which holds settled checkpoints only."""
+        known = cls(identity, settled=True)
+        known._row = row
+        return known
+
+    @classmethod
+    def from_folder(
+        cls, identity: Identity, meta: dict[str, object], names: list[str], *, settled: bool
+    ) -> _Known:
+        """Return what was read."""
+        known = cls(identity, settled=settled)
+        known._meta, known._names = meta, names
+        return known
+
+    def value(self, key: str) -> object:
+        """Return one value of the meta, or None."""
+        if self._meta is not None:
+            return self._meta.get(key)
+        _, kind, place = self._row
+        column = kind.columns.get(key)
+        return None if column is None else column[place]
+
+    def entry(self) -> Entry:
+        """Return everything."""
+        if self._meta is None:
+            _, kind, place = self._row
+            self._meta, self._names = kind.meta(place), kind.names
+        return Entry(self.identity, self._meta, self._names)
+
     def record(self, root: Path, name: str) -> Checkpoint:
         """Return the checkpoint; nothing that the caller changes in it comes back here."""
-        _, meta, names = self.entry
+        _, meta, names = self.entry()
         if self._path is None:
             self._path = path = root / name
             self._paramfiles = {name: path / f"{name}{PARAMFILE_EXT}" for name in names}
@@ -110,7 +144,9 @@ class Catalog:
         ranked = self._ranked.get(criterion)
         if ranked is None or not 0 <= limit <= ranked[0]:
             readable = self._readable()
-            chosen = shortlist([known.entry.meta for _, known in readable], criterion, limit)
+            key = "unixtime" if criterion.key is None else criterion.key
+            values = [known.value(key) for _, known in readable]
+            chosen = shortlist(values, limit, lowest=criterion.lowest)
             records = [readable[i][1].record(self._root, readable[i][0]) for i in chosen]
             best = rank_checkpoints(records, criterion, limit=limit)
             ranked = self._ranked[criterion] = (limit, [ckpt.path.name for ckpt in best])
@@ -122,7 +158,7 @@ class Catalog:
         What is known already is not looked at again: this is asked at every save.
         """
         self._look(again=False)
-        times = (time_of(known.entry.meta) for _, known in self._readable())
+        times = (usable_time(known.value("unixtime")) for _, known in self._readable())
         return max((unixtime for unixtime in times if unixtime < _END_OF_TIME), default=0.0)
 
     def _readable(self) -> list[tuple[str, _Known]]:
@@ -140,7 +176,7 @@ class Catalog:
         names = folder_names(self._root)
         before = self._known
         unknown = sum(name not in before for name in names)
-        index = read_index(self._root) if unknown >= _MANY else None
+        index = read_index(self._root) if unknown >= _MANY else {}
         start = f"{self._root}{os.sep}"
         known = {}
         # Before anything is looked at, and that before it is read: what changes meanwhile will show.
@@ -157,10 +193,10 @@ class Catalog:
             except OSError as error:
                 known[name] = _unreadable(_NO_IDENTITY, f"{start}{name}: {error.strerror}")
                 continue
-            if seen is not None and seen.entry.identity == identity and seen.settled:
+            if seen is not None and seen.identity == identity and seen.settled:
                 known[name] = seen
-            elif index is not None and (indexed := index.find(name, identity)) is not None:
-                known[name] = _Known(Entry(identity, *indexed), settled=True)
+            elif (row := index.get(name)) is not None and row[0] == identity:
+                known[name] = _Known.from_index(identity, row)
             elif (found := self._read(name, identity, now)) is not None:
                 known[name] = found
         changed = list(known.values()) != list(before.values())
@@ -175,13 +211,13 @@ class Catalog:
     def _read(self, name: str, identity: Identity, now: int) -> _Known | None:
         settled = _is_settled(identity, now)
         try:
-            entry = Entry(identity, *read_folder(self._root / name))
+            meta, names = read_folder(self._root / name)
         except CheckpointNotFoundError:
             return None
         except MetaError as error:
             return _unreadable(identity, str(error), settled=settled)
         self._not_indexed += settled
-        return _Known(entry, settled=settled)
+        return _Known.from_folder(identity, meta, names, settled=settled)
 
     def _warn_of_unreadable(self) -> None:
         unreadable = {
@@ -202,7 +238,7 @@ class Catalog:
             self._not_indexed = 0
             write_index(
                 self._root,
-                {name: known.entry for name, known in self._readable() if known.settled},
+                {name: known.entry() for name, known in self._readable() if known.settled},
             )
 
 
@@ -221,7 +257,7 @@ def _identify(folder: str) -> Identity:
 
 
 def _unreadable(identity: Identity, problem: str, *, settled: bool = False) -> _Known:
-    return _Known(Entry(identity, {}, []), settled=settled, problem=problem)
+    return _Known(identity, settled=settled, problem=problem)
 
 
 def _is_settled(identity: Identity, now: int) -> bool:

@@ -18,7 +18,8 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,54 +50,58 @@ class Entry(NamedTuple):
     names: list[str]  # of the recoverables
 
 
-class Index:
-    """What an index file says; made by `read_index`.
+class Kind:
+    """What the index says of checkpoints that have recoverables and keys in common.
 
     Args:
-        kinds: Names of recoverables and keys of meta, which many checkpoints have in common.
-        rows: From names of folders to identity, number of the kind, and values of the meta.
+        names: The names of the recoverables.
+        columns: From the keys of the meta to the values, one for each checkpoint.
     """
 
-    def __init__(
-        self,
-        kinds: Sequence[tuple[list[str], list[str]]] = (),
-        rows: Mapping[str, tuple[tuple[object, ...], int, list[object]]] | None = None,
-    ) -> None:
-        self._kinds = kinds
-        self._rows = rows or {}
+    def __init__(self, names: list[str], columns: Mapping[str, list[object]]) -> None:
+        self.names = names
+        self.columns = columns
 
-    def find(self, folder: str, identity: Identity) -> tuple[dict[str, object], list[str]] | None:
-        """Return meta and names of recoverables, if the folder is the very one that was read."""
-        row = self._rows.get(folder)
-        if row is None or row[0] != identity:
-            return None
-        try:
-            names, keys = self._kinds[row[1]]
-            return dict(zip(keys, row[2], strict=True)), names
-        except (IndexError, TypeError, ValueError):
-            return None
+    def meta(self, place: int) -> dict[str, object]:
+        """Return the meta of one checkpoint."""
+        return {key: column[place] for key, column in self.columns.items()}
 
 
-def read_index(root: Path) -> Index:
-    """Return what the index says; nothing where there is none to trust."""
+Row = tuple[tuple[object, ...], Kind, int]
+"""The identity of one checkpoint when it was read, its kind and its place there."""
+
+
+def read_index(root: Path) -> dict[str, Row]:
+    """Return what the index says by names of folders; nothing where there is none to trust.
+
+    A row counts only if its identity is that of the folder now.
+    """
     try:
         data = read_regular(root / INDEX_NAME, _MAX_BYTES)
         first, _, body = data.partition(b"\n")
         if json.loads(first[:1000]) == _header(body):
-            kinds, folders, identities, numbers, values = json.loads(body)
-            tuples = _IDENTITY.iter_unpack(bytes.fromhex(identities))
-            rows = zip(tuples, numbers, values, strict=True)
-            return Index(
-                [(_names(names), _words(keys)) for names, keys in kinds],
-                dict(zip(_words(folders), rows, strict=True)),
-            )
+            rows: dict[str, Row] = {}
+            for kind in json.loads(body):
+                rows.update(_rows_of(*kind))
+            return rows
         logger.debug("left out the index of %s: it is not as it was written", root)
     except FileNotFoundError:
         pass
     # Whoever can write to the root can write anything here; it is ignored, whatever it leads to.
     except (OSError, ValueError, TypeError, struct.error, RecursionError, MemoryError) as error:
         logger.debug("left out the index of %s: %s", root, error)
-    return Index()
+    return {}
+
+
+def _rows_of(
+    names: object, keys: object, folders: object, identities: str, columns: object
+) -> dict[str, Row]:
+    of = _words(folders)
+    lists = _lists(columns, len(of))
+    kind = Kind(_names(names), dict(zip(_words(keys), lists, strict=True)))
+    tuples = _IDENTITY.iter_unpack(bytes.fromhex(identities))
+    rows = zip(tuples, repeat(kind, len(of)), range(len(of)), strict=True)
+    return dict(zip(of, rows, strict=True))
 
 
 def write_index(root: Path, entries: Mapping[str, Entry]) -> bool:
@@ -105,15 +110,22 @@ def write_index(root: Path, entries: Mapping[str, Entry]) -> bool:
     It isn't where the folder can't be written to, or another process is at it.
     """
     try:
-        kept = {folder: entry for folder, entry in entries.items() if _is_plain(entry)}
-        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
-        numbers = [
-            kinds.setdefault((tuple(entry.names), tuple(entry.meta)), len(kinds))
-            for entry in kept.values()
+        # Most checkpoints have the same recoverables and keys, which are therefore said once.
+        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], dict[str, Entry]] = {}
+        for folder, entry in entries.items():
+            if _is_plain(entry):
+                kind = tuple(entry.names), tuple(entry.meta)
+                kinds.setdefault(kind, {})[folder] = entry
+        parts = [
+            [
+                names,
+                keys,
+                list(members),
+                b"".join(_IDENTITY.pack(*entry.identity) for entry in members.values()).hex(),
+                [[entry.meta[key] for entry in members.values()] for key in keys],
+            ]
+            for (names, keys), members in kinds.items()
         ]
-        identities = b"".join(_IDENTITY.pack(*entry.identity) for entry in kept.values())
-        values = [list(entry.meta.values()) for entry in kept.values()]
-        parts = [list(kinds), list(kept), identities.hex(), numbers, values]
         body = json.dumps(parts, separators=(",", ":")).encode()
         data = json.dumps(_header(body)).encode() + b"\n" + body
         return len(data) <= _MAX_BYTES and _replace(root / INDEX_NAME, data)
@@ -160,6 +172,14 @@ def _names(given: object) -> list[str]:
     if any("/" in name or "\0" in name for name in names):
         raise ValueError("it holds a name that is no name of a file")
     return names
+
+
+def _lists(given: object, length: int) -> list[list[object]]:
+    if not isinstance(given, list) or not all(
+        isinstance(part, list) and len(part) == length for part in given
+    ):
+        raise TypeError("it is not made of lists of one length")
+    return given
 
 
 def _words(given: object) -> list[str]:

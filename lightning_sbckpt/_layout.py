@@ -26,12 +26,11 @@ from lightning_sbckpt._annotations import ANNOTATIONS_NAME, annotated
 from lightning_sbckpt._reading import PICKLED_SUFFIX
 from lightning_sbckpt._storage import LocalStorage
 from lightning_sbckpt.errors import CheckpointNameError, CheckpointNotFoundError, MetaError
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency, read_meta
+from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, read_meta
 
 logger = logging.getLogger("lightning_sbckpt")
 
 CKPT_PREFIX = "CKPT"
-META_NAME = f"{CKPT_PREFIX}.yaml"
 PARAMFILE_EXT = ".ckpt"
 
 _STAGING = ".staging+"

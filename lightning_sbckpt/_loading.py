@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_sbckpt._builtin_hooks import has_state, torch_recovery
-from lightning_sbckpt._layout import META_NAME
 from lightning_sbckpt._manifest import find_damage
 from lightning_sbckpt._reading import pickled_path, trusting_pickle
 from lightning_sbckpt.errors import (
@@ -20,7 +19,7 @@ from lightning_sbckpt.errors import (
     SBCheckpointError,
 )
 from lightning_sbckpt.hooks import HookRegistry
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import META_NAME, Checkpoint
 from lightning_sbckpt.typing import LoadHook
 
 logger = logging.getLogger("lightning_sbckpt")

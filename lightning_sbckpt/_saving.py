@@ -22,14 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_sbckpt._jobs import Contents, SaveJob
-from lightning_sbckpt._layout import (
-    META_NAME,
-    PARAMFILE_EXT,
-    folder_for,
-    publish,
-    read_checkpoint,
-    staging,
-)
+from lightning_sbckpt._layout import PARAMFILE_EXT, folder_for, publish, read_checkpoint, staging
 from lightning_sbckpt._links import Links
 from lightning_sbckpt._manifest import MANIFEST_NAME, Manifest, dump_manifest
 from lightning_sbckpt._overlap import LateCopy
@@ -38,7 +31,7 @@ from lightning_sbckpt._storage import FileDigest, LocalStorage, digest, digest_b
 from lightning_sbckpt._templates import Templates
 from lightning_sbckpt._world import portable_error
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
-from lightning_sbckpt.meta import Checkpoint, dump_meta
+from lightning_sbckpt.meta import META_NAME, Checkpoint, dump_meta
 from lightning_sbckpt.typing import World
 
 logger = logging.getLogger("lightning_sbckpt")

@@ -141,14 +141,14 @@ class Checkpointer(Curator):
             self.add_recoverables(recoverables)
         if access == "read":
             return
-        try:
-            self._storage.make_dirs(self.checkpoints_dir)
-        except OSError as error:
-            raise ConfigurationError(
-                f"checkpoints_dir {self.checkpoints_dir} can't be made a folder: "
-                f"{error.strerror or error}"
-            ) from error
         if self.world.rank == 0:
+            try:
+                self._storage.make_dirs(self.checkpoints_dir)
+            except OSError as error:
+                raise ConfigurationError(
+                    f"checkpoints_dir {self.checkpoints_dir} can't be made a folder: "
+                    f"{error.strerror or error}"
+                ) from error
             sweep(self.checkpoints_dir, self._storage)
 
     # ------------------------------------------------------------------ what is saved

@@ -70,7 +70,7 @@ class Curator(Finder):
             raise ConfigurationError(
                 f"access is {access!r}, expected one of {', '.join(map(repr, _ACCESS))}"
             )
-        super().__init__(checkpoints_dir, world=world)
+        super().__init__(checkpoints_dir, world=world, keep_index=access != "read")
         self.access = access
         self._storage = storage or LocalStorage()
         workshop = Workshop(self.checkpoints_dir, self._storage, Links(enabled=link_unchanged))

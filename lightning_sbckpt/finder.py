@@ -10,7 +10,7 @@ from lightning_sbckpt._loading import first_sound
 from lightning_sbckpt._world import current_world, decided_by_main
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.selection import importance, rank_checkpoints
+from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
 
 __all__ = ["Finder"]
@@ -22,17 +22,20 @@ class Finder:
     Args:
         checkpoints_dir: The folder of all checkpoints.
         world: The ranks that look together; by default those of `torch.distributed`.
+        keep_index: Whether an index may be written to the folder, to find faster next time.
 
     Example:
         >>> Finder("runs/nowhere").list_checkpoints()
         []
     """
 
-    def __init__(self, checkpoints_dir: str | Path, *, world: World | None = None) -> None:
+    def __init__(
+        self, checkpoints_dir: str | Path, *, world: World | None = None, keep_index: bool = False
+    ) -> None:
         self.checkpoints_dir = Path(checkpoints_dir)
         self.recoverables: dict[str, object] = {}
         self._world = world
-        self._catalog = Catalog(self.checkpoints_dir)
+        self._catalog = Catalog(self.checkpoints_dir, keep_index=keep_index)
         # Retention may look in the background while the caller does.
         self._looking = RLock()
 
@@ -123,9 +126,8 @@ class Finder:
             [0.75, 0.5]
         """
         criterion = importance(importance_key=importance_key, max_key=max_key, min_key=min_key)
-        candidates = self.list_checkpoints()
-        predicate = as_predicate(ckpt_predicate, among=candidates)
-        return rank_checkpoints(candidates, criterion, predicate, max_num_checkpoints)
+        with self._looking:
+            return self._catalog.find(criterion, ckpt_predicate, max_num_checkpoints)
 
     def find_sound_checkpoint(
         self,

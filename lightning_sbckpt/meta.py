@@ -99,21 +99,18 @@ def ckpt_recency(ckpt: Checkpoint) -> float:
         >>> ckpt_recency(Checkpoint(Path("CKPT+a"), {"unixtime": 12.0}, {}))
         12.0
     """
-    return time_of(ckpt.meta)
+    return usable_time(ckpt.meta.get("unixtime"))
 
 
-def time_of(meta: Mapping[str, object]) -> float:
-    """Return the `unixtime` of a checkpoint's meta, as `ckpt_recency` does.
+def usable_time(unixtime: object) -> float:
+    """Return the `unixtime` of a checkpoint as a number that sorts.
 
     Example:
-        >>> time_of({"unixtime": 12.0})
-        12.0
-        >>> time_of({})
-        -inf
+        >>> usable_time(12), usable_time("soon")
+        (12.0, -inf)
     """
     # A checkpoint from elsewhere may carry no time or one that is not a number: it is then the
     # oldest, so that it is never taken for the newest and never breaks a sort.
-    unixtime = meta.get("unixtime")
     if isinstance(unixtime, bool) or not isinstance(unixtime, (int, float)):
         return -math.inf
     try:

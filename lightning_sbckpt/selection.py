@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
 from math import inf, isfinite, isnan
@@ -215,37 +215,32 @@ def rank_checkpoints(
     )
 
 
-def shortlist(
-    metas: Sequence[Mapping[str, object]], criterion: Criterion, limit: int
-) -> Sequence[int]:
-    """Return which of many metas may be among the best, so that only those need to be ranked.
+def shortlist(values: Sequence[object], limit: int, *, lowest: bool) -> Sequence[int]:
+    """Return which of many checkpoints may be among the best, so that only those are ranked.
 
-    It never leaves out one that `rank_checkpoints` with this `limit` would return, and is faster
+    It never leaves out one that `rank_checkpoints` with this `limit` would return, and is short
     where the values are ordinary numbers, one for each checkpoint.
 
     Args:
-        metas: The meta of every checkpoint.
-        criterion: What makes a checkpoint good: a key, or how recent it is.
+        values: What the checkpoints have for the key that ranks, None for nothing.
         limit: How many are asked for.
+        lowest: Whether the lowest value is the best one.
 
     Returns:
-        Indices into `metas`.
+        Indices into `values`.
 
     Example:
-        >>> metas = [{"loss": 0.5}, {"loss": 0.25}, {"loss": 0.75}, {"loss": 0.25}]
-        >>> shortlist(metas, importance(min_key="loss"), 1)
+        >>> shortlist([0.5, 0.25, 0.75, 0.25], 1, lowest=True)
         [1, 3]
     """
-    key = "unixtime" if criterion.key is None else criterion.key
-    values = [meta.get(key) for meta in metas]
-    numbers_only = [value for value in values if type(value) is float and isfinite(value)]
-    if not 0 < limit < len(values) or len(numbers_only) < len(values):
+    usual = [value for value in values if type(value) is float and isfinite(value)]
+    if not 0 < limit < len(values) or len(usual) < len(values):
         return range(len(values))
-    if criterion.lowest:
-        last = nsmallest(limit, numbers_only)[-1]
-        return [index for index, value in enumerate(numbers_only) if value <= last]
-    last = nlargest(limit, numbers_only)[-1]
-    return [index for index, value in enumerate(numbers_only) if value >= last]
+    if lowest:
+        last = nsmallest(limit, usual)[-1]
+        return [index for index, value in enumerate(usual) if value <= last]
+    last = nlargest(limit, usual)[-1]
+    return [index for index, value in enumerate(usual) if value >= last]
 
 
 def newest_first(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:

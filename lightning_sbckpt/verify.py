@@ -15,7 +15,7 @@ from typing import Literal
 import xxhash
 
 from lightning_sbckpt._annotations import ANNOTATIONS_NAME, read_annotations
-from lightning_sbckpt._layout import CKPT_PREFIX, META_NAME
+from lightning_sbckpt._layout import CKPT_PREFIX
 from lightning_sbckpt._manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -26,7 +26,7 @@ from lightning_sbckpt._manifest import (
 from lightning_sbckpt._regular import open_regular
 from lightning_sbckpt._storage import FileDigest
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
-from lightning_sbckpt.meta import read_meta
+from lightning_sbckpt.meta import META_NAME, read_meta
 
 __all__ = ["Verification", "verify"]
 

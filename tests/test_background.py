@@ -22,10 +22,17 @@ NAME = "sbckpt-under-test"
 
 
 @pytest.fixture
-def background():
+def go_on():
+    """What jobs wait for that are to last."""
+    return threading.Event()
+
+
+@pytest.fixture
+def background(go_on):
     """A background with nothing to do; what is left at the end is done."""
     made = Background(NAME)
     yield made
+    go_on.set()
     for _ in range(9):
         with suppress(BaseException):
             made.wait()
@@ -95,7 +102,7 @@ class TestJobs:
         background.wait()
         assert sorted(done) == list(range(600))
 
-    def test_a_job_may_hand_over_another(self, background):
+    def test_a_job_may_hand_over_another(self, background, go_on):
         """It comes after those that are waiting, and `wait` waits for it, too."""
         done = []
 
@@ -103,11 +110,10 @@ class TestJobs:
             background.submit(lambda: done.append("from the first"))
             done.append("first")
 
-        started = threading.Event()
-        background.submit(started.wait)
+        background.submit(go_on.wait)
         background.submit(first)
         background.submit(lambda: done.append("second"))
-        started.set()
+        go_on.set()
         background.wait()
         assert done == ["first", "second", "from the first"]
 
@@ -123,10 +129,9 @@ class TestJobs:
         background.wait()
         assert done == ["waited"]
 
-    def test_it_is_busy_until_the_last_job_is_done(self, background):
+    def test_it_is_busy_until_the_last_job_is_done(self, background, go_on):
         """And not before the first."""
         assert not background.busy
-        go_on = threading.Event()
         background.submit(go_on.wait)
         assert background.busy
         go_on.set()
@@ -185,20 +190,19 @@ class TestErrors:
 class TestThread:
     """There is one only while there is something to do."""
 
-    def test_the_thread_ends_when_there_is_nothing_to_do(self, background):
+    def test_the_thread_ends_when_there_is_nothing_to_do(self, background, go_on):
         """And the next job has another one."""
         assert not threads()
         for _ in range(3):
-            go_on = threading.Event()
+            go_on.clear()
             background.submit(go_on.wait)
             assert len(threads()) == 1
             go_on.set()
             background.wait()
             assert until_none_runs()
 
-    def test_the_thread_is_no_daemon(self, background):
+    def test_the_thread_is_no_daemon(self, background, go_on):
         """The interpreter would kill a daemon in the middle of a job."""
-        go_on = threading.Event()
         background.submit(go_on.wait)
         (thread,) = threads()
         assert not thread.daemon
@@ -248,9 +252,10 @@ class TestThread:
 class TestFork:
     """What is in the background stays with the process that put it there."""
 
-    def test_a_forked_child_has_nothing_to_do_and_may_begin_its_own(self, background, tmp_path):
+    def test_a_forked_child_has_nothing_to_do_and_may_begin_its_own(
+        self, background, go_on, tmp_path
+    ):
         """It does not wait for a thread that it hasn't got; the parent goes on meanwhile."""
-        go_on = threading.Event()
         background.submit(go_on.wait)
         background.submit((tmp_path / "parent").touch)
 
@@ -290,7 +295,7 @@ class TestFork:
         assert status == 0
         assert (tmp_path / "child").exists()
 
-    def test_a_forked_child_cleans_up_after_no_job_of_the_parent(self, background, tmp_path):
+    def test_a_forked_child_cleans_up_after_no_job_of_the_parent(self, background, go_on, tmp_path):
         """Letting go of a save would remove the folder that the parent is about to write into."""
 
         class Staging:
@@ -301,7 +306,6 @@ class TestFork:
                     self.folder.rmdir()
 
         Staging.folder.mkdir()
-        go_on = threading.Event()
         background.submit(go_on.wait)
         staging = Staging()
         background.submit(lambda staging=staging: staging)

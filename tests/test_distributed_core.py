@@ -160,6 +160,7 @@ def keep_only_one(folder, rank):
     for _ in range(3):
         checkpointer.save_and_keep_only()
         left = len(entries(folder))
+        dist.barrier()  # Rank zero must not delete on while the other one counts.
     checkpointer.delete_checkpoints(num_to_keep=0)
     return left, entries(folder)
 
@@ -248,7 +249,7 @@ class Full(LocalStorage):
 
 
 class Broken(LocalStorage):
-    def flush_file(self, path):
+    def write_source(self, path, source):
         raise RuntimeError("no error of the disk")
 
 
@@ -260,7 +261,7 @@ class NoFolder(LocalStorage):
 def save_to(storage, folder, rank):
     checkpointer = checkpointer_of(folder, rank)
     if rank == 0:
-        checkpointer._storage = storage()
+        checkpointer.saver._workshop.storage = storage()
     checkpointer.save_checkpoint()
 
 

@@ -230,7 +230,8 @@ CRITERIA = [LOWEST, importance(max_key="loss"), importance(), importance(max_key
 def test_the_short_list_holds_all_of_the_best(metas, criterion, limit):
     """Whatever the values; ranking it gives what ranking everything gives, errors too."""
     ckpts = [Checkpoint(Path(f"CKPT+{i}"), meta, {}) for i, meta in enumerate(metas)]
-    chosen = [ckpts[i] for i in shortlist(metas, criterion, limit)]
+    values = [meta.get(criterion.key or "unixtime") for meta in metas]
+    chosen = [ckpts[i] for i in shortlist(values, limit, lowest=criterion.lowest)]
     try:
         expected = [ckpt.path for ckpt in rank_checkpoints(ckpts, criterion, limit=limit)]
     except SelectionError:
@@ -242,9 +243,8 @@ def test_the_short_list_holds_all_of_the_best(metas, criterion, limit):
 
 def test_the_short_list_is_short():
     """Or it would be of no use."""
-    metas = [{"loss": float(i % 50), "unixtime": float(i)} for i in range(1000)]
-    assert len(shortlist(metas, LOWEST, 1)) == 20
-    assert shortlist(metas, importance(), 3) == [997, 998, 999]
+    assert len(shortlist([float(i % 50) for i in range(1000)], 1, lowest=True)) == 20
+    assert shortlist([float(i) for i in range(1000)], 3, lowest=False) == [997, 998, 999]
 
 
 class TestFind:
@@ -299,6 +299,7 @@ class TestTheIndex:
         no_reading()
         assert Catalog(tmp_path).checkpoints() == first
         assert Catalog(tmp_path).find(LOWEST, None, 2) == first[:2]
+        assert Catalog(tmp_path).newest_time() == 1000.0 + MANY - 1
         assert first[0].paramfiles["model"] == tmp_path / "CKPT+000" / "model.ckpt"
 
     @pytest.mark.parametrize(("count", "keep"), [(MANY, False), (60, True)])
@@ -431,10 +432,9 @@ class TestTheIndex:
         }
         entry = Entry((1, 2, 3, 4, 5, 6, 7), meta, ["model", "rng"])
         assert write_index(tmp_path, {"CKPT+a": entry})
-        found, names = read_index(tmp_path).find("CKPT+a", entry.identity)
-        assert repr(found) == repr(meta) and names == entry.names
-        assert read_index(tmp_path).find("CKPT+a", (1, 2, 3, 4, 5, 6, 8)) is None
-        assert read_index(tmp_path).find("CKPT+b", entry.identity) is None
+        ((identity, kind, place),) = read_index(tmp_path).values()
+        assert repr(kind.meta(place)) == repr(meta)
+        assert (identity, kind.names) == (entry.identity, entry.names)
 
 
 def signed(body):
@@ -443,9 +443,10 @@ def signed(body):
 
 
 def altered(data, place, value):
-    parts = json.loads(data.partition(b"\n")[2])
-    parts[place] = value(parts[place]) if callable(value) else value
-    return signed(json.dumps(parts).encode())
+    """Return an index with another part in its only kind: names, keys, folders, ..."""
+    (kind,) = json.loads(data.partition(b"\n")[2])
+    kind[place] = value(kind[place]) if callable(value) else value
+    return signed(json.dumps([kind]).encode())
 
 
 def other_format(data):
@@ -465,22 +466,24 @@ SPOILT = {
     "a number": lambda data: signed(b"5"),
     "an object": lambda data: signed(b"{}"),
     "deep": lambda data: signed(b"[" * 100_000),
-    "no kinds": lambda data: altered(data, 0, []),
-    "kinds of numbers": lambda data: altered(data, 0, [5]),
-    "keys of numbers": lambda data: altered(data, 0, [[["model"], [1, 2, 3]]]),
-    "names out of the folder": lambda data: altered(
-        data, 0, lambda kinds: [[["../../elsewhere"], keys] for _, keys in kinds]
-    ),
-    "fewer keys": lambda data: altered(data, 0, lambda kinds: [[n, k[:1]] for n, k in kinds]),
-    "folders of numbers": lambda data: altered(data, 1, [1] * MANY),
-    "fewer folders": lambda data: altered(data, 1, ["CKPT+000"]),
-    "identities of half": lambda data: altered(data, 2, lambda text: text[: len(text) // 2]),
-    "identities cut off": lambda data: altered(data, 2, lambda text: text[:-2]),
-    "identities of letters": lambda data: altered(data, 2, "xyz"),
-    "kinds far away": lambda data: altered(data, 3, [99] * MANY),
-    "kinds of words": lambda data: altered(data, 3, ["a"] * MANY),
-    "values of numbers": lambda data: altered(data, 4, [5] * MANY),
-    "no values": lambda data: altered(data, 4, [[]] * MANY),
+    "a kind of one": lambda data: signed(b"[[1]]"),
+    "a kind that is a number": lambda data: signed(b"[1]"),
+    "names of numbers": lambda data: altered(data, 0, [1, 2]),
+    "names that are one": lambda data: altered(data, 0, "model"),
+    "names out of the folder": lambda data: altered(data, 0, ["../../elsewhere"]),
+    "keys of numbers": lambda data: altered(data, 1, [1, 2, 3]),
+    "fewer keys": lambda data: altered(data, 1, ["loss"]),
+    "folders of numbers": lambda data: altered(data, 2, [1] * MANY),
+    "fewer folders": lambda data: altered(data, 2, ["CKPT+000"]),
+    "identities of half": lambda data: altered(data, 3, lambda text: text[: len(text) // 2]),
+    "identities cut off": lambda data: altered(data, 3, lambda text: text[:-2]),
+    "identities of letters": lambda data: altered(data, 3, "xyz"),
+    "identities of numbers": lambda data: altered(data, 3, 5),
+    "values of numbers": lambda data: altered(data, 4, [5] * 3),
+    "values that are words": lambda data: altered(data, 4, ["x" * MANY] * 3),
+    "more identities": lambda data: altered(data, 3, lambda text: text + text[:112]),
+    "fewer values": lambda data: altered(data, 4, lambda columns: [c[:-1] for c in columns]),
+    "no values": lambda data: altered(data, 4, []),
 }
 
 
@@ -539,7 +542,7 @@ class TestASpoiltIndex:
         beside.write_bytes(b"x" * 100_000)
         Catalog(tmp_path).checkpoints()
         assert not beside.exists()
-        assert read_index(tmp_path)._rows
+        assert read_index(tmp_path)
 
     def test_it_is_left_alone_while_another_process_writes_it(self, tmp_path):
         """There is time enough for it later."""
@@ -581,7 +584,7 @@ def test_several_processes_look_write_and_add_at_once(tmp_path):
     assert len(Catalog(tmp_path).checkpoints()) == MANY + 60
     (tmp_path / INDEX_NAME).unlink(missing_ok=True)
     Catalog(tmp_path).checkpoints()
-    assert len(read_index(tmp_path)._rows) == MANY + 60
+    assert len(read_index(tmp_path)) == MANY + 60
 
 
 def test_twenty_thousand_other_entries_cost_little(tmp_path):

@@ -422,7 +422,9 @@ class TestWrittenTo:
                 checkpointer.before_update()
         else:
             checkpointer.before_update()
-            assert warnings_in(caplog)[-1].endswith("Training goes on, since on_save_error is 'warn'")
+            assert warnings_in(caplog)[-1].endswith(
+                "Training goes on, since on_save_error is 'warn'"
+            )
         assert checkpointer.saver.failed == 1
         checkpointer.close()
         assert list(checkpointer.list_checkpoints()) == []
@@ -516,6 +518,7 @@ def written_to_on_rank_zero(folder, rank):
     module, optimizer = large()
     slow = SlowCopy()
     _overlap._memcpy = slow
+    folder.mkdir(exist_ok=True)
     checkpointer = Checkpointer(
         folder,
         {"m": module, "o": optimizer},
