@@ -428,6 +428,8 @@ class Checkpointer(Curator):
             >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
             >>> checkpointer.load_checkpoint(checkpointer.save_checkpoint())
         """
+        # What is still being copied must not change yet.
+        self.wait()
         if not isinstance(checkpoint, tuple):
             checkpoint = read_checkpoint(Path(checkpoint))
         require_sound(checkpoint, self.recoverables)

@@ -149,7 +149,7 @@ class Curator(Finder):
     ) -> None:
         try:
             self.close()
-        except SaveError:
+        except Exception:
             # What ended the block is what the caller must see; this was logged when it happened.
             if error is None:
                 raise

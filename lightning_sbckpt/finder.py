@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from pathlib import Path
 from threading import RLock
 
@@ -14,6 +16,8 @@ from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
 
 __all__ = ["Finder"]
+
+_all: weakref.WeakSet[Finder] = weakref.WeakSet()
 
 
 class Finder:
@@ -38,6 +42,7 @@ class Finder:
         self._catalog = Catalog(self.checkpoints_dir, keep_index=keep_index)
         # Retention may look in the background while the caller does.
         self._looking = RLock()
+        _all.add(self)
 
     @property
     def world(self) -> World:
@@ -167,3 +172,12 @@ class Finder:
                 self.checkpoints_dir,
             ),
         )
+
+
+def _after_fork() -> None:
+    for finder in list(_all):
+        # Held by a thread that the child doesn't have, it would never open.
+        finder._looking = RLock()  # noqa: SLF001 - of the module's own class
+
+
+os.register_at_fork(after_in_child=_after_fork)

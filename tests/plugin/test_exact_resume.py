@@ -13,7 +13,10 @@ import pytest
 
 from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
-SHARE = {"base", *random.Random(20).sample(sorted(exact_cells.CELLS), 11)}
+SHARE = {
+    *("base", "save_mode async", "save_mode overlap"),
+    *random.Random(20).sample(sorted(exact_cells.CELLS), 9),
+}
 
 
 @pytest.mark.parametrize(
