@@ -167,6 +167,8 @@ def _plain(value: object, where: str, problems: list[str]) -> object:
         tensor = value.detach().cpu()
         return tensor.item() if tensor.numel() == 1 and not tensor.is_complex() else tensor.clone()
     if isinstance(value, Mapping):
+        if _TENSOR in value:
+            problems.append(f"{where} has the key {_TENSOR!r}, which marks a tensor")
         return {
             _plain(key, f"a key in {where}", problems): _plain(item, f"{where}[{key!r}]", problems)
             for key, item in value.items()
@@ -304,7 +306,11 @@ def parse_yaml(data: bytes, path: Path | str) -> dict[str, object]:
         _refuse_depth(data)
         loaded = yaml.load(data, Loader=_Loader)  # noqa: S506 - it is safe
         _refuse_growth(loaded, {})
-        parsed = _with_tensors(loaded, {})
+        parsed = loaded
+        if isinstance(loaded, dict):
+            # The meta itself is no tensor, whatever its keys.
+            seen: dict[int, object] = {id(loaded): loaded}
+            parsed = {key: _with_tensors(value, seen) for key, value in loaded.items()}
     except Exception as error:  # PyYAML's constructors raise whatever a strange value leads to.
         raise MetaError(f"{path} can't be read as safe YAML: {error}") from error
     if not isinstance(parsed, dict):

@@ -384,6 +384,13 @@ class TestTheFastPath:
         assert found is None or same(found, yaml.safe_load(data))
         assert same(parse_yaml(data, "CKPT.yaml"), yaml.safe_load(data))
 
+    def test_a_key_that_marks_tensors_is_refused_where_it_could_be_taken_for_one(self):
+        """Else what was saved could not be read; alone on top it is a key like any other."""
+        with pytest.raises(MetaError, match=r"'a' has the key '!tensor', which marks a tensor"):
+            plain_meta({"a": {"!tensor": 1}})
+        meta = {"unixtime": 1.0, "!tensor": None}
+        assert parse_yaml(dump_meta(plain_meta(meta)), "CKPT.yaml") == meta
+
     @given(st.binary(max_size=30))
     @settings(max_examples=300, deadline=None, derandomize=True)
     def test_any_bytes_at_all(self, data):
