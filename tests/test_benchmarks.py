@@ -20,5 +20,6 @@ def test_ratios_hold_with_wide_margins_and_each_check_can_fail():
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", str(CHECKS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed is not None and int(passed[1]) == CHECKS.read_text().count("\ndef test_")
+    # Nothing was skipped or left out; some checks have several cases.
+    (result,) = re.findall(r"^(\d+) passed in", done.stdout, re.MULTILINE)
+    assert int(result) >= CHECKS.read_text().count("\ndef test_")
