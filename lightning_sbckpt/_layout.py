@@ -64,12 +64,22 @@ def check_name(name: object, what: str) -> str:
     return name
 
 
-def folder_for(root: Path, name: str | None, unixtime: float) -> Path:
-    """Return where a checkpoint goes: by its own name, or by the time and a number."""
+def folder_for(root: Path, name: str | None, unixtime: float, last: Path | None = None) -> Path:
+    """Return where a checkpoint goes: by its own name, or by the time and a number.
+
+    Args:
+        root: The folder of all checkpoints.
+        name: Its own name, or None.
+        unixtime: Its time.
+        last: Where the one before it went. It may be gone by now, and its name is not used again:
+            who is just reading it must not find another one there.
+    """
     if name is not None:
         return root / f"{CKPT_PREFIX}+{check_name(name, 'checkpoint')}"
     stamp = time.strftime("%Y-%m-%d+%H-%M-%S", time.localtime(unixtime))
-    number = 0
+    stem, _, used = last.name.rpartition("+") if last is not None else ("", "", "")
+    again = stem == f"{CKPT_PREFIX}+{stamp}" and used.isdecimal()
+    number = int(used) + 1 if again else 0
     while (folder := root / f"{CKPT_PREFIX}+{stamp}+{number:02d}").exists():
         number += 1
     return folder
@@ -94,7 +104,7 @@ def staging(root: Path, storage: LocalStorage) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def publish(staged: Path, target: Path, storage: LocalStorage, *, replace: bool) -> None:
+def publish(staged: Path, target: Path, storage: LocalStorage, *, replace: bool) -> Path | None:
     """Make a staged folder visible under its name, durably.
 
     Args:
@@ -102,6 +112,10 @@ def publish(staged: Path, target: Path, storage: LocalStorage, *, replace: bool)
         target: Where it goes.
         storage: The disk.
         replace: An older checkpoint of that name goes; otherwise the name must be free.
+
+    Returns:
+        Where the files of the older checkpoint are now, which may be removed; None if there is none
+        or it has to wait for the next start.
 
     Raises:
         FileExistsError: The name is taken.
@@ -127,7 +141,8 @@ def publish(staged: Path, target: Path, storage: LocalStorage, *, replace: bool)
         # The new one is durable, so the save did not fail; the rest is swept at the next start.
         with suppress(OSError):
             # Renamed before the first file goes: half of it must never look like what to bring back.
-            storage.remove_tree(_give_up(replaced, name=target.name, storage=storage))
+            return _give_up(replaced, name=target.name, storage=storage)
+    return None
 
 
 def unpublish(folder: Path, storage: LocalStorage) -> Path:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_sbckpt._builtin_hooks import has_state, torch_recovery
+from lightning_sbckpt._layout import is_checkpoint
 from lightning_sbckpt._manifest import find_damage
 from lightning_sbckpt._reading import pickled_path, trusting_pickle
 from lightning_sbckpt.errors import (
+    CheckpointNotFoundError,
     DamagedCheckpointError,
     HookError,
     MismatchError,
@@ -69,15 +71,28 @@ def first_sound(
     """Return the first candidate that is whole, stepping over others with a line each.
 
     Raises:
+        CheckpointNotFoundError: No candidate is whole, and another process removed some meanwhile:
+            look again.
         DamagedCheckpointError: There are candidates, or folders that may be one, and none is whole.
     """
     damaged: list[str] = []
+    vanished: list[str] = []
     for ckpt in candidates:
+        before = _identity(ckpt.path)
         problems = damage_of(ckpt, names)
         if not problems:
             return ckpt
+        if before is None or _identity(ckpt.path) != before:
+            # Removed, or replaced by another one of its name, while it was read.
+            vanished.append(ckpt.path.name)
+            continue
         damaged.append(f"{ckpt.path.name}: {'; '.join(problems)}")
         logger.warning("skipped a damaged checkpoint, %s", damaged[-1])
+    if vanished:
+        raise CheckpointNotFoundError(
+            f"{', '.join(vanished)} vanished from {root} while it was looked at: another process "
+            "prunes there"
+        )
     # What can't even be read might be the one asked for.
     damaged += [f"{folder.name}: {problem}" for folder, problem in unreadable.items()]
     if damaged:
@@ -86,6 +101,13 @@ def first_sound(
             "start anew all the same, use another folder"
         )
     return None
+
+
+def _identity(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ino if is_checkpoint(folder) else None
+    except OSError:
+        return None
 
 
 def load_into(

@@ -89,6 +89,7 @@ class Saver:
         self.skipped = 0
         self.retake: Callable[[], object] | None = None
         self._workshop = workshop
+        workshop.remove = self._take_away
         self._writer = Background("sbckpt-writer")
         self._remover = Background("sbckpt-remover")
         self._mode = policy.mode
@@ -262,11 +263,11 @@ class Saver:
             RemovalError: The disk refused.
         """
         storage = self._workshop.storage
-        size = _size(folder)
         try:
             removed = unpublish(folder, storage)
-            if size < _WORTH_A_THREAD:
+            if _size(removed) < _WORTH_A_THREAD:
                 storage.remove_tree(removed)
+                return
         except CheckpointNotFoundError:
             raise
         except OSError as error:
@@ -274,8 +275,13 @@ class Saver:
                 f"{folder} could not be removed: {error.strerror or error}. Every other checkpoint "
                 "is whole. Make its folder writable; what is left of it is cleared at the next start"
             ) from error
-        if size >= _WORTH_A_THREAD:
-            self._remover.submit(lambda: self._remove_files(removed))
+        self._remover.submit(lambda: self._remove_files(removed))
+
+    def _take_away(self, replaced: Path) -> None:
+        if _size(replaced) < _WORTH_A_THREAD:
+            self._remove_files(replaced)
+        else:
+            self._remover.submit(lambda: self._remove_files(replaced))
 
     def _remove_files(self, removed: Path) -> None:
         try:

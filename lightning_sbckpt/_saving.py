@@ -15,7 +15,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +71,9 @@ class Workshop:
         templates: The forms of the files.
         links: The files of the newest checkpoint.
         arena: The memory for copies of the state.
+        remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
+            save. Without it the folder stays until the next start.
+        last: Where the last checkpoint went.
     """
 
     root: Path
@@ -78,6 +81,8 @@ class Workshop:
     links: Links
     templates: Templates = field(default_factory=Templates)
     arena: Arena = field(default_factory=Arena)
+    remove: Callable[[Path], object] | None = None
+    last: Path | None = None
 
 
 class Save:
@@ -257,14 +262,17 @@ class Save:
         workshop, name = self._workshop, self._description.name
         unixtime = float(str(self._description.meta["unixtime"]))
         while True:
-            target = folder_for(workshop.root, name, unixtime)
+            target = folder_for(workshop.root, name, unixtime, workshop.last)
             try:
-                publish(staged, target, workshop.storage, replace=name is not None)
+                replaced = publish(staged, target, workshop.storage, replace=name is not None)
             except FileExistsError:
                 # Another process published under the name of this second first; it keeps it.
                 if name is not None:
                     raise
             else:
+                workshop.last = target
+                if replaced is not None and workshop.remove is not None:
+                    workshop.remove(replaced)
                 return target
 
     def abandon(self, error: BaseException) -> None:

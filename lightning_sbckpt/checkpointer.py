@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lightning_sbckpt._jobs import SaveJob, save_jobs
-from lightning_sbckpt._layout import check_name, read_checkpoint, sweep
+from lightning_sbckpt._layout import check_name, is_checkpoint, read_checkpoint, sweep
 from lightning_sbckpt._loading import LoadOptions, load_into, require_sound
 from lightning_sbckpt._saver import SavePolicy
 from lightning_sbckpt._saving import Description
@@ -27,6 +27,7 @@ from lightning_sbckpt.curator import Curator
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MetaError,
+    SBCheckpointError,
 )
 from lightning_sbckpt.hooks import HookRegistry, check_signature, default_registry
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, plain_meta
@@ -404,12 +405,20 @@ class Checkpointer(Curator):
             True
         """
         self.wait()
-        chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
-        if chosen is None:
-            logger.info("no checkpoint to recover from in %s yet", self.checkpoints_dir)
-        else:
-            self._load(chosen)
-        return chosen
+        while True:
+            chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
+            if chosen is None:
+                logger.info("no checkpoint to recover from in %s yet", self.checkpoints_dir)
+                return None
+            try:
+                self._load(chosen)
+            except SBCheckpointError:
+                # Several ranks can't agree on another one in the middle of loading.
+                if self.world.size > 1 or is_checkpoint(chosen.path):
+                    raise
+                logger.info("%s vanished while it was read, looking again", chosen.path)
+            else:
+                return chosen
 
     def load_checkpoint(self, checkpoint: Checkpoint | str | Path) -> None:
         """Load a checkpoint into the recoverables.

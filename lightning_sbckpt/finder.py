@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from pathlib import Path
@@ -10,12 +11,15 @@ from threading import RLock
 from lightning_sbckpt._catalog import Catalog
 from lightning_sbckpt._loading import first_sound
 from lightning_sbckpt._world import current_world, decided_by_main
+from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
 
 __all__ = ["Finder"]
+
+logger = logging.getLogger("lightning_sbckpt")
 
 _all: weakref.WeakSet[Finder] = weakref.WeakSet()
 
@@ -163,15 +167,18 @@ class Finder:
         # A key that no checkpoint has is no error here: a run that is started again before its
         # first validation begins anew.
         predicate = as_predicate(ckpt_predicate)
-        return decided_by_main(
-            self.world,
-            lambda: first_sound(
-                self.find_checkpoints(importance_key, max_key, min_key, predicate),
-                self.recoverables,
-                self._catalog.unreadable,
-                self.checkpoints_dir,
-            ),
-        )
+
+        def look() -> Checkpoint | None:
+            while True:
+                found = self.find_checkpoints(importance_key, max_key, min_key, predicate)
+                unreadable = self._catalog.unreadable
+                try:
+                    return first_sound(found, self.recoverables, unreadable, self.checkpoints_dir)
+                except CheckpointNotFoundError as error:
+                    # Who prunes has published a newer one before.
+                    logger.info("looking again: %s", error)
+
+        return decided_by_main(self.world, look)
 
 
 def _after_fork() -> None:

@@ -581,6 +581,19 @@ class TestRemoval:
         assert names(tmp_path) == ["CKPT+b"]
         assert disk.removed_by["model.ckpt"] == "sbckpt-remover"
 
+    def test_a_large_one_that_is_replaced_goes_elsewhere_too(self, tmp_path, disk):
+        """The save returns when the new one is durable, whatever the old one's files take."""
+        checkpointer = self.saved(tmp_path, disk)
+        disk.go_on.clear()
+        saved = checkpointer.save_checkpoint(name="a")
+        assert find_damage(saved.path) == []
+        hidden = [name for name in names(tmp_path) if name.startswith(".removed+")]
+        assert len(hidden) == 1
+        disk.go_on.set()
+        checkpointer.wait()
+        assert names(tmp_path) == ["CKPT+a", "CKPT+b"]
+        assert disk.removed_by["model.ckpt"] == "sbckpt-remover"
+
     def test_a_small_one_goes_at_once(self, tmp_path, disk):
         """A thread would cost more."""
         checkpointer = self.saved(tmp_path, disk, size=10)

@@ -345,3 +345,14 @@ def test_wait_returns_since_every_save_is_durable(checkpointer):
     """It is there for code that also saves in the background."""
     checkpointer.save_checkpoint()
     assert checkpointer.wait() is None
+
+
+def test_the_name_of_a_checkpoint_that_was_removed_is_not_used_again(tmp_path):
+    """Who is just reading it must not find another one in its place."""
+    checkpointer = Checkpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    names = set()
+    for _ in range(30):
+        saved = checkpointer.save_checkpoint()
+        names.add(saved.path.name)
+        checkpointer.delete_checkpoints(num_to_keep=0)
+    assert len(names) == 30

@@ -1,0 +1,78 @@
+"""A reader beside a run that saves and prunes as fast as it can: an evaluator, the command line."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+
+import pytest
+import torch
+from _counts import count
+
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt.verify import verify
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "lightning_sbckpt"])
+
+SECONDS = 4
+
+
+class Numbers:
+    """Two tensors that always hold the same number."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def state_dict(self):
+        return {"a": torch.full((20_000,), float(self.number)), "b": torch.tensor(self.number)}
+
+    def load_state_dict(self, state):
+        assert (state["a"] == float(state["b"])).all()
+        self.number = int(state["b"])
+
+
+def save_and_prune(root, mode, stop):
+    """In a child: save and keep the newest only, until told to stop."""
+    numbers = {"one": Numbers(), "two": Numbers()}
+    with Checkpointer(root, numbers, save_mode=mode) as checkpointer:
+        while not stop.is_set():
+            for each in numbers.values():
+                each.number += 1
+            checkpointer.save_and_keep_only({"number": numbers["one"].number}, verbosity=10)
+
+
+@pytest.fixture(params=["sync", "async"])
+def run(request, tmp_path):
+    """The folder of a run that is going on."""
+    stop = context.Event()
+    child = context.Process(target=save_and_prune, args=(tmp_path / "run", request.param, stop))
+    child.start()
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("run/CKPT*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield tmp_path / "run"
+    stop.set()
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def test_a_reader_sees_whole_checkpoints_and_never_trips_over_one_that_vanishes(run):
+    """Listed, ranked, verified and loaded while they come and go; the numbers only grow."""
+    numbers = {"one": Numbers(), "two": Numbers()}
+    reader = Checkpointer(run, numbers, access="read")
+    seen = set()
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        for ckpt in reader.list_checkpoints():
+            assert set(ckpt.paramfiles) == {"one", "two"}
+        best = reader.find_checkpoint(max_key="number")
+        assert best is not None
+        before = numbers["one"].number
+        loaded = reader.recover_if_possible()
+        assert loaded is not None
+        assert numbers["one"].number == numbers["two"].number == loaded.meta["number"] >= before
+        seen.add(loaded.meta["number"])
+        assert not any(one.problems for one in verify(run))
+    assert len(seen) > 10
+    count("checkpoints loaded while a run was pruning them", len(seen))
