@@ -94,6 +94,7 @@ ORDER = (
     "plugin.exact",
     "plugin.resume",
     "plugin.run",
+    "plugin.schedule",
     "plugin._options",
     "plugin.callback",
     "plugin.selftest",

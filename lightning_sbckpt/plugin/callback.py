@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -33,9 +32,10 @@ from lightning_sbckpt.plugin.io import FolderCheckpointIO
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
 from lightning_sbckpt.plugin.run import Run
+from lightning_sbckpt.plugin.schedule import Place, Schedule, place_of, step_follows, training_ends
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.rng import isolated_rng
-from lightning_sbckpt.triggers import Due, Moment, Trigger, ask, together
+from lightning_sbckpt.triggers import Due, Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = ["SBCheckpoint"]
@@ -151,7 +151,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._best_by = _options.best_by(importance_key, max_key, min_key)
         self._rules = _options.retention_rules(self._best_by, num_to_keep, keep_recent, keep)
         self._ckpt_predicate = as_predicate(ckpt_predicate)
-        self._batch_triggers, self._triggers = _options.triggers(
+        self._triggers = _options.triggers(
             every_n_epochs, every_n_train_steps, train_time_interval, triggers
         )
         self._resume = resume
@@ -190,16 +190,9 @@ class SBCheckpoint(LightningCheckpoint):
         self.best_k_models: dict[str, torch.Tensor] = {}
         self.current_score: torch.Tensor | None = None
         self.last_model_path = ""
-        self._started = time.monotonic()
-        self._last_save_seconds = 0.0
-        self._last_save: tuple[int, int] | None = None
-        self._previous_step = 0
-        self._validated = False
-        self._validated_this_epoch = False
+        self._schedule = Schedule(*self._triggers)
         self._metrics: dict[str, Any] = {}
-        self._metrics_of: tuple[int, int] | None = None
-        self._deferred: list[Due | None] = []
-        self._retake = False
+        self._metrics_of: Place | None = None
         self._unannounced = False
         self._failed = 0
 
@@ -224,7 +217,7 @@ class SBCheckpoint(LightningCheckpoint):
         checkpointer = self._open(world)
         self._run = Run(checkpointer, self._best_by, self._rules, self._ckpt_predicate)
         self._reset_progress()
-        checkpointer.saver.retake = self._take_anew
+        checkpointer.saver.retake = self._schedule.take_anew
         self._reader.skip = self._adaptation.skip
         self._tracker = LoaderTracker(lambda: _stage_of(trainer))
         self._tracker.attach(strategy)
@@ -313,29 +306,25 @@ class SBCheckpoint(LightningCheckpoint):
         if self._policy.mode == "overlap" and self._run is not None:
             self._run.checkpointer.before_update()
 
-    def _take_anew(self) -> None:
-        # At the next place between two batches: here, in the middle of one, nothing fits together.
-        self._retake = True
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch for a validation."""
-        self._validated_this_epoch = False
+        self._schedule.epoch_begins()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the metrics of this validation; the save follows when Lightning is done with it."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._take_metrics(trainer)
-        self._validated = self._validated_this_epoch = True
+        self._schedule.validated()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the metrics of this epoch, unless these weights have just been validated."""
-        if self._metrics_of != self._now(trainer):
+        if self._metrics_of != place_of(trainer):
             self._take_metrics(trainer)
 
     def _take_metrics(self, trainer: Trainer) -> None:
         self._metrics = _compat.metrics_just_computed(trainer)
-        self._metrics_of = self._now(trainer)
+        self._metrics_of = place_of(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See every checkpoint on the disk, and restore the best weights."""
@@ -435,7 +424,7 @@ class SBCheckpoint(LightningCheckpoint):
             done=lambda report: self._went_on(trainer, report),
         )
         self.resume_report = self._resumption.report
-        self._previous_step = int(cast("int", chosen.meta.get("global_step", 0)))
+        self._schedule.resumes_at(int(cast("int", chosen.meta.get("global_step", 0))))
         rank_zero_info(f"SBCheckpoint: {self.resume_report.headline()}")
         self._set_paths(run)
 
@@ -460,52 +449,27 @@ class SBCheckpoint(LightningCheckpoint):
     def _went_on(self, trainer: Trainer, report: ResumeReport) -> None:
         resumption = cast("Resumption", self._resumption)
         self._resumption = None
-        self._last_save = self._now(trainer)
-        self._validated_this_epoch = resumption.validated_this_epoch
+        self._schedule.resumed(trainer, validated_this_epoch=resumption.validated_this_epoch)
         rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
 
     # ------------------------------------------------------------------ saving
 
     def _after_batch(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        previous, self._previous_step = self._previous_step, step
-        validated, self._validated = self._validated, False
-        at_limit = 0 <= trainer.max_steps <= step
-        retake, self._retake = self._retake, False
         if self._unannounced:
             self._announce_when_done(trainer)
-        if not (validated or at_limit or retake) and self._batch_triggers.quiet(step, previous):
-            return
-        moment = self._moment(trainer, "batch", previous)
-        reasons = [ask(self._batch_triggers, moment)]
-        if retake:
-            reasons.append(Due("the last one was dropped"))
-        if validated:
-            reasons.append(ask(self._triggers, moment._replace(kind="validation_end")))
-        if at_limit:
-            reasons.append(Due("max_steps is reached"))
-        if _compat.epoch_is_over(trainer) and self._triggers.due(moment._replace(kind="epoch_end")):
-            # The end of the epoch is saved anyway, and then its metrics are known.
-            self._deferred = reasons
-            return
-        self._save_if_due(trainer, reasons, within_epoch=True)
+        due = self._schedule.after_batch(trainer)
+        if due is not None:
+            self._save(trainer, due, within_epoch=True)
 
     def _after_epoch(self, trainer: Trainer) -> None:
-        deferred, self._deferred = self._deferred, []
-        run = cast("Run", self._run)
-        at_end = trainer.should_stop or _compat.epochs_done(trainer) == trainer.max_epochs
-        if at_end:
+        checkpointer = cast("Run", self._run).checkpointer
+        if training_ends(trainer):
             # No step comes any more, but callbacks that put averaged weights in place may.
-            run.checkpointer.before_update()
-        retake, self._retake = self._retake, False
-        # No state is saved twice, unless it could not be written. What was trained since the last
-        # save is kept when training ends.
-        is_saved = self._last_save == self._now(trainer) and not retake
-        if is_saved and run.checkpointer.saver.failed == self._failed:
-            return
-        due = ask(self._triggers, self._moment(trainer, "epoch_end", self._previous_step))
-        reasons = [*deferred, due, Due("training ends") if at_end else None]
-        self._save_if_due(trainer, reasons, within_epoch=False)
+            checkpointer.before_update()
+        failed = checkpointer.saver.failed > self._failed
+        due = self._schedule.after_epoch(trainer, last_failed=failed)
+        if due is not None:
+            self._save(trainer, due, within_epoch=False)
 
     def _announce_when_done(self, trainer: Trainer) -> None:
         saver = cast("Run", self._run).checkpointer.saver
@@ -520,29 +484,6 @@ class SBCheckpoint(LightningCheckpoint):
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(self))
 
-    def _save_if_due(
-        self, trainer: Trainer, reasons: Sequence[Due | None], *, within_epoch: bool
-    ) -> None:
-        due = together(reasons)
-        if due is not None:
-            self._save(trainer, due, within_epoch=within_epoch)
-
-    def _moment(self, trainer: Trainer, kind: Any, previous_step: int) -> Moment:
-        done = kind == "epoch_end"
-        return Moment(
-            kind,
-            epoch=_compat.epochs_done(trainer) - 1 if done else trainer.current_epoch,
-            global_step=trainer.global_step,
-            batch=_compat.batches_seen(trainer),
-            seconds=time.monotonic() - self._started,
-            previous_step=previous_step,
-            last_save_seconds=self._last_save_seconds,
-            validated_this_epoch=self._validated_this_epoch,
-        )
-
-    def _now(self, trainer: Trainer) -> tuple[int, int]:
-        return trainer.global_step, _compat.batches_seen(trainer)
-
     def _save(self, trainer: Trainer, due: Due, *, within_epoch: bool) -> None:
         run = cast("Run", self._run)
         checkpointer = run.checkpointer
@@ -556,7 +497,7 @@ class SBCheckpoint(LightningCheckpoint):
             position = {
                 "within_epoch": within_epoch,
                 "loops": _compat.loop_state(trainer),
-                "validated_this_epoch": self._validated_this_epoch,
+                "validated_this_epoch": self._schedule.validated_this_epoch,
                 "modes": exact.modes(trainer.lightning_module),
                 "classes": classes_of(trainer),
             }
@@ -569,7 +510,7 @@ class SBCheckpoint(LightningCheckpoint):
             checkpointer.lineage = run.lineage(due.reason)
             over = not within_epoch or _compat.epoch_is_over(trainer)
             saver = checkpointer.saver
-            if not self._goes_on(trainer, within_epoch):
+            if not step_follows(trainer, within_epoch=within_epoch):
                 saver.copy_at_once()
                 # The last one is not skipped: nothing comes after it that would hold the same.
                 saver.wait(checkpointer.world)
@@ -577,9 +518,7 @@ class SBCheckpoint(LightningCheckpoint):
             checkpointer.save_checkpoint(
                 self._meta_for(trainer, due, within_epoch), end_of_epoch=over, then=run.prune
             )
-            if saver.skipped == skipped:
-                self._last_save = self._now(trainer)
-            self._last_save_seconds = time.monotonic() - self._started
+            self._schedule.saved(trainer, skipped=saver.skipped > skipped)
             # They would keep the whole state of this moment in memory.
             checkpointer.recoverables = {}
         if saver.skipped > skipped:
@@ -589,16 +528,9 @@ class SBCheckpoint(LightningCheckpoint):
             self._announce(trainer)
         self._unannounced = self._policy.mode != "sync"
 
-    def _goes_on(self, trainer: Trainer, within_epoch: bool) -> bool:
-        """Return whether an optimizer step is to come, until which a copy may take its time."""
-        at_limit = 0 <= trainer.max_steps <= trainer.global_step
-        ending = within_epoch and _compat.epoch_is_over(trainer)
-        last = _compat.epochs_done(trainer) + ending == trainer.max_epochs
-        return not (trainer.should_stop or at_limit or last)
-
     def _meta_for(self, trainer: Trainer, due: Due, within_epoch: bool) -> dict[str, object]:
         # Only what was computed for these very weights.
-        fresh = self._metrics_of == self._now(trainer)
+        fresh = self._metrics_of == place_of(trainer)
         meta: dict[str, object] = dict(self._metrics) if fresh else {}
         extra = self._meta
         meta.update(

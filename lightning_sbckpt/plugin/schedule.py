@@ -1,0 +1,142 @@
+"""When a run is to be saved: what has happened in it since the last batch, asked of the triggers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.triggers import AnyOf, Due, Moment, ask, together
+
+Place = tuple[int, int]
+"""Where a run is: the optimizer steps taken and the batches seen."""
+
+
+class Schedule:
+    """Says after every batch and epoch whether a checkpoint is due, and why.
+
+    Args:
+        batch_triggers: Those that a batch may set off.
+        end_triggers: Those that the end of a validation or of an epoch may set off.
+
+    Attributes:
+        validated_this_epoch: Whether a validation has run in this epoch.
+    """
+
+    def __init__(self, batch_triggers: AnyOf, end_triggers: AnyOf) -> None:
+        self.validated_this_epoch = False
+        self._batch_triggers = batch_triggers
+        self._end_triggers = end_triggers
+        self._started = time.monotonic()
+        self._last_save_seconds = 0.0
+        self._last_save: Place | None = None
+        self._previous_step = 0
+        self._validated = False
+        self._retake = False
+        self._deferred: list[Due | None] = []
+
+    # ------------------------------------------------------------------ what happens
+
+    def resumes_at(self, global_step: int) -> None:
+        """Go on after so many steps."""
+        self._previous_step = global_step
+
+    def resumed(self, trainer: Trainer, *, validated_this_epoch: bool) -> None:
+        """Be where a checkpoint was saved."""
+        self._last_save = place_of(trainer)
+        self.validated_this_epoch = validated_this_epoch
+
+    def epoch_begins(self) -> None:
+        """Begin to watch for a validation."""
+        self.validated_this_epoch = False
+
+    def validated(self) -> None:
+        """Note the end of a validation."""
+        self._validated = self.validated_this_epoch = True
+
+    def take_anew(self) -> None:
+        """Note that the last checkpoint was dropped."""
+        # At the next place between two batches: here, in the middle of one, nothing fits together.
+        self._retake = True
+
+    def saved(self, trainer: Trainer, *, skipped: bool) -> None:
+        """Note a save, which may have been skipped since another was in flight."""
+        if not skipped:
+            self._last_save = place_of(trainer)
+        self._last_save_seconds = time.monotonic() - self._started
+
+    # ------------------------------------------------------------------ what is due
+
+    def after_batch(self, trainer: Trainer) -> Due | None:
+        """Return why a checkpoint is due between two batches, or None."""
+        step = trainer.global_step
+        previous, self._previous_step = self._previous_step, step
+        validated, self._validated = self._validated, False
+        at_limit = 0 <= trainer.max_steps <= step
+        retake, self._retake = self._retake, False
+        if not (validated or at_limit or retake) and self._batch_triggers.quiet(step, previous):
+            return None
+        moment = self._moment(trainer, "batch", previous)
+        reasons = [ask(self._batch_triggers, moment)]
+        if retake:
+            reasons.append(Due("the last one was dropped"))
+        if validated:
+            reasons.append(ask(self._end_triggers, moment._replace(kind="validation_end")))
+        if at_limit:
+            reasons.append(Due("max_steps is reached"))
+        at_epoch_end = moment._replace(kind="epoch_end")
+        if _compat.epoch_is_over(trainer) and self._end_triggers.due(at_epoch_end):
+            # The end of the epoch is saved anyway, and then its metrics are known.
+            self._deferred = reasons
+            return None
+        return together(reasons)
+
+    def after_epoch(self, trainer: Trainer, *, last_failed: bool) -> Due | None:
+        """Return why a checkpoint is due between two epochs, or None.
+
+        Args:
+            trainer: The Trainer.
+            last_failed: Whether the last save could not be written.
+        """
+        deferred, self._deferred = self._deferred, []
+        retake, self._retake = self._retake, False
+        # No state is saved twice, unless it could not be written. What was trained since the last
+        # save is kept when training ends.
+        if self._last_save == place_of(trainer) and not (retake or last_failed):
+            return None
+        due = ask(self._end_triggers, self._moment(trainer, "epoch_end", self._previous_step))
+        ends = Due("training ends") if training_ends(trainer) else None
+        return together([*deferred, due, ends])
+
+    def _moment(self, trainer: Trainer, kind: Any, previous_step: int) -> Moment:
+        done = kind == "epoch_end"
+        return Moment(
+            kind,
+            epoch=_compat.epochs_done(trainer) - 1 if done else trainer.current_epoch,
+            global_step=trainer.global_step,
+            batch=_compat.batches_seen(trainer),
+            seconds=time.monotonic() - self._started,
+            previous_step=previous_step,
+            last_save_seconds=self._last_save_seconds,
+            validated_this_epoch=self.validated_this_epoch,
+        )
+
+
+def place_of(trainer: Trainer) -> Place:
+    """Return where a run is."""
+    return trainer.global_step, _compat.batches_seen(trainer)
+
+
+def training_ends(trainer: Trainer) -> bool:
+    """Return whether the epoch that is over is the last."""
+    return bool(trainer.should_stop) or _compat.epochs_done(trainer) == trainer.max_epochs
+
+
+def step_follows(trainer: Trainer, *, within_epoch: bool) -> bool:
+    """Return whether an optimizer step is to come, until which a copy may take its time."""
+    at_limit = 0 <= trainer.max_steps <= trainer.global_step
+    ending = within_epoch and _compat.epoch_is_over(trainer)
+    last = _compat.epochs_done(trainer) + ending == trainer.max_epochs
+    return not (trainer.should_stop or at_limit or last)
