@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_sbckpt._builtin_hooks import torch_parameter_transfer, torch_recovery, torch_save
-from lightning_sbckpt._reading import trusting_pickle
+from lightning_sbckpt._torchfile.reading import trusting_pickle
 from lightning_sbckpt.averaging import average_checkpoints, average_state_dicts
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.epoch import EpochCounter, EpochCounterWithStopper

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lightning_sbckpt._reading import load_live_state, load_state
-from lightning_sbckpt._state import save_state
+from lightning_sbckpt._torchfile.reading import load_live_state, load_state
+from lightning_sbckpt._torchfile.state import save_state
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.hooks import HookRegistry, default_registry
 from lightning_sbckpt.typing import Stateful

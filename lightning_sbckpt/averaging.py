@@ -16,8 +16,8 @@ from typing import TypeAlias, TypeGuard, TypeVar, overload
 
 import torch
 
-from lightning_sbckpt._layout import PARAMFILE_EXT
-from lightning_sbckpt._reading import load_state
+from lightning_sbckpt._folder.layout import PARAMFILE_EXT
+from lightning_sbckpt._torchfile.reading import load_state
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.meta import Checkpoint
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from lightning_sbckpt._jobs import SaveJob, save_jobs
-from lightning_sbckpt._layout import check_name, is_checkpoint, read_checkpoint, sweep
-from lightning_sbckpt._loading import LoadOptions, load_into, require_sound
-from lightning_sbckpt._saver import SavePolicy
-from lightning_sbckpt._saving import Description
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._finding.loading import LoadOptions, load_into, require_sound
+from lightning_sbckpt._folder.layout import check_name, is_checkpoint, read_checkpoint, sweep
+from lightning_sbckpt._saving.jobs import SaveJob, save_jobs
+from lightning_sbckpt._saving.saver import SavePolicy
+from lightning_sbckpt._saving.workshop import Description
 from lightning_sbckpt.curator import Curator
 from lightning_sbckpt.errors import (
     ConfigurationError,
@@ -453,6 +453,7 @@ class Checkpointer(Curator):
             self.trust_pickle,
         )
         load_into(self.recoverables, checkpoint, options)
+        self.lineage["resumed-from"] = checkpoint.path.name
 
 
 def _checked(meta: dict[str, object]) -> dict[str, object]:

@@ -8,13 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from lightning_sbckpt import _annotations
-from lightning_sbckpt._links import Links
-from lightning_sbckpt._lock import FolderLock
-from lightning_sbckpt._saver import SavePolicy, Saver
-from lightning_sbckpt._saving import Workshop
-from lightning_sbckpt._sizes import checkpoint_bytes
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._folder import annotations as folder_annotations
+from lightning_sbckpt._folder.links import Links
+from lightning_sbckpt._folder.lock import FolderLock
+from lightning_sbckpt._folder.sizes import checkpoint_bytes
+from lightning_sbckpt._saving.saver import SavePolicy, Saver
+from lightning_sbckpt._saving.workshop import Workshop
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError, SaveError
 from lightning_sbckpt.expressions import as_predicate
@@ -74,6 +74,7 @@ class Curator(Finder):
         self.access = access
         self._storage = storage or LocalStorage()
         workshop = Workshop(self.checkpoints_dir, self._storage, Links(enabled=link_unchanged))
+        self._history = workshop.history
         self.saver = Saver(workshop, policy or SavePolicy())
         self._lock = FolderLock(self.checkpoints_dir, shared=access == "shared")
 
@@ -280,6 +281,8 @@ class Curator(Finder):
             there, rules, predicate=predicate, protected=protected, bytes_of=checkpoint_bytes
         )
         going = [decision for decision in plan if not decision.keep]
+        if not dry_run and self.access != "read":
+            self._history.kept_by(rules)
         if going and not dry_run:
             self._require_writable()
             self._lock.acquire()
@@ -293,6 +296,7 @@ class Curator(Finder):
             self.saver.remove(path)
         except CheckpointNotFoundError:
             return  # Another process was faster.
+        self._history.removed(path.name, decision.reason)
         logger.log(verbosity, "removed %s: %s", path, decision.reason)
 
     def pin(self, checkpoint: Checkpoint | str | Path, reason: str = "") -> None:
@@ -314,7 +318,7 @@ class Curator(Finder):
             'pinned: in the paper'
         """
         self._annotate(
-            checkpoint, lambda folder: _annotations.pin(folder, reason, storage=self._storage)
+            checkpoint, lambda folder: folder_annotations.pin(folder, reason, storage=self._storage)
         )
 
     def unpin(self, checkpoint: Checkpoint | str | Path) -> None:
@@ -336,7 +340,9 @@ class Curator(Finder):
             >>> "pinned" in checkpointer.find_checkpoint().meta
             False
         """
-        self._annotate(checkpoint, lambda folder: _annotations.unpin(folder, storage=self._storage))
+        self._annotate(
+            checkpoint, lambda folder: folder_annotations.unpin(folder, storage=self._storage)
+        )
 
     def annotate(
         self,
@@ -368,7 +374,7 @@ class Curator(Finder):
         """
         self._annotate(
             checkpoint,
-            lambda folder: _annotations.annotate(
+            lambda folder: folder_annotations.annotate(
                 folder, meta or {}, storage=self._storage, note=note, tags=tags
             ),
         )

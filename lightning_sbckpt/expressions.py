@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from lightning_sbckpt._expression_grammar import parse
-from lightning_sbckpt._expression_nodes import UNKNOWN, MixedKindsError, Node
+from lightning_sbckpt._expressions.grammar import parse
+from lightning_sbckpt._expressions.nodes import UNKNOWN, MixedKindsError, Node
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.typing import CheckpointPredicate

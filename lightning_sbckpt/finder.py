@@ -8,8 +8,8 @@ import weakref
 from pathlib import Path
 from threading import RLock
 
-from lightning_sbckpt._catalog import Catalog
-from lightning_sbckpt._loading import first_sound
+from lightning_sbckpt._finding.catalog import Catalog
+from lightning_sbckpt._finding.loading import first_sound
 from lightning_sbckpt._world import current_world, decided_by_main
 from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.expressions import as_predicate

@@ -19,9 +19,9 @@ from typing import NamedTuple, cast
 import torch
 import yaml
 
+from lightning_sbckpt._disk.regular import NotRegularError, read_regular
 from lightning_sbckpt._flat_yaml import parse_flat
-from lightning_sbckpt._reading import open_state
-from lightning_sbckpt._regular import NotRegularError, read_regular
+from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import MetaError, MismatchError
 
 __all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "plain_meta", "read_meta"]

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
-from lightning_sbckpt._rules_budget import Budget
-from lightning_sbckpt._rules_ranked import Best, Important, Newest, Pareto, check_count
-from lightning_sbckpt._rules_spaced import EveryNEpochs, EveryNSteps, Milestones, TimeSpaced
-from lightning_sbckpt._rules_where import Where
+from lightning_sbckpt._rules.budget import Budget
+from lightning_sbckpt._rules.ranked import Best, Important, Newest, Pareto, check_count
+from lightning_sbckpt._rules.spaced import EveryNEpochs, EveryNSteps, Milestones, TimeSpaced
+from lightning_sbckpt._rules.text import parse_rule
+from lightning_sbckpt._rules.where import Where
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -45,6 +46,7 @@ __all__ = [
     "Pareto",
     "TimeSpaced",
     "Where",
+    "parse_rule",
     "plan_retention",
     "rules_from_keys",
 ]

@@ -16,7 +16,7 @@ from typing import TypeAlias
 from uuid import uuid4
 
 from lightning_sbckpt._builtin_hooks import has_state, torch_parameter_transfer, torch_recovery
-from lightning_sbckpt._layout import PARAMFILE_EXT, check_name
+from lightning_sbckpt._folder.layout import PARAMFILE_EXT, check_name
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,

@@ -17,8 +17,7 @@ from datetime import timedelta
 from math import isfinite
 from typing import ClassVar
 
-from lightning_sbckpt._moments import Due, Kind, Moment, Trigger, may_be_due, together
-from lightning_sbckpt._triggers_combined import (
+from lightning_sbckpt._triggers.combined import (
     AfterStep,
     AllOf,
     AnyOf,
@@ -27,6 +26,7 @@ from lightning_sbckpt._triggers_combined import (
     ask,
     check_period,
 )
+from lightning_sbckpt._triggers.moments import Due, Kind, Moment, Trigger, may_be_due, together
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.selection import function_name
 

@@ -14,17 +14,17 @@ from typing import Literal
 
 import xxhash
 
-from lightning_sbckpt._annotations import ANNOTATIONS_NAME, read_annotations
-from lightning_sbckpt._layout import CKPT_PREFIX
-from lightning_sbckpt._manifest import (
+from lightning_sbckpt._disk.regular import open_regular
+from lightning_sbckpt._disk.storage import FileDigest
+from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
+from lightning_sbckpt._folder.layout import CKPT_PREFIX
+from lightning_sbckpt._folder.manifest import (
     MANIFEST_NAME,
     Manifest,
     file_damage,
     find_damage,
     read_manifest,
 )
-from lightning_sbckpt._regular import open_regular
-from lightning_sbckpt._storage import FileDigest
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, read_meta
 

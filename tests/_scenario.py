@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 
 from lightning_sbckpt import Checkpointer, ckpt_recency
-from lightning_sbckpt._index import INDEX_NAME
-from lightning_sbckpt._lock import LOCK_NAME
-from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt._finding.index import INDEX_NAME
+from lightning_sbckpt._folder.history import HISTORY_NAME
+from lightning_sbckpt._folder.lock import LOCK_NAME
+from lightning_sbckpt._folder.manifest import find_damage
 
 # A new save mode takes part in every test once it is in this list.
 SAVE_MODES = ["sync", "async", "overlap"]
 
 # What may lie in the folder of a run beside its checkpoints.
-FURNITURE = {LOCK_NAME, INDEX_NAME}
+FURNITURE = {LOCK_NAME, INDEX_NAME, HISTORY_NAME}
 
 # Left by processes that died: two to be cleared, and a replaced checkpoint to be brought back.
 BROUGHT_BACK = 90

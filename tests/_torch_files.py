@@ -9,10 +9,10 @@ from collections import OrderedDict
 
 import torch
 
-from lightning_sbckpt._jobs import Contents
-from lightning_sbckpt._links import Links
-from lightning_sbckpt._storage import LocalStorage
-from lightning_sbckpt._templates import Templates
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._folder.links import Links
+from lightning_sbckpt._saving.jobs import Contents
+from lightning_sbckpt._torchfile.templates import Templates
 
 
 def contents_of(state, templates=None, name="model.ckpt"):

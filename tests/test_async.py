@@ -21,10 +21,10 @@ import torch
 from _in_flight import Everything, HeldUp, contents, files_of_sync_save
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._layout import read_checkpoint
-from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._snapshot import Arena, allocate
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._saving.snapshot import Arena, allocate
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 
 FULL = (28, "No space left on device")
@@ -46,7 +46,9 @@ def small(folder, **options):
 
 def names(folder):
     """Return the names of all there is in a folder, but for the lock."""
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    return sorted(
+        path.name for path in folder.iterdir() if path.name not in {".lock", "HISTORY.jsonl"}
+    )
 
 
 def until(condition):
@@ -200,9 +202,11 @@ print(first - before, peak() - first)
             return allocate(size)
 
         waited = []
-        monkeypatch.setattr("lightning_sbckpt._snapshot.allocate_pinned", allocate_pinned)
+        monkeypatch.setattr("lightning_sbckpt._saving.snapshot.allocate_pinned", allocate_pinned)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream(waited))
-        monkeypatch.setattr("lightning_sbckpt._image.Image.on_gpu", property(lambda image: True))
+        monkeypatch.setattr(
+            "lightning_sbckpt._torchfile.image.Image.on_gpu", property(lambda image: True)
+        )
         with everything.checkpointer(tmp_path / "pinned", save_mode="async") as checkpointer:
             for name in "ab":
                 checkpointer.save_checkpoint(name=name)
@@ -216,11 +220,11 @@ print(first - before, peak() - first)
         """A model may move to a GPU between two saves."""
         kinds = []
         monkeypatch.setattr(
-            "lightning_sbckpt._snapshot.allocate_pinned",
+            "lightning_sbckpt._saving.snapshot.allocate_pinned",
             lambda size: (kinds.append("pinned"), allocate(size))[1],
         )
         monkeypatch.setattr(
-            "lightning_sbckpt._snapshot.allocate",
+            "lightning_sbckpt._saving.snapshot.allocate",
             lambda size: (kinds.append("plain"), allocate(size))[1],
         )
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream([]))
@@ -419,9 +423,9 @@ class TestErrors:
             if where == "in a hook":
                 checkpointer.custom_save_hooks["noted"] = interrupt
             elif mode == "sync":
-                patch.setattr("lightning_sbckpt._storage.write_source", interrupt)
+                patch.setattr("lightning_sbckpt._disk.storage.write_source", interrupt)
             else:
-                patch.setattr("lightning_sbckpt._image.ctypes.memmove", interrupt)
+                patch.setattr("lightning_sbckpt._torchfile.image.ctypes.memmove", interrupt)
             # Whoever holds the exception holds what was under way, too.
             with pytest.raises(KeyboardInterrupt) as interrupted:
                 checkpointer.save_checkpoint()
@@ -460,7 +464,7 @@ class TestProcesses:
         assert ended.returncode == (1 if end else 0), ended.stderr
         assert ("the run failed" in ended.stderr) == bool(end)
         # And no lock either.
-        assert [path.name for path in tmp_path.iterdir()] == ["CKPT+b"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["CKPT+b", "HISTORY.jsonl"]
         saved = read_checkpoint(tmp_path / "CKPT+b")
         assert find_damage(saved.path) == []
         state = torch.load(saved.paramfiles["model"], weights_only=True)

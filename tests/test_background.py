@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sbckpt import _writer
-from lightning_sbckpt._writer import Background
+from lightning_sbckpt._saving import writer
+from lightning_sbckpt._saving.writer import Background
 
 NAME = "sbckpt-under-test"
 
@@ -229,7 +229,7 @@ class TestThread:
             "import importlib.util, sys, time\n"
             "from pathlib import Path\n"
             # Without the package, whose import would take longer than all else here.
-            f"spec = importlib.util.spec_from_file_location('writer', {_writer.__file__!r})\n"
+            f"spec = importlib.util.spec_from_file_location('writer', {writer.__file__!r})\n"
             "writer = importlib.util.module_from_spec(spec)\n"
             "spec.loader.exec_module(writer)\n"
             "Background = writer.Background\n"

@@ -22,9 +22,10 @@ import pytest
 import torch
 import xxhash
 
-from lightning_sbckpt import Checkpointer, _blocks
-from lightning_sbckpt._blocks import ALIGNMENT, BLOCK, round_up, write_source
-from lightning_sbckpt._storage import digest
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._disk import blocks
+from lightning_sbckpt._disk.blocks import ALIGNMENT, BLOCK, round_up, write_source
+from lightning_sbckpt._disk.storage import digest
 from lightning_sbckpt.errors import SaveError
 
 # Some blocks, and a last one that is not full.
@@ -35,16 +36,16 @@ SIZES = [
     ALIGNMENT - 1,
     ALIGNMENT,
     ALIGNMENT + 1,
-    _blocks._SMALL - 1,
-    _blocks._SMALL,
-    _blocks._SMALL + 1,
+    blocks._SMALL - 1,
+    blocks._SMALL,
+    blocks._SMALL + 1,
     BLOCK - ALIGNMENT,
     BLOCK - 1,
     BLOCK,
     BLOCK + 1,
     BLOCK + ALIGNMENT,
     2 * BLOCK,
-    _blocks._BUFFERS * BLOCK + 1,
+    blocks._BUFFERS * BLOCK + 1,
     LARGE,
 ]
 random_bytes = random.Random(5).randbytes(LARGE)
@@ -127,8 +128,8 @@ def nothing_left_behind():
     yield
     assert set(threading.enumerate()) == threads
     assert len(os.listdir("/proc/self/fd")) == len(files)
-    with _blocks._buffers.borrowed() as buffers:
-        assert len({id(buffer.obj) for buffer in buffers}) == _blocks._BUFFERS
+    with blocks._buffers.borrowed() as buffers:
+        assert len({id(buffer.obj) for buffer in buffers}) == blocks._BUFFERS
 
 
 def takes_direct(folder):
@@ -362,7 +363,7 @@ class TestWhateverGoesWrong:
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(_blocks.Thread, "start", fail)
+            patch.setattr(blocks.Thread, "start", fail)
             with pytest.raises(type(error)):
                 write_source(path, Scattered())
         write(Scattered())
@@ -376,7 +377,7 @@ class TestWhateverGoesWrong:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(_blocks.Thread, "start", interrupted)
+            patch.setattr(blocks.Thread, "start", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 write_source(path, Scattered())
         write(Scattered())

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_sbckpt import Checkpointer, ckpt_recency
-from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt.errors import ConfigurationError, SaveError, SelectionError
 from lightning_sbckpt.retention import Best, Newest
 
@@ -242,7 +242,9 @@ class TestHooksThatWriteFolders:
     def test_it_is_deleted_with_its_checkpoint(self, saved, tmp_path):
         """Nothing is left."""
         saved[0].delete_checkpoints(num_to_keep=0)
-        assert [name for name in os.listdir(tmp_path) if name != ".lock"] == []
+        assert [
+            name for name in os.listdir(tmp_path) if name not in {".lock", "HISTORY.jsonl"}
+        ] == []
 
     @pytest.mark.parametrize(
         ("hook", "message"),
@@ -263,7 +265,9 @@ class TestHooksThatWriteFolders:
         checkpointer.custom_save_hooks["obj"] = hook
         with pytest.raises(SaveError, match=f"(?s){message}.*Nothing of this checkpoint is kept"):
             checkpointer.save_checkpoint()
-        assert [name for name in os.listdir(tmp_path) if name != ".lock"] == []
+        assert [
+            name for name in os.listdir(tmp_path) if name not in {".lock", "HISTORY.jsonl"}
+        ] == []
 
 
 class TestRetention:
@@ -316,7 +320,13 @@ class TestRetention:
         checkpointer.save_checkpoint()
         checkpointer.delete_checkpoints(num_to_keep=0)
         Checkpointer(run)
-        assert sorted(os.listdir(run)) == [".lock", "CKPT+file", "CKPT+mine", "events"]
+        assert sorted(os.listdir(run)) == [
+            ".lock",
+            "CKPT+file",
+            "CKPT+mine",
+            "HISTORY.jsonl",
+            "events",
+        ]
         assert (run / "CKPT+mine" / "notes.txt").read_text() == "mine"
 
     def test_one_deleted_meanwhile_is_no_trouble(self, checkpointer):

@@ -12,8 +12,8 @@ import xxhash
 import yaml
 from _counts import count
 
-from lightning_sbckpt import Checkpointer, _manifest
-from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._folder.manifest import _checksum_line, find_damage
 from lightning_sbckpt.errors import DamagedCheckpointError
 from lightning_sbckpt.verify import verify
 
@@ -308,7 +308,7 @@ class TestSteppingBack:
         manifest = three[2].path / "MANIFEST.yaml"
         body = manifest.read_bytes().rpartition(b"manifest-checksum")[0]
         body = body.replace(b"format: 1", b"format: 2")
-        manifest.write_bytes(body + _manifest._checksum_line(body) + b"\n")
+        manifest.write_bytes(body + _checksum_line(body) + b"\n")
         checkpointer, _ = run()
         assert checkpointer.recover_if_possible() == three[1]
         assert "has format 2, this release reads 1: use the release" in caplog.text

@@ -18,8 +18,8 @@ import torch
 from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
-from lightning_sbckpt._manifest import Manifest, dump_manifest
-from lightning_sbckpt._storage import FileDigest, digest, digest_bytes
+from lightning_sbckpt._disk.storage import FileDigest, digest, digest_bytes
+from lightning_sbckpt._folder.manifest import Manifest, dump_manifest
 from lightning_sbckpt.errors import SBCheckpointError, UntrustedPickleError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import dump_meta
@@ -195,6 +195,7 @@ PLACES = [
     "CKPT+hostile/ANNOTATIONS.yaml",
     ".index.json",
     ".lock",
+    "HISTORY.jsonl",
     ".staging+x/CKPT.yaml",
 ]
 
@@ -415,7 +416,7 @@ class TestLinks:
             (folder / "deep" / "folder").symlink_to(outside)
         look_at_everything(run)
         prune_everything(run)
-        assert [name for name in os.listdir(run) if name != ".lock"] == []
+        assert [name for name in os.listdir(run) if name not in {".lock", "HISTORY.jsonl"}] == []
 
     @pytest.mark.parametrize("described", [True, False])
     def test_a_folder_of_a_hook_that_is_a_link_is_not_followed(

@@ -26,11 +26,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._blocks import BLOCK
-from lightning_sbckpt._image import LARGE, make_template, storages_of
-from lightning_sbckpt._reading import load_state, trusting_pickle
-from lightning_sbckpt._state import encode
-from lightning_sbckpt._templates import describe
+from lightning_sbckpt._disk.blocks import BLOCK
+from lightning_sbckpt._torchfile.image import LARGE, make_template, storages_of
+from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt._torchfile.state import encode
+from lightning_sbckpt._torchfile.templates import describe
 from lightning_sbckpt.errors import SaveError
 
 DTYPES = [
@@ -323,7 +323,9 @@ class TestEverySpecialThing:
         with pytest.raises(SaveError, match=r"RecursionError.*earlier checkpoints are whole"):
             checkpointer.save_checkpoint()
         assert checkpointer.list_checkpoints() == []
-        assert not [path for path in tmp_path.iterdir() if path.name != ".lock"]
+        assert not [
+            path for path in tmp_path.iterdir() if path.name not in {".lock", "HISTORY.jsonl"}
+        ]
 
 
 class TestSizesAndCounts:
@@ -449,9 +451,9 @@ class TestOtherReleasesOfTorch:
     @pytest.mark.parametrize("wrong", ["longer", "shorter", "one less", "one more", "split"])
     def test_holes_of_other_sizes_make_torch_write(self, state, tmp_path, monkeypatch, wrong):
         """Whatever a torch to come leaves out, it is filled only if it is understood."""
-        from lightning_sbckpt import _image
+        from lightning_sbckpt._torchfile import image
 
-        class Other(_image._FileWithHoles):
+        class Other(image._FileWithHoles):
             def seek(self, offset, whence=0):
                 position = super().seek(offset, whence)
                 if len(self.holes) == 1:
@@ -465,7 +467,7 @@ class TestOtherReleasesOfTorch:
                     }[wrong]
                 return position
 
-        monkeypatch.setattr(_image, "_FileWithHoles", Other)
+        monkeypatch.setattr(image, "_FileWithHoles", Other)
         assert make_template(state) is None
         path = written(state, tmp_path)["model.ckpt"]
         theirs = torch.load(by_torch(state, tmp_path / "torch"), weights_only=True)

@@ -16,13 +16,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lightning_sbckpt._catalog as catalog_module
-import lightning_sbckpt._index as index_module
+import lightning_sbckpt._finding.catalog as catalog_module
+import lightning_sbckpt._finding.index as index_module
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._annotations import annotate
-from lightning_sbckpt._catalog import Catalog
-from lightning_sbckpt._index import INDEX_NAME, Entry, read_index, write_index
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._finding.catalog import Catalog
+from lightning_sbckpt._finding.index import INDEX_NAME, Entry, read_index, write_index
+from lightning_sbckpt._folder.annotations import annotate
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint, dump_meta
 from lightning_sbckpt.selection import importance, rank_checkpoints, shortlist

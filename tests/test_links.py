@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._sizes import real_bytes
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._folder.sizes import real_bytes
 from lightning_sbckpt.errors import SaveError
 
 MODES = ["sync", "async", "overlap"]
@@ -351,10 +351,10 @@ class TestWhatIsNotLinked:
 
 def seen_samples(part, place, *, late):
     """Return what is compared first of a part, before and after one element was changed."""
-    from lightning_sbckpt._image import Image
-    from lightning_sbckpt._jobs import Contents
-    from lightning_sbckpt._snapshot import Arena
-    from lightning_sbckpt._templates import Templates
+    from lightning_sbckpt._saving.jobs import Contents
+    from lightning_sbckpt._saving.snapshot import Arena
+    from lightning_sbckpt._torchfile.image import Image
+    from lightning_sbckpt._torchfile.templates import Templates
 
     found = []
     for change in (0, 1):

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sbckpt import Checkpointer, _digests, _direct, torch_parameter_transfer
-from lightning_sbckpt import _filling as filling
+from lightning_sbckpt import Checkpointer, torch_parameter_transfer
 from lightning_sbckpt._builtin_hooks import torch_recovery
-from lightning_sbckpt._direct import live_state
-from lightning_sbckpt._filling import read_owned
-from lightning_sbckpt._outline import read_outline
-from lightning_sbckpt._reading import load_state, trusting_pickle
+from lightning_sbckpt._disk import digests
+from lightning_sbckpt._torchfile import direct, filling
+from lightning_sbckpt._torchfile.direct import live_state
+from lightning_sbckpt._torchfile.filling import read_owned
+from lightning_sbckpt._torchfile.outline import read_outline
+from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 
@@ -585,7 +586,7 @@ class TestLiveOptimizers:
 
     def test_parameters_elsewhere_get_their_moments_there(self, tmp_path, monkeypatch):
         """In batches, so that the whole file is never in memory; step counts stay where they are."""
-        monkeypatch.setattr(_direct, "_BATCH", 16)
+        monkeypatch.setattr(direct, "_BATCH", 16)
         file = saved(tmp_path, stepped(torch.optim.Adam, torch.nn.Linear(3, 3)).state_dict())
         optimizer = torch.optim.Adam(torch.nn.Linear(3, 3, device="meta").parameters())
         state = live_state(optimizer, file)
@@ -647,16 +648,16 @@ class TestChangesWhileReading:
 def digested(monkeypatch):
     """The names of files read in full for their checksum, of files that count as old enough."""
     read = []
-    real = _digests.read_digest
-    monkeypatch.setattr(_digests, "_remembered", {})
-    monkeypatch.setattr(_digests, "_TICK_SECONDS", -1.0)
+    real = digests.read_digest
+    monkeypatch.setattr(digests, "_remembered", {})
+    monkeypatch.setattr(digests, "_TICK_SECONDS", -1.0)
 
     def note(path):
         read.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(_digests, "read_digest", note)
-    monkeypatch.setattr("lightning_sbckpt._manifest.read_digest", note)
+    monkeypatch.setattr(digests, "read_digest", note)
+    monkeypatch.setattr("lightning_sbckpt._folder.manifest.read_digest", note)
     return read
 
 
@@ -701,7 +702,7 @@ class TestReadingOnce:
 
     def test_a_file_seconds_old_is_read_again(self, tmp_path, digested, monkeypatch):
         """Its clock may not have ticked between two changes."""
-        monkeypatch.setattr(_digests, "_TICK_SECONDS", 2.0)
+        monkeypatch.setattr(digests, "_TICK_SECONDS", 2.0)
         checkpointer = self.run(tmp_path)
         checkpointer.save_checkpoint()
         checkpointer.load_checkpoint(checkpointer.find_sound_checkpoint())
@@ -712,18 +713,18 @@ class TestReadingOnce:
         checkpointer = self.run(tmp_path)
         checkpointer.save_checkpoint()
         found = checkpointer.find_sound_checkpoint()
-        now = _digests.time.monotonic()
-        monkeypatch.setattr(_digests.time, "monotonic", lambda: now + 301)
+        now = digests.time.monotonic()
+        monkeypatch.setattr(digests.time, "monotonic", lambda: now + 301)
         checkpointer.load_checkpoint(found)
         assert len(digested) == 6
 
     def test_what_is_remembered_is_bounded(self, tmp_path, digested, monkeypatch):
         """Old entries go."""
-        monkeypatch.setattr(_digests, "_MOST_REMEMBERED", 3)
+        monkeypatch.setattr(digests, "_MOST_REMEMBERED", 3)
         for number in range(5):
             (tmp_path / str(number)).write_bytes(b"x")
-            _digests.recent_digest(tmp_path / str(number))
-        assert len(_digests._remembered) == 3
+            digests.recent_digest(tmp_path / str(number))
+        assert len(digests._remembered) == 3
 
 
 class TestLookingIntoACheckpoint:
@@ -780,7 +781,7 @@ class TestLookingIntoACheckpoint:
 MEMORY = """
 import sys, torch
 from lightning_sbckpt._builtin_hooks import torch_recovery
-from lightning_sbckpt._reading import load_live_state
+from lightning_sbckpt._torchfile.reading import load_live_state
 
 def status(name):
     for line in open("/proc/self/status"):

@@ -18,19 +18,20 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_sbckpt import _lock, _owner
-from lightning_sbckpt._lock import LOCK_NAME, FolderLock
+from lightning_sbckpt._folder import lock as lock_module
+from lightning_sbckpt._folder import owner
+from lightning_sbckpt._folder.lock import LOCK_NAME, FolderLock
 from lightning_sbckpt.errors import FolderInUseError, SaveError
 
 # A server that forks the children: quick, and they inherit nothing of this process.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["lightning_sbckpt._lock"])
+context.set_forkserver_preload(["lightning_sbckpt._folder.lock"])
 
 
 def hold(folder, pipe, fork=False, shared=False, lockf=None):
     """In a child: take the folder, say so, and stay; with `fork`, leave a child of its own, too."""
     if lockf is not None:
-        _lock.fcntl.lockf = lockf
+        lock_module.fcntl.lockf = lockf
     lock = FolderLock(folder, shared=shared)
     try:
         lock.acquire()
@@ -59,7 +60,7 @@ def check_that_a_forked_child_is_kept_out(folder):
     if child == 0:
         try:
             lock.release()
-            _lock._leave()
+            lock_module._leave()
             FolderLock(folder).acquire()
             os.write(write, b"held")
         except FolderInUseError as error:
@@ -104,7 +105,7 @@ def record():
     """A function that writes a lock file of this process, with changes, held by nobody."""
 
     def write(folder, **changes):
-        fields = {**_owner.describe_me(), **changes}
+        fields = {**owner.describe_me(), **changes}
         (folder / LOCK_NAME).write_text(yaml.safe_dump(fields))
 
     return write
@@ -113,9 +114,9 @@ def record():
 @pytest.fixture(autouse=True)
 def nothing_held():
     """No test leaves a folder taken; others may have left some."""
-    before = set(_lock._claims)
+    before = set(lock_module._claims)
     yield
-    assert set(_lock._claims) <= before
+    assert set(lock_module._claims) <= before
 
 
 class TestTwoProcesses:
@@ -171,7 +172,7 @@ class TestTwoProcesses:
         assert pipe.recv() == "released"
         assert os.listdir(tmp_path) == []
         script = (
-            "import sys; from pathlib import Path; from lightning_sbckpt._lock import FolderLock;"
+            "import sys; from pathlib import Path; from lightning_sbckpt._folder.lock import FolderLock;"
             "FolderLock(Path(sys.argv[1])).acquire(); assert Path(sys.argv[1], '.lock').exists()"
         )
         done = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", script, str(tmp_path)])
@@ -237,14 +238,14 @@ class TestOneProcess:
         self, tmp_path, start, monkeypatch
     ):
         """It takes its file along, and a lock on that would keep nobody out."""
-        real = _lock.fcntl.lockf
+        real = lock_module.fcntl.lockf
 
         def lockf(descriptor, operation):
-            monkeypatch.setattr(_lock.fcntl, "lockf", real)
+            monkeypatch.setattr(lock_module.fcntl, "lockf", real)
             (tmp_path / LOCK_NAME).unlink()
             real(descriptor, operation)
 
-        monkeypatch.setattr(_lock.fcntl, "lockf", lockf)
+        monkeypatch.setattr(lock_module.fcntl, "lockf", lockf)
         lock = FolderLock(tmp_path)
         lock.acquire()
         _, _, answer = start(tmp_path)
@@ -254,7 +255,7 @@ class TestOneProcess:
     def test_a_folder_is_one_by_whatever_path(self, tmp_path):
         """Links, dots, and a folder that was moved meanwhile."""
         run = tmp_path / "run"
-        before = len(_lock._claims)
+        before = len(lock_module._claims)
         first = FolderLock(run)
         first.acquire()
         (tmp_path / "link").symlink_to(run)
@@ -264,7 +265,7 @@ class TestOneProcess:
         locks[0]._root = locks[1]._root = tmp_path / "moved" / ".." / "moved"
         for lock in locks:
             lock.acquire()
-        assert len(_lock._claims) == before + 1
+        assert len(lock_module._claims) == before + 1
         for lock in (first, *locks):
             lock.release()
         assert os.listdir(tmp_path / "moved") == []
@@ -367,7 +368,7 @@ class TestWhatStandsInTheFile:
         later = threading.Timer(0.03, file.write_text, ["pid: 5\nhost: here\n"])
         later.start()
         with file.open("rb") as stream:
-            assert _owner.read_record(stream.fileno())["pid"] == 5
+            assert owner.read_record(stream.fileno())["pid"] == 5
         later.join()
 
     def test_it_says_who_and_holds_no_arguments(self, tmp_path, monkeypatch):
@@ -426,7 +427,7 @@ class TestNoLocks:
     @pytest.fixture(autouse=True)
     def no_locks_here(self, monkeypatch):
         """As if the filesystem had none."""
-        monkeypatch.setattr(_lock.fcntl, "lockf", no_locks)
+        monkeypatch.setattr(lock_module.fcntl, "lockf", no_locks)
 
     def taken(self, folder):
         """Take the folder, make sure of it, and return the lock."""
@@ -468,7 +469,7 @@ class TestNoLocks:
     def test_a_pid_that_is_used_again_is_a_dead_one(self, tmp_path, record, caplog):
         """Told by when the process began."""
         caplog.set_level(logging.INFO)
-        init = {"pid": 1, "process-start": _owner._process_start(1)}
+        init = {"pid": 1, "process-start": owner._process_start(1)}
         record(tmp_path, **init)
         with pytest.raises(FolderInUseError, match="is in use by process 1 "):
             FolderLock(tmp_path).acquire()
@@ -500,7 +501,7 @@ class TestNoLocks:
     def test_who_is_replaced_is_told_at_the_next_save_and_removes_nothing(self, tmp_path, record):
         """If somebody took the record for a dead one's."""
         lock = self.taken(tmp_path)
-        record(tmp_path, pid=1, **{"process-start": _owner._process_start(1)})
+        record(tmp_path, pid=1, **{"process-start": owner._process_start(1)})
         with pytest.raises(FolderInUseError, match="process 1 "):
             lock.acquire()
         lock.release()
@@ -527,7 +528,7 @@ def test_any_other_error_of_the_disk_is_one(tmp_path, monkeypatch, code):
     def fail(descriptor, operation):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(_lock.fcntl, "lockf", fail)
+    monkeypatch.setattr(lock_module.fcntl, "lockf", fail)
     with pytest.raises(SaveError, match=re.escape(os.strerror(code))) as caught:
         FolderLock(tmp_path).acquire()
     assert not isinstance(caught.value, FolderInUseError)

@@ -16,9 +16,10 @@ import test_distributed_core as distributed
 import torch
 from _in_flight import WIDTH, Everything, HeldUp, contents, files_of_sync_save
 
-from lightning_sbckpt import Checkpointer, _overlap
-from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._overlap import LateCopy
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._saving import overlap
+from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt.errors import SaveError
 
 DROPPED = "tensors were written to between the save and the optimizer's step"
@@ -31,7 +32,7 @@ class SlowCopy:
         self.go_on = threading.Event()
         self.arrived = threading.Event()
         self.copied = 0
-        self._memcpy = _overlap._memcpy
+        self._memcpy = overlap._memcpy
 
     def __call__(self, address: int, source: int, size: int) -> None:
         self.arrived.set()
@@ -44,7 +45,7 @@ class SlowCopy:
 def slow(monkeypatch):
     """A copy that takes until the test lets it end."""
     made = SlowCopy()
-    monkeypatch.setattr(_overlap, "_memcpy", made)
+    monkeypatch.setattr(overlap, "_memcpy", made)
     yield made
     made.go_on.set()
 
@@ -360,7 +361,9 @@ class TestWrittenTo:
         disk.go_on.set()
         # As at the exit: only the thread is waited for.
         checkpointer.saver._writer.wait()
-        assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == []
+        assert [
+            path.name for path in tmp_path.iterdir() if path.name not in {".lock", "HISTORY.jsonl"}
+        ] == []
 
     def test_the_step_itself_is_no_such_write(self, tmp_path, disk, caplog):
         """It comes after the copy, and long before everything is written."""
@@ -517,7 +520,7 @@ def written_to_on_rank_zero(folder, rank):
     torch.manual_seed(rank)
     module, optimizer = large()
     slow = SlowCopy()
-    _overlap._memcpy = slow
+    overlap._memcpy = slow
     folder.mkdir(exist_ok=True)
     checkpointer = Checkpointer(
         folder,

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sbckpt import Checkpointer, _layout
-from lightning_sbckpt._index import INDEX_NAME
-from lightning_sbckpt._lock import LOCK_NAME
-from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._finding.index import INDEX_NAME
+from lightning_sbckpt._folder import layout
+from lightning_sbckpt._folder.history import HISTORY_NAME
+from lightning_sbckpt._folder.lock import LOCK_NAME
+from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt.errors import SaveError
 
 # Children start from a server process that has torch loaded already.
@@ -63,7 +65,7 @@ def visible(folder):
 
 def leftovers(folder):
     """Return the names that are neither checkpoints nor the lock and the index of the folder."""
-    known = {*visible(folder), LOCK_NAME, INDEX_NAME}
+    known = {*visible(folder), LOCK_NAME, INDEX_NAME, HISTORY_NAME}
     return sorted(set(os.listdir(folder)) - known)
 
 
@@ -435,7 +437,7 @@ class TestInterruptedSteps:
         def no_locks(descriptor, operation):
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-        monkeypatch.setattr(_layout.fcntl, "flock", no_locks)
+        monkeypatch.setattr(layout.fcntl, "flock", no_locks)
         for name in ("young", "old"):
             (tmp_path / f".staging+{name}").mkdir()
         yesterday = time.time() - 25 * 3600

@@ -24,7 +24,7 @@ from _counts import count
 from _scenario import FURNITURE, SAVE_MODES
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._manifest import find_damage
+from lightning_sbckpt._folder.manifest import find_damage
 
 # Children start from a server process that has torch loaded already.
 context = multiprocessing.get_context("forkserver")

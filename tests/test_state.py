@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lightning_sbckpt import Checkpointer, _state, trusting_pickle
-from lightning_sbckpt._reading import load_state, pickled_path
-from lightning_sbckpt._state import save_state
+from lightning_sbckpt import Checkpointer, trusting_pickle
+from lightning_sbckpt._torchfile import state as state_module
+from lightning_sbckpt._torchfile.reading import load_state, pickled_path
+from lightning_sbckpt._torchfile.state import save_state
 from lightning_sbckpt.errors import (
     CheckpointNameError,
     DamagedCheckpointError,
@@ -28,7 +29,7 @@ from lightning_sbckpt.errors import (
 
 @pytest.fixture(autouse=True)
 def _nothing_warned_of_yet(monkeypatch):
-    monkeypatch.setattr(_state, "_warned", set())
+    monkeypatch.setattr(state_module, "_warned", set())
 
 
 class Opaque:

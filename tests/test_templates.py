@@ -17,9 +17,10 @@ from _torch_files import form_of, without_checksums, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sbckpt import Checkpointer, _templates
-from lightning_sbckpt._image import Image
-from lightning_sbckpt._templates import Templates, describe
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._torchfile import templates as templates_module
+from lightning_sbckpt._torchfile.image import Image
+from lightning_sbckpt._torchfile.templates import Templates, describe
 
 NAN_WITH_PAYLOAD = struct.unpack(">d", bytes.fromhex("7ff80000deadbeef"))[0]
 
@@ -28,13 +29,13 @@ NAN_WITH_PAYLOAD = struct.unpack(">d", bytes.fromhex("7ff80000deadbeef"))[0]
 def made(monkeypatch):
     """A list of the states for which a template was made."""
     states = []
-    original = _templates.make_template
+    original = templates_module.make_template
 
     def counted(state):
         states.append(state)
         return original(state)
 
-    monkeypatch.setattr(_templates, "make_template", counted)
+    monkeypatch.setattr(templates_module, "make_template", counted)
     return states
 
 
@@ -303,7 +304,7 @@ class TestWhatMayChange:
 
     def test_an_unreadable_record_gets_its_template_anew(self, made, monkeypatch):
         """Where floats are not found as expected, nothing is patched."""
-        monkeypatch.setattr(_templates, "_places_of_floats", lambda pickled, floats: None)
+        monkeypatch.setattr(templates_module, "_places_of_floats", lambda pickled, floats: None)
         templates = Templates()
         for value in (0.5, 0.25):
             assert loaded(image_bytes(templates, {"lr": value}))["lr"] == value
@@ -311,7 +312,7 @@ class TestWhatMayChange:
 
     def test_an_index_of_another_form_gets_its_template_anew(self, made, monkeypatch):
         """Where the checksum can't be set, nothing is patched."""
-        monkeypatch.setattr(_templates, "_INDEX_ENTRY_SIZE", 47)
+        monkeypatch.setattr(templates_module, "_INDEX_ENTRY_SIZE", 47)
         templates = Templates()
         for value in (0.5, 0.25):
             assert loaded(image_bytes(templates, {"lr": value}))["lr"] == value

@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-import lightning_sbckpt._catalog as catalog_module
-import lightning_sbckpt._watch as watch_module
-from lightning_sbckpt._annotations import annotate, pin
-from lightning_sbckpt._catalog import Catalog
-from lightning_sbckpt._layout import folder_names
-from lightning_sbckpt._storage import LocalStorage
-from lightning_sbckpt._watch import watch
+import lightning_sbckpt._finding.catalog as catalog_module
+import lightning_sbckpt._finding.watch as watch_module
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._finding.catalog import Catalog
+from lightning_sbckpt._finding.watch import watch
+from lightning_sbckpt._folder.annotations import annotate, pin
+from lightning_sbckpt._folder.layout import folder_names
 from lightning_sbckpt.selection import importance
 
 LOWEST = importance(min_key="loss")

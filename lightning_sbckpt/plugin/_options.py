@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import wraps
 
-from lightning_sbckpt._layout import check_name
+from lightning_sbckpt._folder.layout import check_name
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.collect import RESERVED, is_reserved

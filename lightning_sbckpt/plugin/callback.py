@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -13,35 +13,32 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt._layout import read_checkpoint
-from lightning_sbckpt._saver import SavePolicy
+from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat, _options, exact
-from lightning_sbckpt.plugin.adapt import Adaptation, classes_of
+from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import (
     FolderReader,
-    divide,
     divide_model,
     is_folder,
     is_resumable,
 )
+from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.io import FolderCheckpointIO
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
 from lightning_sbckpt.plugin.run import Run
-from lightning_sbckpt.plugin.schedule import Place, Schedule, place_of, step_follows, training_ends
+from lightning_sbckpt.plugin.schedule import Schedule, step_follows, training_ends
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.rng import isolated_rng
 from lightning_sbckpt.triggers import Due, Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = ["SBCheckpoint"]
-
-Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
-Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
 
 
 class SBCheckpoint(LightningCheckpoint):
@@ -161,14 +158,8 @@ class SBCheckpoint(LightningCheckpoint):
         self._link_unchanged = link_unchanged
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
         self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
-        self._split_model = tuple(split_model)
-        self._recoverables = recoverables
+        self._gatherer = Gatherer(recoverables, meta, tuple(split_model))
         self._optional = tuple(optional)
-        self._meta = meta
-        _options.check_names([*self._split_model], "split_model")
-        _options.check_disjoint(self._split_model)
-        if isinstance(recoverables, Mapping):
-            _options.check_names([*self._split_model, *recoverables], "recoverables")
         self._trust_pickle = trust_pickle
 
         # What Lightning and its loggers read of a checkpoint callback.
@@ -191,8 +182,7 @@ class SBCheckpoint(LightningCheckpoint):
         self.current_score: torch.Tensor | None = None
         self.last_model_path = ""
         self._schedule = Schedule(*self._triggers)
-        self._metrics: dict[str, Any] = {}
-        self._metrics_of: Place | None = None
+        self._gatherer.forget_metrics()
         self._unannounced = False
         self._failed = 0
 
@@ -260,9 +250,9 @@ class SBCheckpoint(LightningCheckpoint):
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
         if self._run is None or _compat.is_dev_run(trainer):
             return
-        if self._split_model:
-            divide_model(pl_module.state_dict(), self._split_model)
-        extra = self._user_recoverables(trainer)
+        if self._gatherer.split_model:
+            divide_model(pl_module.state_dict(), self._gatherer.split_model)
+        extra = self._gatherer.of_user(trainer)
         if self._run.resumed_from is None:
             return
         if self._resumption is not None:
@@ -314,17 +304,13 @@ class SBCheckpoint(LightningCheckpoint):
         """Take the metrics of this validation; the save follows when Lightning is done with it."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self._take_metrics(trainer)
+        self._gatherer.take_metrics(trainer)
         self._schedule.validated()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the metrics of this epoch, unless these weights have just been validated."""
-        if self._metrics_of != place_of(trainer):
-            self._take_metrics(trainer)
-
-    def _take_metrics(self, trainer: Trainer) -> None:
-        self._metrics = _compat.metrics_just_computed(trainer)
-        self._metrics_of = place_of(trainer)
+        if not self._gatherer.has_metrics(trainer):
+            self._gatherer.take_metrics(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See every checkpoint on the disk, and restore the best weights."""
@@ -491,22 +477,13 @@ class SBCheckpoint(LightningCheckpoint):
             return
         # Hooks of the user may draw random numbers: a run with saves must equal one without.
         with isolated_rng():
-            state = exact.capture(
-                trainer, cast("LoaderTracker", self._tracker), within_epoch=within_epoch
+            checkpointer.recoverables = self._gatherer.recoverables(
+                trainer,
+                cast("LoaderTracker", self._tracker),
+                checkpointer.world,
+                within_epoch=within_epoch,
+                validated_this_epoch=self._schedule.validated_this_epoch,
             )
-            position = {
-                "within_epoch": within_epoch,
-                "loops": _compat.loop_state(trainer),
-                "validated_this_epoch": self._schedule.validated_this_epoch,
-                "modes": exact.modes(trainer.lightning_module),
-                "classes": classes_of(trainer),
-            }
-            dump = _compat.dump_checkpoint(trainer)
-            checkpointer.recoverables = {
-                **divide(dump, trainer, self._split_model, position),
-                **exact.parts_of_ranks(state, checkpointer.world),
-                **self._user_recoverables(trainer),
-            }
             checkpointer.lineage = run.lineage(due.reason)
             over = not within_epoch or _compat.epoch_is_over(trainer)
             saver = checkpointer.saver
@@ -516,7 +493,9 @@ class SBCheckpoint(LightningCheckpoint):
                 saver.wait(checkpointer.world)
             self._failed, skipped = saver.failed, saver.skipped
             checkpointer.save_checkpoint(
-                self._meta_for(trainer, due, within_epoch), end_of_epoch=over, then=run.prune
+                self._gatherer.meta(trainer, due, within_epoch=within_epoch),
+                end_of_epoch=over,
+                then=run.prune,
             )
             self._schedule.saved(trainer, skipped=saver.skipped > skipped)
             # They would keep the whole state of this moment in memory.
@@ -527,35 +506,6 @@ class SBCheckpoint(LightningCheckpoint):
             # In the background it is the one before that is durable by now.
             self._announce(trainer)
         self._unannounced = self._policy.mode != "sync"
-
-    def _meta_for(self, trainer: Trainer, due: Due, within_epoch: bool) -> dict[str, object]:
-        # Only what was computed for these very weights.
-        fresh = self._metrics_of == place_of(trainer)
-        meta: dict[str, object] = dict(self._metrics) if fresh else {}
-        extra = self._meta
-        meta.update(
-            extra(trainer, trainer.lightning_module) if callable(extra) else dict(extra or {})
-        )
-        done = _compat.epochs_done(trainer)
-        meta["epoch"] = trainer.current_epoch if within_epoch else done - 1
-        meta["global_step"] = trainer.global_step
-        if due.ephemeral:
-            meta["ephemeral"] = True
-        return meta
-
-    def _user_recoverables(self, trainer: Trainer) -> dict[str, object]:
-        found: dict[str, object] = {}
-        module = trainer.lightning_module
-        given = self._recoverables
-        sources = [given(trainer, module) if callable(given) else given or {}]
-        for owner in (module, _compat.datamodule_of(trainer)):
-            configure = getattr(owner, "configure_recoverables", None)
-            if configure is not None:
-                sources.append(configure())
-        for source in sources:
-            _options.check_names([*self._split_model, *found, *source], "recoverables")
-            found.update(source)
-        return found
 
     # ------------------------------------------------------------------ keeping and choosing
 

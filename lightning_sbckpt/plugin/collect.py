@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_sbckpt._layout import PARAMFILE_EXT, is_checkpoint, read_checkpoint
-from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._reading import load_state, trusting_pickle
+from lightning_sbckpt._folder.layout import PARAMFILE_EXT, is_checkpoint, read_checkpoint
+from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,

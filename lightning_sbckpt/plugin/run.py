@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from lightning_sbckpt._manifest import read_manifest
+from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import MetaError

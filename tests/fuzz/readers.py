@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 import yaml
 
-from lightning_sbckpt._annotations import ANNOTATIONS_NAME, read_annotations
+from lightning_sbckpt._disk.storage import FileDigest, digest_bytes
+from lightning_sbckpt._finding.index import INDEX_NAME, _header, read_index
 from lightning_sbckpt._flat_yaml import parse_flat
-from lightning_sbckpt._index import INDEX_NAME, _header, read_index
-from lightning_sbckpt._manifest import (
+from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
+from lightning_sbckpt._folder.manifest import (
     MANIFEST_NAME,
     Manifest,
     dump_manifest,
     find_damage,
     read_manifest,
 )
-from lightning_sbckpt._owner import read_record, spell
-from lightning_sbckpt._storage import FileDigest, digest_bytes
+from lightning_sbckpt._folder.owner import read_record, spell
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, dump_meta, parse_yaml
 

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_sbckpt import Checkpointer, SBCheckpoint
-from lightning_sbckpt._manifest import read_manifest
+from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt.errors import (
     CheckpointNameError,
     ConfigurationError,
@@ -357,13 +357,16 @@ class TestRetention:
         (root / "notes" / "a.txt").write_text("a")
         (root / "epoch=3.ckpt").write_text("b")
         before = tree_bytes(root)
+        # It only grows.
+        assert before.pop("HISTORY.jsonl")
 
         run = fit(root, resume=False)
         after = tree_bytes(root)
         assert {name: after.get(name) for name in before} == before
         # And of its own three only the newest is left.
         assert {name.partition("/")[0] for name in after.keys() - before} == {
-            Path(run.callback.last_model_path).name
+            "HISTORY.jsonl",
+            Path(run.callback.last_model_path).name,
         }
 
     def test_another_fit_of_the_same_callback_is_another_run(self, tmp_path):
@@ -523,7 +526,7 @@ class TestAroundTheFit:
         with pytest.raises(SaveError, match=r"'grows' failed: OSError: .*No space left on device"):
             go(run)
         assert steps_saved(tmp_path) == [4]
-        assert [path.name[:5] for path in tmp_path.iterdir()] == ["CKPT+"]
+        assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["CKPT+", "HISTO"]
         Grows.state_dict = lambda self: {"number": 2}
         assert fit(tmp_path, recoverables={"grows": Grows()}, **ALL).module.steps == 12
         assert steps_saved(tmp_path) == [4, 8, 12]

@@ -469,7 +469,7 @@ class TestPickle:
 
     def test_it_is_said_when_it_is_saved(self, tmp_path, caplog, monkeypatch):
         """Once per process; and the file beside it opens with plain torch."""
-        monkeypatch.setattr("lightning_sbckpt._state._warned", set())
+        monkeypatch.setattr("lightning_sbckpt._torchfile.state._warned", set())
         fit(tmp_path, module=Pickled(), trainer=ONE)
         assert "['custom']" in caplog.text
         assert opened(tmp_path, "extras") == {"custom": None, "plain": 5}

@@ -30,10 +30,10 @@ from _runs import (
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_sbckpt import _jobs, _overlap
-from lightning_sbckpt._layout import is_checkpoint
-from lightning_sbckpt._manifest import find_damage
-from lightning_sbckpt._storage import LocalStorage
+from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._folder.layout import is_checkpoint
+from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._saving import jobs, overlap
 from lightning_sbckpt.errors import FolderInUseError, SaveError
 
 ALL = {"num_to_keep": 99}
@@ -89,12 +89,12 @@ def copies(monkeypatch):
     """The copies that were hidden behind training."""
     made = []
 
-    class Recorded(_jobs.LateCopy):
+    class Recorded(jobs.LateCopy):
         def __init__(self, parts, tensors):
             made.append(self)
             super().__init__(parts, tensors)
 
-    monkeypatch.setattr(_jobs, "LateCopy", Recorded)
+    monkeypatch.setattr(jobs, "LateCopy", Recorded)
     return made
 
 
@@ -250,8 +250,8 @@ class TestSameBits:
         self, tmp_path, stop, monkeypatch, caplog
     ):
         """Callbacks that put averaged weights in place do so when no step waits any more."""
-        memcpy = _overlap._memcpy
-        monkeypatch.setattr(_overlap, "_memcpy", lambda *args: (time.sleep(0.1), memcpy(*args)))
+        memcpy = overlap._memcpy
+        monkeypatch.setattr(overlap, "_memcpy", lambda *args: (time.sleep(0.1), memcpy(*args)))
 
         class PutsInPlace(L.Callback):
             def on_train_epoch_end(self, trainer, pl_module):

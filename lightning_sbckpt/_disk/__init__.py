@@ -1,0 +1,1 @@
+"""The disk itself: what writes, reads and flushes bytes. Nothing here knows what a checkpoint is."""

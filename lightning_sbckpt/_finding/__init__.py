@@ -1,0 +1,1 @@
+"""Finding checkpoints among thousands: the index, the watch, the catalog of both."""

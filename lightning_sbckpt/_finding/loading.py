@@ -1,0 +1,184 @@
+"""Loading one checkpoint: which one is sound, which hook reads which file, and reading them."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_sbckpt._builtin_hooks import has_state, torch_recovery
+from lightning_sbckpt._folder.layout import is_checkpoint
+from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._torchfile.reading import pickled_path, trusting_pickle
+from lightning_sbckpt.errors import (
+    CheckpointNotFoundError,
+    DamagedCheckpointError,
+    HookError,
+    MismatchError,
+    SBCheckpointError,
+)
+from lightning_sbckpt.hooks import HookRegistry
+from lightning_sbckpt.meta import META_NAME, Checkpoint
+from lightning_sbckpt.typing import LoadHook
+
+logger = logging.getLogger("lightning_sbckpt")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How strictly a checkpoint has to have everything, and how it is read."""
+
+    custom_hooks: Mapping[str, LoadHook]
+    registry: HookRegistry
+    optional: Mapping[str, bool]
+    allow_partial: bool
+    trust_pickle: bool
+
+
+def damage_of(ckpt: Checkpoint, names: Collection[str], *, recent: bool = False) -> list[str]:
+    """Return what is wrong with the files that loading these recoverables reads."""
+    if not names:
+        # Whoever loads it will do so by other means: every file counts.
+        return find_damage(ckpt.path, recent=recent)
+    paths = [ckpt.paramfiles[name] for name in names if name in ckpt.paramfiles]
+    files = {META_NAME, *(p.name for p in paths), *(pickled_path(p).name for p in paths)}
+    return find_damage(ckpt.path, files, recent=recent)
+
+
+def require_sound(ckpt: Checkpoint, names: Collection[str]) -> None:
+    """Refuse a damaged checkpoint; files that were found sound just now are not read again.
+
+    Raises:
+        DamagedCheckpointError: A file is not the one that was written.
+    """
+    problems = damage_of(ckpt, names, recent=True)
+    if problems:
+        raise DamagedCheckpointError(
+            f"{ckpt.path} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
+            "Recover from another checkpoint"
+        )
+
+
+def first_sound(
+    candidates: Iterable[Checkpoint],
+    names: Collection[str],
+    unreadable: Mapping[Path, str],
+    root: Path,
+) -> Checkpoint | None:
+    """Return the first candidate that is whole, stepping over others with a line each.
+
+    Raises:
+        CheckpointNotFoundError: No candidate is whole, and another process removed some meanwhile:
+            look again.
+        DamagedCheckpointError: There are candidates, or folders that may be one, and none is whole.
+    """
+    damaged: list[str] = []
+    vanished: list[str] = []
+    for ckpt in candidates:
+        before = _identity(ckpt.path)
+        problems = damage_of(ckpt, names)
+        if not problems:
+            return ckpt
+        if before is None or _identity(ckpt.path) != before:
+            # Removed, or replaced by another one of its name, while it was read.
+            vanished.append(ckpt.path.name)
+            continue
+        damaged.append(f"{ckpt.path.name}: {'; '.join(problems)}")
+        logger.warning("skipped a damaged checkpoint, %s", damaged[-1])
+    if vanished:
+        raise CheckpointNotFoundError(
+            f"{', '.join(vanished)} vanished from {root} while it was looked at: another process "
+            "prunes there"
+        )
+    # What can't even be read might be the one asked for.
+    damaged += [f"{folder.name}: {problem}" for folder, problem in unreadable.items()]
+    if damaged:
+        raise DamagedCheckpointError(
+            f"every checkpoint to recover from in {root} is damaged: {' | '.join(damaged)}. To "
+            "start anew all the same, use another folder"
+        )
+    return None
+
+
+def _identity(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ino if is_checkpoint(folder) else None
+    except OSError:
+        return None
+
+
+def load_into(
+    recoverables: Mapping[str, object], checkpoint: Checkpoint, options: LoadOptions
+) -> None:
+    """Load a sound checkpoint into live objects.
+
+    Raises:
+        MismatchError: The checkpoint lacks recoverables, or doesn't fit one.
+        HookError: A recoverable has no way to be loaded, or its hook failed.
+    """
+    end_of_epoch = bool(checkpoint.meta.get("end-of-epoch", True))
+    hooks = _find_hooks(recoverables, checkpoint, options)
+    start = time.perf_counter()
+    with trusting_pickle(options.trust_pickle):
+        for name, hook in hooks.items():
+            path = checkpoint.paramfiles[name]
+            try:
+                hook(recoverables[name], path, end_of_epoch)
+            except SBCheckpointError:
+                raise
+            except Exception as error:
+                raise HookError(
+                    f"the load hook of {name!r} failed on {path}: {type(error).__name__}: "
+                    f"{error}. What was loaded before it stays loaded"
+                ) from error
+    logger.info(
+        "loaded %s from %s in %.2f s",
+        ", ".join(hooks) or "nothing",
+        checkpoint.path,
+        time.perf_counter() - start,
+    )
+
+
+def _find_hooks(
+    recoverables: Mapping[str, object], checkpoint: Checkpoint, options: LoadOptions
+) -> dict[str, LoadHook]:
+    hooks: dict[str, LoadHook] = {}
+    missing: list[str] = []
+    unknown: list[str] = []
+    for name, obj in recoverables.items():
+        if name not in checkpoint.paramfiles:
+            # As in SpeechBrain: the position of the data is not worth a failed recovery.
+            optional = options.optional.get(name, False) or "dataloader" in name
+            if not (optional or options.allow_partial):
+                missing.append(repr(name))
+            elif not options.allow_partial:
+                warnings.warn(
+                    f"{checkpoint.path} has no file for {name!r}, which stays as it is",
+                    UserWarning,
+                    stacklevel=5,
+                )
+            continue
+        hook = options.custom_hooks.get(name) or options.registry.loader(obj)
+        if hook is None and has_state(obj):
+            hook = torch_recovery
+        if hook is None:
+            unknown.append(f"{name!r} ({type(obj).__qualname__})")
+            continue
+        hooks[name] = hook
+    if missing:
+        found = ", ".join(map(repr, checkpoint.paramfiles)) or "none"
+        raise MismatchError(
+            f"{checkpoint.path} has no files for the recoverables {', '.join(missing)}; it has: "
+            f"{found}. Nothing was loaded. Pass optional_load=True for those that may be missing, "
+            "or allow_partial_load=True"
+        )
+    if unknown:
+        raise HookError(
+            f"Don't know how to load {', '.join(unknown)}: no hook is registered for the type and "
+            "it has no load_state_dict. Nothing was loaded. Register hooks with "
+            "register_checkpoint_hooks, or pass custom_load_hook to add_recoverable"
+        )
+    return hooks

@@ -1,0 +1,1 @@
+"""A checkpoint folder and the files of ours in it; staging, publishing, listing, locking."""

@@ -1,0 +1,209 @@
+"""What a checkpoint's files will hold: from recoverables and hooks to the contents of files.
+
+A recoverable whose hook just saves a state gives that state, and the file is written by this
+package, at the disk's pace and, if wanted, later. Any other hook writes its file itself.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lightning_sbckpt._builtin_hooks import STATE_OF, has_state, torch_save, warn_if_empty
+from lightning_sbckpt._disk.blocks import Source
+from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
+from lightning_sbckpt._folder.layout import PARAMFILE_EXT
+from lightning_sbckpt._folder.links import Links
+from lightning_sbckpt._saving.overlap import LateCopy
+from lightning_sbckpt._saving.snapshot import Arena
+from lightning_sbckpt._torchfile.image import Image, storages_of
+from lightning_sbckpt._torchfile.reading import pickled_path
+from lightning_sbckpt._torchfile.state import encode, say_what_is_pickled
+from lightning_sbckpt._torchfile.templates import Description, Templates, describe
+from lightning_sbckpt.errors import HookError, SaveError, SBCheckpointError
+from lightning_sbckpt.hooks import HookRegistry
+from lightning_sbckpt.typing import SaveHook
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """One recoverable to save.
+
+    Attributes:
+        name: Of the recoverable.
+        kind: What it is, for messages.
+        state: Gives the state to save, or None if the hook writes its file itself.
+        write: The hook: writes the file that it is given.
+        on_every_rank: Whether every rank runs it, not rank zero alone.
+        volatile: Whether the state may change before the next optimizer step.
+    """
+
+    name: str
+    kind: str
+    state: Callable[[], object] | None
+    write: Callable[[Path], object]
+    on_every_rank: bool
+    volatile: bool
+
+    def take(self) -> object:
+        """Return the state.
+
+        Raises:
+            SaveError: The object could not give it.
+        """
+        assert self.state is not None
+        try:
+            state = self.state()
+        except SBCheckpointError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+        warn_if_empty(state, self.kind, f"{self.name}{PARAMFILE_EXT}")
+        return state
+
+    def run(self, path: Path, *, must_write: bool) -> None:
+        """Let the hook write its file.
+
+        Raises:
+            SaveError: It failed, or wrote nothing although it must.
+        """
+        try:
+            self.write(path)
+        except SBCheckpointError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
+        if must_write and not path.exists():
+            raise SaveError(
+                f"the save hook of {self.name!r} wrote nothing to the path it was given, expected "
+                "a file there. Nothing of this checkpoint is kept; earlier ones are whole"
+            )
+
+    def _failure(self, error: Exception) -> SaveError:
+        return SaveError(
+            f"the save hook of {self.name!r} failed: {type(error).__name__}: {error}. Nothing of "
+            "this checkpoint is kept; earlier ones are whole"
+        )
+
+
+def save_jobs(
+    recoverables: Mapping[str, object],
+    custom_hooks: Mapping[str, SaveHook],
+    registry: HookRegistry,
+) -> dict[str, SaveJob]:
+    """Return what is to be saved, by name.
+
+    Raises:
+        HookError: Recoverables have no way to be saved; all are named.
+    """
+    jobs: dict[str, SaveJob] = {}
+    unknown: list[str] = []
+    for name, obj in recoverables.items():
+        hook = custom_hooks.get(name) or registry.saver(obj)
+        if hook is None and has_state(obj):
+            hook = torch_save
+        if hook is None:
+            unknown.append(f"{name!r} ({type(obj).__qualname__})")
+            continue
+        every_rank = name not in custom_hooks and registry.saves_on_every_rank(obj)
+        state_of = STATE_OF.get(hook)
+        state = partial(state_of, obj) if state_of is not None else None
+        volatile = bool(getattr(obj, "volatile", False))
+        jobs[name] = SaveJob(
+            name, type(obj).__name__, state, partial(hook, obj), every_rank, volatile
+        )
+    if unknown:
+        raise HookError(
+            f"Don't know how to save {', '.join(unknown)}: no hook is registered for the type and "
+            "it has no state_dict and load_state_dict. Register hooks with "
+            "register_checkpoint_hooks, or pass custom_save_hook to add_recoverable"
+        )
+    return jobs
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one file will hold.
+
+    Attributes:
+        size: Bytes; of a file that torch has to write, those of the tensors.
+        source: The bytes, or None if only torch knows how to write them.
+        state: What torch would write.
+        large: The tensors with large storages; of a state that can't be described, none are known.
+    """
+
+    size: int
+    source: Source | None = None
+    state: object = None
+    large: Sequence[torch.Tensor] | None = None
+
+    @staticmethod
+    def of(
+        filename: str, state: object, templates: Templates, *, volatile: bool
+    ) -> dict[str, Contents]:
+        """Return what the files of a state will hold, by name: one file, rarely two.
+
+        Args:
+            filename: Of the state's file.
+            state: Any state; what only pickle can hold goes to a second file, and is said.
+            templates: The forms of the files saved before.
+            volatile: The state may change before the next optimizer step.
+        """
+        description = describe(state)
+        encoded, pickled = (state, {}) if description else encode(state)
+        contents = {filename: Contents._of_one(filename, encoded, description, templates)}
+        if volatile:
+            contents[filename] = replace(contents[filename], large=None)
+        if pickled:
+            beside = pickled_path(Path(filename)).name
+            contents[beside] = Contents._of_one(beside, pickled, None, templates)
+            say_what_is_pickled(Path(filename), pickled)
+        return contents
+
+    @staticmethod
+    def _of_one(
+        filename: str, state: object, description: Description | None, templates: Templates
+    ) -> Contents:
+        image = templates.image(filename, state, description)
+        if image is not None:
+            return Contents(image.size, image, large=description.large if description else None)
+        size = sum(storage.nbytes() for storage in storages_of(state))
+        return Contents(size, state=state)
+
+    @staticmethod
+    def copied(
+        contents: Mapping[str, Contents], arena: Arena, *, later: bool
+    ) -> tuple[dict[str, Contents], LateCopy | None]:
+        """Return copies that don't change any more.
+
+        Args:
+            contents: Of the files, by name.
+            arena: Where to copy to.
+            later: Copy large tensors in the background, as the second result.
+        """
+        sources = {name: one.source or _pickled(one.state) for name, one in contents.items()}
+        pinned = any(isinstance(source, Image) and source.on_gpu for source in sources.values())
+        hideable = {name for name, one in contents.items() if later and one.large}
+        frozen, left = arena.take(sources, hideable, pinned=pinned)
+        copies = {name: Contents(source.size, source) for name, source in frozen.items()}
+        tensors = [tensor for name in hideable for tensor in contents[name].large or ()]
+        return copies, LateCopy(left, tensors) if left else None
+
+    def write(self, path: Path, storage: LocalStorage, links: Links) -> FileDigest:
+        """Write the file, flushed; or make it a link to a file with these very bytes."""
+        if self.source is None:
+            return storage.write_by(path, lambda target: torch.save(self.state, target))
+        linked = links.link_if_unchanged(path.name, self.source, path, storage)
+        return linked or storage.write_source(path, self.source)
+
+
+def _pickled(state: object) -> Source:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    return Image(len(data), [(0, data)])

@@ -1,0 +1,126 @@
+"""Copies of live state, so that training may go on while they are written.
+
+All of a checkpoint's files are laid out one behind the other in one piece of memory, which is kept
+from save to save: copying into memory that is there already takes a sixth of the time that fresh
+memory takes. The layout is that of the files, so the writer needs no second copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from lightning_sbckpt._disk.blocks import ALIGNMENT, Source, round_up
+from lightning_sbckpt._torchfile.image import Image
+
+# Linux's number of it: a forked child, a loader's worker say, gets empty memory there. Without it
+# the next copy would first have to part from the child's view of every page.
+_MADV_WIPEONFORK = 18
+_SAMPLE = 64
+_SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A file's bytes in memory of ours."""
+
+    size: int
+    memory: memoryview
+
+    def fill(self, start: int, out: memoryview) -> None:
+        """Put the bytes from `start` on into `out`, as many as it holds."""
+        out[:] = self.memory[start : start + len(out)]
+
+    def view(self) -> memoryview | None:
+        """Return all bytes, zero-padded to a multiple of the alignment."""
+        return self.memory
+
+    def sample(self) -> object:
+        """Return a checksum of a few of the bytes, from all over."""
+        hasher = xxhash.xxh3_64()
+        for start in range(0, self.size, max(ALIGNMENT, self.size // _SAMPLES)):
+            hasher.update(self.memory[start : start + _SAMPLE])
+        return hasher.digest()
+
+
+class Arena:
+    """Memory for one copy of the state at a time.
+
+    Attributes:
+        capacity: Bytes that there are; they grow to the largest state seen.
+    """
+
+    def __init__(self) -> None:
+        self.capacity = 0
+        self._memory = memoryview(b"")
+        self._owner: object = None
+        self._pinned = False
+
+    def take(
+        self, sources: Mapping[str, Source], hideable: Collection[str] = (), *, pinned: bool
+    ) -> tuple[dict[str, Frozen], list[tuple[torch.UntypedStorage, int]]]:
+        """Copy files-to-be into the memory; what was taken before is overwritten.
+
+        Args:
+            sources: What to copy, by name.
+            hideable: Names of those whose large storages may be copied later.
+            pinned: Tensors are on a GPU, which copies without help into memory that is pinned.
+
+        Returns:
+            The files, and what is still to be copied into them: storages, and to which addresses.
+        """
+        needed = sum(round_up(source.size) for source in sources.values())
+        if needed > self.capacity or pinned != self._pinned:
+            self._allocate(needed, pinned=pinned)
+        frozen = {}
+        left: list[tuple[torch.UntypedStorage, int]] = []
+        start = 0
+        for name, source in sources.items():
+            stop = start + round_up(source.size)
+            memory = self._memory[start:stop]
+            if name in hideable and isinstance(source, Image):
+                address = _address(memory)
+                parts = source.fill_small(memory)
+                left += [(storage, address + place) for storage, place in parts]
+            else:
+                source.fill(0, memory[: source.size])
+            memory[source.size :] = bytes(len(memory) - source.size)
+            frozen[name] = Frozen(source.size, memory)
+            start = stop
+        if pinned:
+            # Copies to pinned memory are only begun so far.
+            torch.cuda.current_stream().synchronize()
+        return frozen, left
+
+    def _allocate(self, size: int, *, pinned: bool) -> None:
+        # First let go of the old: there must never be two.
+        self._memory, self._owner, self.capacity = memoryview(b""), None, 0
+        self._memory, self._owner = allocate_pinned(size) if pinned else allocate(size)
+        self.capacity, self._pinned = size, pinned
+
+
+def allocate(size: int) -> tuple[memoryview, object]:
+    """Return memory at an aligned address, in large pages where the system has them."""
+    memory = mmap.mmap(-1, max(size, 1))
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_WIPEONFORK):
+        if advice is not None:
+            with suppress(OSError, AttributeError):  # Not on this system: only slower.
+                memory.madvise(advice)
+    return memoryview(memory), memory
+
+
+def allocate_pinned(size: int) -> tuple[memoryview, object]:
+    """Return memory that a GPU can write to by itself."""
+    tensor = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True)
+    array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
+    return memoryview(array).cast("B"), tensor
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,0 +1,342 @@
+"""Writing one checkpoint, by all ranks together: captured, staged, flushed, described, published.
+
+A save has two halves. `begin` is done by every rank, while training stands still: it makes the
+staging folder, runs the hooks, takes the states. `complete` is done by rank zero alone, at once or
+in the background: it writes the states, describes and publishes. So there is no collective in the
+background.
+
+In `begin` every rank reaches every collective whatever fails on it: failures are carried to the
+others as results, and raised on every rank after the last collective, so that none is left waiting.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lightning_sbckpt._disk.storage import FileDigest, LocalStorage, digest, digest_bytes
+from lightning_sbckpt._folder.history import History
+from lightning_sbckpt._folder.layout import (
+    PARAMFILE_EXT,
+    folder_for,
+    publish,
+    read_checkpoint,
+    staging,
+)
+from lightning_sbckpt._folder.links import Links
+from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_manifest
+from lightning_sbckpt._saving.jobs import Contents, SaveJob
+from lightning_sbckpt._saving.overlap import LateCopy
+from lightning_sbckpt._saving.snapshot import Arena
+from lightning_sbckpt._torchfile.templates import Templates
+from lightning_sbckpt._world import portable_error
+from lightning_sbckpt.errors import SaveError, SBCheckpointError
+from lightning_sbckpt.meta import META_NAME, Checkpoint, dump_meta
+from lightning_sbckpt.typing import World
+
+logger = logging.getLogger("lightning_sbckpt")
+
+
+Copying = Literal["no", "now", "later"]
+
+
+class ChangedMeanwhileError(SaveError):
+    """What was to be saved changed before it was copied."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint says about itself.
+
+    Attributes:
+        meta: Plain meta, see `lightning_sbckpt.meta.plain_meta`.
+        name: The checkpoint's own name, or None to name it by time.
+        lineage: Where these weights come from, for the manifest.
+        verbosity: The level of the log line.
+    """
+
+    meta: Mapping[str, object]
+    name: str | None
+    lineage: Mapping[str, object]
+    verbosity: int
+
+
+@dataclass
+class Workshop:
+    """What is kept from save to save.
+
+    Attributes:
+        root: The folder of all checkpoints.
+        storage: The disk.
+        templates: The forms of the files.
+        links: The files of the newest checkpoint.
+        arena: The memory for copies of the state.
+        remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
+            save. Without it the folder stays until the next start.
+        last: Where the last checkpoint went.
+        history: Where it is noted that a checkpoint was saved.
+    """
+
+    root: Path
+    storage: LocalStorage
+    links: Links
+    templates: Templates = field(default_factory=Templates)
+    arena: Arena = field(default_factory=Arena)
+    remove: Callable[[Path], object] | None = None
+    last: Path | None = None
+    history: History = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin to note what happens."""
+        self.history = History(self.root)
+
+
+class Save:
+    """One checkpoint on its way to the disk.
+
+    Args:
+        workshop: What is kept from save to save.
+        description: What the checkpoint says about itself.
+    """
+
+    def __init__(self, workshop: Workshop, description: Description) -> None:
+        self._workshop = workshop
+        self._description = description
+        self._started = time.perf_counter()
+        self._staging = ExitStack()
+        self._staged: Path | None = None
+        self._contents: dict[str, Contents] = {}
+        self._needed = 0
+        self.late_copy: LateCopy | None = None
+
+    def begin(self, jobs: Mapping[str, SaveJob], world: World, *, copy: Copying) -> None:
+        """Take the state of this moment; every rank of a world calls this.
+
+        Args:
+            jobs: What to save, by name.
+            world: The ranks that save together.
+            copy: Whether the states may change as soon as this returns (`"now"`), or as soon as
+                `late_copy` is done (`"later"`), or not before `complete` returns (`"no"`).
+
+        Raises:
+            SaveError: Something could not be taken or written; nothing is left of the checkpoint.
+        """
+        try:
+            self._begin(jobs, world, copy=copy)
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def _begin(self, jobs: Mapping[str, SaveJob], world: World, *, copy: Copying) -> None:
+        main = world.rank == 0
+        # 1. Rank zero makes the folder; every rank learns where, or that there is none.
+        staged: Path | Exception | None = None
+        if main:
+            try:
+                staged = self._make_folder()
+            except Exception as error:
+                staged = self._failure("can't create a folder for the checkpoint", error)
+        staged = world.broadcast(staged)
+        if not isinstance(staged, Path):
+            raise staged or SaveError("rank zero did not say where to save")
+
+        # 2. Every rank does what is its to do; rank zero learns of every failure.
+        failure: Exception | None = None
+        try:
+            self._take(jobs, staged, main=main, copy=copy)
+        except SBCheckpointError as error:
+            failure = error
+        except Exception as error:
+            failure = self._failure("can't take the state for the checkpoint", error)
+        failures = world.gather(
+            portable_error(failure, world.rank) if world.size > 1 and not main else failure
+        )
+
+        # 3. Every rank learns the end of it.
+        first = next((error for error in failures or () if error is not None), None)
+        shared = world.broadcast(portable_error(first) if world.size > 1 else first)
+        # A rank that failed itself raises its own exception, with its traceback.
+        outcome = failure or (first if main else shared)
+        if outcome is not None:
+            raise outcome
+
+    def _make_folder(self) -> Path:
+        workshop = self._workshop
+        self._staged = self._staging.enter_context(staging(workshop.root, workshop.storage))
+        return self._staged
+
+    def _take(
+        self, jobs: Mapping[str, SaveJob], staged: Path, *, main: bool, copy: Copying
+    ) -> None:
+        workshop = self._workshop
+        # The states first: a hook of the user may take its time, and there must be room for them.
+        for name, job in jobs.items():
+            if job.state is not None and (main or job.on_every_rank):
+                state = job.take()
+                if main:
+                    filename = f"{name}{PARAMFILE_EXT}"
+                    contents = Contents.of(
+                        filename, state, workshop.templates, volatile=job.volatile
+                    )
+                    self._contents.update(contents)
+        if main:
+            self._require_space()
+            if copy != "no":
+                self._contents, self.late_copy = Contents.copied(
+                    self._contents, workshop.arena, later=copy == "later"
+                )
+        for name, job in jobs.items():
+            if job.state is None and (main or job.on_every_rank):
+                job.run(staged / f"{name}{PARAMFILE_EXT}", must_write=main)
+
+    def _require_space(self) -> None:
+        self._needed = needed = sum(contents.size for contents in self._contents.values())
+        free = self._workshop.storage.free_bytes(self._workshop.root)
+        if needed > free:
+            links = self._workshop.links
+            needed -= sum(
+                contents.size
+                for name, contents in self._contents.items()
+                if contents.source is not None and links.may_link(name, contents.source)
+            )
+        if needed > free:
+            raise SaveError(
+                f"the checkpoint was not written to {self._workshop.root}: it needs {needed:,} "
+                f"bytes, and {free:,} are free. Earlier checkpoints are whole; make room there, or "
+                "keep fewer checkpoints"
+            )
+
+    def complete(self) -> Checkpoint:
+        """Write the states, describe and publish; only rank zero does.
+
+        Raises:
+            SaveError: Something could not be written; nothing of the checkpoint is visible.
+        """
+        try:
+            checkpoint, size = self._complete()
+        except SBCheckpointError as error:
+            self.abandon(error)
+            raise
+        except Exception as error:
+            self.abandon(error)
+            raise self._failure("can't finish the checkpoint", error) from error
+        except BaseException as error:
+            self.abandon(error)
+            raise
+        self._staging.close()
+        seconds = time.perf_counter() - self._started
+        self._workshop.history.saved(checkpoint, self._description.lineage, size, seconds)
+        logger.log(
+            self._description.verbosity,
+            "saved %s (%s): %d files, %.1f MB in %.2f s",
+            checkpoint.path,
+            "end of epoch" if checkpoint.meta["end-of-epoch"] else "within an epoch",
+            len(checkpoint.paramfiles),
+            size / 1e6,
+            seconds,
+        )
+        return checkpoint
+
+    def _complete(self) -> tuple[Checkpoint, int]:
+        staged, storage = self._staged, self._workshop.storage
+        assert staged is not None
+        if self.late_copy is not None:
+            self.late_copy.wait()
+            if self.late_copy.known_changed:
+                raise _changed_meanwhile()
+        links = self._workshop.links
+        files: dict[str, FileDigest] = {}
+        for name, contents in self._contents.items():
+            files[name] = contents.write(staged / name, storage, links)
+        self._contents = {}
+        # Now, since whatever wrote to a tensor while it was copied has ended while all was written.
+        if self.late_copy is not None and self.late_copy.changed():
+            raise _changed_meanwhile()
+        files.update(_flush_written_by_hooks(staged, files, storage))
+        # The meta comes last: its presence is what makes a folder a checkpoint for every reader.
+        meta_bytes = dump_meta(self._description.meta)
+        size = sum(found.size for found in files.values())
+        written = dict(files)
+        files[META_NAME] = digest_bytes(meta_bytes)
+        manifest = dump_manifest(Manifest(files, self._description.lineage))
+        storage.write(staged / MANIFEST_NAME, manifest)
+        storage.write(staged / META_NAME, meta_bytes)
+        target = self._publish(staged)
+        links.published(target, written)
+        checkpoint = read_checkpoint(target)
+        return checkpoint._replace(meta=dict(self._description.meta)), size
+
+    def _publish(self, staged: Path) -> Path:
+        workshop, name = self._workshop, self._description.name
+        unixtime = float(str(self._description.meta["unixtime"]))
+        while True:
+            target = folder_for(workshop.root, name, unixtime, workshop.last)
+            try:
+                replaced = publish(staged, target, workshop.storage, replace=name is not None)
+            except FileExistsError:
+                # Another process published under the name of this second first; it keeps it.
+                if name is not None:
+                    raise
+            else:
+                workshop.last = target
+                if replaced is not None and workshop.remove is not None:
+                    workshop.remove(replaced)
+                return target
+
+    def abandon(self, error: BaseException) -> None:
+        """Leave nothing behind."""
+        if self.late_copy is not None:
+            self.late_copy.wait()
+        self._contents = {}
+        self._staging.__exit__(type(error), error, error.__traceback__)
+
+    def _failure(self, what: str, error: Exception) -> SaveError:
+        root = self._workshop.root
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            free = self._workshop.storage.free_bytes(root)
+            reason += f" (it needs {self._needed:,} bytes, and {free:,} are free)"
+        failure = SaveError(
+            f"{what} in {root}: {reason}. Nothing of it is visible; earlier checkpoints are whole"
+        )
+        failure.__cause__ = error
+        return failure
+
+
+def _changed_meanwhile() -> ChangedMeanwhileError:
+    return ChangedMeanwhileError(
+        "tensors were written to while they were copied, before the optimizer's step"
+    )
+
+
+def _flush_written_by_hooks(
+    staged: Path, known: Mapping[str, FileDigest], storage: LocalStorage
+) -> dict[str, FileDigest]:
+    files: dict[str, FileDigest] = {}
+    for folder, subfolders, names in os.walk(staged):
+        for entry in names:
+            path = Path(folder, entry)
+            name = path.relative_to(staged).as_posix()
+            if name not in known:
+                _refuse_link(path)
+                storage.flush_file(path)
+                files[name] = digest(path)
+        for entry in subfolders:
+            _refuse_link(Path(folder, entry))
+            storage.flush_dir(Path(folder, entry))
+    return files
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise SaveError(
+            f"a save hook made the symbolic link {path.name}: what it points to would not be part "
+            "of the checkpoint. Nothing of this checkpoint is kept; write a copy in the hook"
+        )

@@ -1,0 +1,1 @@
+"""Torch's own file format: written past the page cache, read straight into live tensors."""

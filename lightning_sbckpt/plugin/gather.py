@@ -1,0 +1,115 @@
+"""What goes into a checkpoint of a Lightning run: its recoverables, and its meta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sbckpt.plugin import _compat, _options, exact
+from lightning_sbckpt.plugin.adapt import classes_of
+from lightning_sbckpt.plugin.collect import divide
+from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.schedule import Place, place_of
+from lightning_sbckpt.triggers import Due
+from lightning_sbckpt.typing import World
+
+Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+
+
+class Gatherer:
+    """Gathers the recoverables and the meta of a run.
+
+    Args:
+        recoverables: Of the user, see `SBCheckpoint`.
+        meta: Of the user, see `SBCheckpoint`.
+        split_model: Submodules that get files of their own.
+
+    Raises:
+        ConfigurationError: A name can't name a file, or two are the same.
+    """
+
+    def __init__(
+        self, recoverables: Recoverables | None, meta: Meta | None, split_model: tuple[str, ...]
+    ) -> None:
+        self._recoverables = recoverables
+        self._meta = meta
+        self._metrics: dict[str, Any] = {}
+        self._metrics_of: Place | None = None
+        self.split_model = split_model
+        _options.check_names([*split_model], "split_model")
+        _options.check_disjoint(split_model)
+        if isinstance(recoverables, Mapping):
+            _options.check_names([*split_model, *recoverables], "recoverables")
+
+    def take_metrics(self, trainer: Trainer) -> None:
+        """Take what was just computed for the weights of this moment."""
+        self._metrics = _compat.metrics_just_computed(trainer)
+        self._metrics_of = place_of(trainer)
+
+    def has_metrics(self, trainer: Trainer) -> bool:
+        """Return whether metrics were taken for the weights of this moment."""
+        return self._metrics_of == place_of(trainer)
+
+    def forget_metrics(self) -> None:
+        """Begin anew."""
+        self._metrics, self._metrics_of = {}, None
+
+    def meta(self, trainer: Trainer, due: Due, *, within_epoch: bool) -> dict[str, object]:
+        """Return the meta of a checkpoint of this moment: only what was computed for its weights."""
+        meta: dict[str, object] = dict(self._metrics) if self.has_metrics(trainer) else {}
+        extra = self._meta
+        meta.update(
+            extra(trainer, trainer.lightning_module) if callable(extra) else dict(extra or {})
+        )
+        done = _compat.epochs_done(trainer)
+        meta["epoch"] = trainer.current_epoch if within_epoch else done - 1
+        meta["global_step"] = trainer.global_step
+        if due.ephemeral:
+            meta["ephemeral"] = True
+        return meta
+
+    def recoverables(
+        self,
+        trainer: Trainer,
+        tracker: LoaderTracker,
+        world: World,
+        *,
+        within_epoch: bool,
+        validated_this_epoch: bool,
+    ) -> dict[str, object]:
+        """Return all that a checkpoint of this moment holds, by the names of its files."""
+        state = exact.capture(trainer, tracker, within_epoch=within_epoch)
+        position = {
+            "within_epoch": within_epoch,
+            "loops": _compat.loop_state(trainer),
+            "validated_this_epoch": validated_this_epoch,
+            "modes": exact.modes(trainer.lightning_module),
+            "classes": classes_of(trainer),
+        }
+        return {
+            **divide(_compat.dump_checkpoint(trainer), trainer, self.split_model, position),
+            **exact.parts_of_ranks(state, world),
+            **self.of_user(trainer),
+        }
+
+    def of_user(self, trainer: Trainer) -> dict[str, object]:
+        """Return the recoverables that the user, the module and the datamodule offer.
+
+        Raises:
+            ConfigurationError: Two have one name, or a name can't name a file.
+        """
+        found: dict[str, object] = {}
+        module = trainer.lightning_module
+        given = self._recoverables
+        sources = [given(trainer, module) if callable(given) else given or {}]
+        for owner in (module, _compat.datamodule_of(trainer)):
+            configure = getattr(owner, "configure_recoverables", None)
+            if configure is not None:
+                sources.append(configure())
+        for source in sources:
+            _options.check_names([*self.split_model, *found, *source], "recoverables")
+            found.update(source)
+        return found
