@@ -278,8 +278,8 @@ def test_every_peer_saves_and_loads_the_whole_state(tmp_path):
             peer.load(target)
             assert target.equals(state), name
             peer.clear()
-            left = [path.name for path in peer.folder.iterdir() if not path.name.startswith(".")]
-            assert left == [], name
+            left = {path.name for path in peer.folder.iterdir() if not path.name.startswith(".")}
+            assert left <= {"HISTORY.jsonl"}, name
     # Without these, nothing was compared.
     required = [
         name for name in everyone if "safetensors" not in name and "checkpointing" not in name

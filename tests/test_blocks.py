@@ -54,6 +54,8 @@ random_bytes = random.Random(5).randbytes(LARGE)
 class Scattered:
     """A source whose bytes have to be asked for."""
 
+    checksum = None
+
     def __init__(self, size=LARGE):
         self.size = size
         self.data = memoryview(random_bytes)[:size]
@@ -95,6 +97,17 @@ class Failing(Scattered):
         if start == self.block * BLOCK:
             self.fail()
         super().fill(start, out)
+
+
+@pytest.mark.parametrize("size", [5, LARGE])
+def test_a_checksum_that_is_known_is_not_taken_again(tmp_path, monkeypatch, size):
+    """Of bytes that were hashed when they were copied."""
+    monkeypatch.setattr(blocks.xxhash, "xxh3_128_hexdigest", None)
+    source = Together(size)
+    source.checksum = "known"
+    (tmp_path / "file").touch()
+    assert blocks.write_source(tmp_path / "file", source) == "known"
+    assert (tmp_path / "file").read_bytes() == random_bytes[:size]
 
 
 @pytest.fixture

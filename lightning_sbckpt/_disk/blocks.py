@@ -6,7 +6,8 @@ are multiples of the disk's block size; here they are multiples of 4096. While o
 block, the caller fills and hashes the next. Filesystems without the flag (tmpfs, NFS, some overlays)
 get the same bytes through the page cache.
 
-The digest is taken of the very bytes that are handed to the kernel.
+The digest is taken of the very bytes that are handed to the kernel: here, or when they were copied
+to where they are written from.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Source(Protocol):
 
         The address is aligned, and zeros fill up to a multiple of the alignment.
         """
+        ...
+
+    @property
+    def checksum(self) -> str | None:
+        """The XXH3 128-bit hash of all bytes, or None if it is not known yet."""
         ...
 
     def sample(self) -> object:
@@ -114,7 +120,7 @@ def _write_small(path: Path, source: Source) -> str:
     source.fill(0, memoryview(data))
     with path.open("r+b", buffering=0) as stream:
         _write_all(stream.fileno(), memoryview(data), 0)
-    return xxhash.xxh3_128_hexdigest(data)
+    return source.checksum or xxhash.xxh3_128_hexdigest(data)
 
 
 class _Writing:
@@ -127,20 +133,24 @@ class _Writing:
     def write(self, source: Source) -> str:
         """Write everything and cut off what the alignment added."""
         whole = source.view()
-        hasher = xxhash.xxh3_128()
         if whole is not None:
-            self._from_memory(whole, source.size, hasher)
+            checksum = self._from_memory(whole, source)
         else:
-            self._through_buffers(source, hasher)
+            checksum = self._through_buffers(source)
         os.ftruncate(self._descriptor, source.size)
-        return hasher.hexdigest()
+        return checksum
 
-    def _from_memory(self, whole: memoryview, size: int, hasher: xxhash.xxh3_128) -> None:
-        for start in range(0, size, BLOCK):
-            hasher.update(whole[start : min(start + BLOCK, size)])
+    def _from_memory(self, whole: memoryview, source: Source) -> str:
+        known = source.checksum
+        hasher = xxhash.xxh3_128()
+        for start in range(0, source.size, BLOCK):
+            if known is None:
+                hasher.update(whole[start : min(start + BLOCK, source.size)])
             self._put(whole[start : min(start + BLOCK, len(whole))], start)
+        return known or hasher.hexdigest()
 
-    def _through_buffers(self, source: Source, hasher: xxhash.xxh3_128) -> None:
+    def _through_buffers(self, source: Source) -> str:
+        hasher = xxhash.xxh3_128()
         with _buffers.borrowed() as buffers:
             free: SimpleQueue[memoryview] = SimpleQueue()
             for buffer in buffers:
@@ -171,6 +181,7 @@ class _Writing:
                     thread.join()
             if failed:
                 raise failed[0]
+        return hasher.hexdigest()
 
     def _drain(
         self,

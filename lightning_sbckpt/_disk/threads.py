@@ -13,6 +13,15 @@ T = TypeVar("T")
 _MAX_THREADS = 4
 
 
+def useful_threads() -> int:
+    """Return how many threads are worth having for what memory sets the pace of."""
+    if hasattr(os, "sched_getaffinity"):
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return min(_MAX_THREADS, processors)
+
+
 def run_all(work: Callable[[T], object], items: Iterable[T], *, most: int) -> None:
     """Call `work` with each item, by at most so many threads; the first failure is raised.
 
@@ -21,11 +30,7 @@ def run_all(work: Callable[[T], object], items: Iterable[T], *, most: int) -> No
         items: Each is taken by the next thread that is free, in their order.
         most: How many threads the work is worth.
     """
-    if hasattr(os, "sched_getaffinity"):
-        processors = len(os.sched_getaffinity(0))
-    else:
-        processors = os.cpu_count() or 1
-    threads = min(_MAX_THREADS, processors, most)
+    threads = min(useful_threads(), most)
     # A list's iterator may be shared by threads, a generator may not.
     waiting = iter(list(items))
 

@@ -90,6 +90,8 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def _checksum(source: Source) -> str:
+    if source.checksum is not None:
+        return source.checksum
     hasher = xxhash.xxh3_128()
     whole = source.view()
     if whole is not None:

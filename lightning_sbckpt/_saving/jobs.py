@@ -192,7 +192,8 @@ class Contents:
         frozen, left = arena.take(sources, hideable, pinned=pinned)
         copies = {name: Contents(source.size, source) for name, source in frozen.items()}
         tensors = [tensor for name in hideable for tensor in contents[name].large or ()]
-        return copies, LateCopy(left, tensors) if left else None
+        unhashed = [file for file in frozen.values() if file.checksum is None and not pinned]
+        return copies, LateCopy(left, tensors, unhashed) if left else None
 
     def write(self, path: Path, storage: LocalStorage, links: Links) -> FileDigest:
         """Write the file, flushed; or make it a link to a file with these very bytes."""

@@ -19,11 +19,16 @@ from collections.abc import Iterable, Sequence
 from threading import Lock, Thread
 
 import torch
+import xxhash
+
+from lightning_sbckpt._saving.snapshot import Frozen, address_of
 
 # Called so, `memcpy` gives up the interpreter's lock and keeps to one core.
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memcpy.restype = ctypes.c_void_p
+# Hashed right after it is copied, a block of this size is still in the cache.
+_BLOCK = 2**20
 
 
 class LateCopy:
@@ -32,14 +37,19 @@ class LateCopy:
     Args:
         parts: The storages, in the processor's memory, each with the address it is copied to.
         tensors: The tensors whose storages those are.
+        files: The files that lack nothing but these storages; they get their checksums.
     """
 
     def __init__(
-        self, parts: Iterable[tuple[torch.UntypedStorage, int]], tensors: Sequence[torch.Tensor]
+        self,
+        parts: Iterable[tuple[torch.UntypedStorage, int]],
+        tensors: Sequence[torch.Tensor],
+        files: Iterable[Frozen] = (),
     ) -> None:
         self._changed: bool | None = None
         self._deciding = Lock()
-        self._parts = list(parts)
+        self._parts = sorted(parts, key=lambda part: part[1])
+        self._files = sorted(files, key=lambda file: address_of(file.memory))
         self._versions = [(tensor, _version(tensor)) for tensor in tensors]
         self._thread: Thread | None = Thread(target=self._copy, name="sbckpt-copy")
         try:
@@ -78,15 +88,53 @@ class LateCopy:
             return self._changed
 
     def _copy(self) -> None:
+        hashing = _Hashing(self._files)
         for storage, address in self._parts:
-            _memcpy(address, storage.data_ptr(), storage.nbytes())
-        self._parts = []
+            size, source = storage.nbytes(), storage.data_ptr()
+            for start in range(0, size, _BLOCK):
+                length = min(_BLOCK, size - start)
+                _memcpy(address + start, source + start, length)
+                hashing.advance(address + start + length)
+        hashing.finish()
+        self._parts, self._files = [], []
         with self._deciding:
             if self._is_written_to():
                 self._changed = True
 
     def _is_written_to(self) -> bool:
         return any(_version(tensor) != version for tensor, version in self._versions)
+
+
+class _Hashing:
+    """Hashes files from the first byte to the last, as far as their bytes are there."""
+
+    def __init__(self, files: Sequence[Frozen]) -> None:
+        self._waiting = list(reversed(files))
+        self._hasher = xxhash.xxh3_128()
+        self._done = 0
+
+    def advance(self, address: int) -> None:
+        """Go on up to an address: all that lies before it is there."""
+        while self._waiting:
+            file = self._waiting[-1]
+            stop = min(file.size, address - address_of(file.memory))
+            if stop > self._done:
+                self._hasher.update(file.memory[self._done : stop])
+                self._done = stop
+            if stop < file.size:
+                return
+            self._end_file()
+
+    def finish(self) -> None:
+        """Go on to the end of the last file."""
+        while self._waiting:
+            file = self._waiting[-1]
+            self._hasher.update(file.memory[self._done : file.size])
+            self._end_file()
+
+    def _end_file(self) -> None:
+        self._waiting.pop().checksum = self._hasher.hexdigest()
+        self._hasher, self._done = xxhash.xxh3_128(), 0
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from lightning_sbckpt._disk.blocks import ALIGNMENT, Source, round_up
+from lightning_sbckpt._saving.copying import copy_hashed
 from lightning_sbckpt._torchfile.image import Image
 
 # Linux's number of it: a forked child, a loader's worker say, gets empty memory there. Without it
@@ -26,12 +27,19 @@ _SAMPLE = 64
 _SAMPLES = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class Frozen:
-    """A file's bytes in memory of ours."""
+    """A file's bytes in memory of ours.
+
+    Attributes:
+        size: How many.
+        memory: They, and zeros up to a multiple of the alignment.
+        checksum: Their XXH3 128-bit hash, if it is known.
+    """
 
     size: int
     memory: memoryview
+    checksum: str | None = None
 
     def fill(self, start: int, out: memoryview) -> None:
         """Put the bytes from `start` on into `out`, as many as it holds."""
@@ -79,23 +87,28 @@ class Arena:
         if needed > self.capacity or pinned != self._pinned:
             self._allocate(needed, pinned=pinned)
         frozen = {}
+        now: dict[str, tuple[Source, memoryview]] = {}
         left: list[tuple[torch.UntypedStorage, int]] = []
         start = 0
         for name, source in sources.items():
             stop = start + round_up(source.size)
             memory = self._memory[start:stop]
             if name in hideable and isinstance(source, Image):
-                address = _address(memory)
+                address = address_of(memory)
                 parts = source.fill_small(memory)
                 left += [(storage, address + place) for storage, place in parts]
-            else:
+            elif pinned:
                 source.fill(0, memory[: source.size])
+            else:
+                now[name] = (source, memory[: source.size])
             memory[source.size :] = bytes(len(memory) - source.size)
             frozen[name] = Frozen(source.size, memory)
             start = stop
         if pinned:
             # Copies to pinned memory are only begun so far.
             torch.cuda.current_stream().synchronize()
+        for name, checksum in zip(now, copy_hashed([*now.values()]), strict=True):
+            frozen[name].checksum = checksum
         return frozen, left
 
     def _allocate(self, size: int, *, pinned: bool) -> None:
@@ -122,5 +135,6 @@ def allocate_pinned(size: int) -> tuple[memoryview, object]:
     return memoryview(array).cast("B"), tensor
 
 
-def _address(memory: memoryview) -> int:
+def address_of(memory: memoryview) -> int:
+    """Return where memory lies."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
