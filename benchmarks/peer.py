@@ -54,6 +54,9 @@ class Peer:
     def wait(self) -> None:
         """Return when all saves are durable."""
 
+    def before_load(self, state: State) -> None:
+        """Do what is not part of loading."""
+
     def load(self, state: State) -> None:
         """Load the newest save into a live state."""
         raise NotImplementedError

@@ -29,6 +29,8 @@ from benchmarks.peers_torch import (
 from benchmarks.peers_trainers import LightningAsync, LightningSave, SpeechBrain
 from benchmarks.states import State
 
+FOUND = f"{OURS}, verified before"
+
 
 class Ours(Peer):
     """This package, without Lightning."""
@@ -92,6 +94,34 @@ class Ours(Peer):
             getattr(checkpointer, "close", bool)()
 
 
+class OursFound(Ours):
+    """This package, loading a checkpoint that was found, and found whole, before."""
+
+    def __init__(self) -> None:
+        super().__init__("sync")
+        self.name = FOUND
+
+    def before_load(self, state: State) -> None:
+        """Find the newest checkpoint, and verify it."""
+        from lightning_sbckpt import Checkpointer
+
+        recoverables = {"model": state.model, "optimizer": state.optimizer}
+        self.loader = Checkpointer(self.folder, recoverables, access="read")
+        self.found: Any = self.loader.find_sound_checkpoint()
+
+    def load(self, state: State) -> None:
+        """Load it."""
+        if self.found is None or self.loader.recoverables["model"] is not state.model:
+            self.before_load(state)
+        self.loader.load_checkpoint(self.found)
+        self.found = None
+
+    def close(self) -> None:
+        """Let the state go."""
+        self.__dict__.pop("loader", None)
+        super().close()
+
+
 SYNC: dict[str, Callable[[], Peer]] = {
     f"{OURS}, sync": lambda: Ours("sync"),
     TorchSave.name: TorchSave,
@@ -110,6 +140,7 @@ ASYNC: dict[str, Callable[[], Peer]] = {
     LightningAsync.name: LightningAsync,
 }
 LOADING: dict[str, Callable[[], Peer]] = {
+    FOUND: OursFound,
     **{name: make for name, make in SYNC.items() if name != TorchSave.name},
     TorchSave.name: TorchSave,
     TorchSaveMapped.name: TorchSaveMapped,

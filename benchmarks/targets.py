@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.finding import AGAIN, NEW_PROCESS, NO_INDEX, SPEECHBRAIN
 from benchmarks.measure import Settings, Table, median, size_label
 from benchmarks.peer import OURS
+from benchmarks.peers import FOUND
+from benchmarks.saving import RAW
 from benchmarks.small import ONE_STATE, REMOVE
 from benchmarks.stalls import COPY
 from benchmarks.stepping import PACKAGE, TORCH
@@ -62,11 +64,13 @@ def verdicts(tables: Mapping[str, Table], settings: Settings) -> list[Verdict]:
             "durable sync save, against torch.save + fsync",
             3,
             faster("save", _SYNC, "torch.save + fsync", main),
+            faster("save", RAW, "torch.save + fsync", main),
         ),
         _at_least(
             "durable sync save, against Lightning + fsync",
             5,
             faster("save", _SYNC, "Lightning + fsync", main),
+            faster("save", RAW, "Lightning + fsync", main),
         ),
         _verdict(
             "extra memory of a sync save, the most of all sizes",
@@ -82,15 +86,20 @@ def verdicts(tables: Mapping[str, Table], settings: Settings) -> list[Verdict]:
             ratio("stall", _OVERLAP, main),
             lambda value: value < 0.2,
         ),
-        _at_least(
-            "load into a live model and optimizer, against torch.load + load_state_dict",
-            2.5,
-            faster("load live", OURS, _TORCH_LOAD, main),
-        ),
-        _at_least(
-            "the same into a new optimizer, whose moments have to be made",
-            2.5,
-            faster("load fresh", OURS, _TORCH_LOAD, main),
+        *(
+            _at_least(
+                f"load into {into}, {how}, against torch.load + load_state_dict",
+                2.5,
+                faster(f"load {table}", row, _TORCH_LOAD, main),
+            )
+            for table, into in (
+                ("live", "a live model and optimizer"),
+                ("fresh", "a new optimizer, whose moments have to be made"),
+            )
+            for row, how in (
+                (FOUND, "verified before"),
+                (OURS, "found and verified within the time"),
+            )
         ),
         _verdict(
             "extra memory of that load into a live state",
@@ -108,7 +117,7 @@ def verdicts(tables: Mapping[str, Table], settings: Settings) -> list[Verdict]:
             for label, row, limit in (
                 ("no index", NO_INDEX, 5),
                 ("in a new process", NEW_PROCESS, 100),
-                ("asked again", AGAIN, 500),
+                ("asked again and again", AGAIN, 500),
             )
         ),
         *(
@@ -158,10 +167,17 @@ def _at_most(what: str, limit: float, found: list[float]) -> Verdict:
     return _verdict(what, f"within {limit:g}x", found, lambda value: value <= limit)
 
 
-def _at_least(what: str, limit: float, found: list[float]) -> Verdict:
-    return _verdict(
+def _at_least(
+    what: str, limit: float, found: list[float], bound: list[float] | None = None
+) -> Verdict:
+    verdict = _verdict(
         what, f"{limit:g}x faster", found, lambda value: value >= limit, "{:.1f}x faster"
     )
+    if bound and median(bound) < limit:
+        # No save can be faster than the disk of this machine lets it be.
+        raw = f"{verdict.measured}; the raw write of these bytes: {median(bound):.1f}x"
+        return replace(verdict, measured=raw)
+    return verdict
 
 
 def _verdict(
