@@ -100,6 +100,7 @@ class OursFound(Ours):
     def __init__(self) -> None:
         super().__init__("sync")
         self.name = FOUND
+        self.found: Any = None
 
     def before_load(self, state: State) -> None:
         """Find the newest checkpoint, and verify it."""
@@ -107,7 +108,7 @@ class OursFound(Ours):
 
         recoverables = {"model": state.model, "optimizer": state.optimizer}
         self.loader = Checkpointer(self.folder, recoverables, access="read")
-        self.found: Any = self.loader.find_sound_checkpoint()
+        self.found = self.loader.find_sound_checkpoint()
 
     def load(self, state: State) -> None:
         """Load it."""
