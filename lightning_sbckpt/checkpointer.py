@@ -75,6 +75,10 @@ class Checkpointer(Curator):
             `"shared"`: several may, if all say so. `"read"`: this one never does.
         storage: How the disk is changed; another one is for tests.
 
+    Attributes:
+        lineage: Where the weights come from, for the manifests of the next checkpoints.
+        documents: Small texts that the next checkpoints hold beside their files, by file name.
+
     Raises:
         ConfigurationError: The folder can't be used, or an argument is none of those known.
         CheckpointNameError: A name would not stay inside a checkpoint folder.
@@ -132,6 +136,7 @@ class Checkpointer(Curator):
         self.registry = registry
         self.trust_pickle = trust_pickle
         self.lineage: dict[str, object] = {}
+        self.documents: dict[str, str] = {}
         self._newest_saved = 0.0
         self._watched: dict[int, object] = {}
         for name, load_hook in (custom_load_hooks or {}).items():
@@ -264,6 +269,8 @@ class Checkpointer(Curator):
         """
         if name is not None:
             check_name(name, "checkpoint")
+        for document in self.documents:
+            check_name(document, "document")
         jobs = self._save_jobs()
         unixtime = self._next_unixtime()
         described = {
@@ -273,9 +280,10 @@ class Checkpointer(Curator):
         }
         self.claim()
         self._watch_optimizers()
-        saved = self.saver.save(
-            jobs, Description(described, name, dict(self.lineage), verbosity), self.world, then
+        description = Description(
+            described, name, dict(self.lineage), verbosity, dict(self.documents)
         )
+        saved = self.saver.save(jobs, description, self.world, then)
         self._newest_saved = max(self._newest_saved, unixtime)
         return saved
 

@@ -60,12 +60,14 @@ class Description:
         name: The checkpoint's own name, or None to name it by time.
         lineage: Where these weights come from, for the manifest.
         verbosity: The level of the log line.
+        documents: Small files of text for people, by name.
     """
 
     meta: Mapping[str, object]
     name: str | None
     lineage: Mapping[str, object]
     verbosity: int
+    documents: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -260,6 +262,9 @@ class Save:
         if self.late_copy is not None and self.late_copy.changed():
             raise _changed_meanwhile()
         files.update(_flush_written_by_hooks(staged, files, storage))
+        for name, text in self._description.documents.items():
+            storage.write(staged / name, text.encode())
+            files[name] = digest_bytes(text.encode())
         # The meta comes last: its presence is what makes a folder a checkpoint for every reader.
         meta_bytes = dump_meta(self._description.meta)
         size = sum(found.size for found in files.values())

@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_sbckpt.errors import MetaError
+from lightning_sbckpt.meta import dump_meta, plain_meta
 from lightning_sbckpt.plugin import _compat, _options, exact
 from lightning_sbckpt.plugin.adapt import classes_of
 from lightning_sbckpt.plugin.collect import divide
@@ -14,6 +16,8 @@ from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.schedule import Place, place_of
 from lightning_sbckpt.triggers import Due
 from lightning_sbckpt.typing import World
+
+HPARAMS_YAML = "hparams.yaml"
 
 Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
 Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
@@ -94,6 +98,19 @@ class Gatherer:
             **exact.parts_of_ranks(state, world),
             **self.of_user(trainer),
         }
+
+    def documents(self, trainer: Trainer) -> dict[str, str]:
+        """Return the hyperparameters of module and datamodule as a file that people read."""
+        owners = (_compat.datamodule_of(trainer), trainer.lightning_module)
+        found: dict[str, object] = {}
+        for owner in owners:
+            for key, value in getattr(owner, "hparams", {}).items():
+                try:
+                    found.update(plain_meta({str(key): value}))
+                except MetaError:
+                    # For people; what is read back is in the file of the hyperparameters.
+                    found[str(key)] = repr(value)
+        return {HPARAMS_YAML: dump_meta(found).decode()} if found else {}
 
     def of_user(self, trainer: Trainer) -> dict[str, object]:
         """Return the recoverables that the user, the module and the datamodule offer.
