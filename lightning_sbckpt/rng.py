@@ -11,32 +11,29 @@ dictionaries, and byte tensors for everything else.
 from __future__ import annotations
 
 import platform
-import random
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Union, cast
+from typing import Any, cast
 
 import torch
 
+from lightning_sbckpt._generators import (
+    generator_state,
+    generators_in,
+    importable,
+    install_generator,
+    raw_generator_state,
+    set_generator_state,
+)
 from lightning_sbckpt._streams import (
-    bytes_of,
-    frozen,
-    python_dict,
-    python_tuple,
     set_streams,
     streams,
-    tensor_of,
-    thawed,
     to_bytes,
     to_tensors,
 )
 from lightning_sbckpt.errors import MismatchError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = [
     "capture_rng",
@@ -49,14 +46,7 @@ __all__ = [
     "set_generator_state",
 ]
 
-Generator = Union[torch.Generator, random.Random, "np.random.Generator", "np.random.RandomState"]
-
 FORMAT = 1
-
-# A dataset may hold half of the program; beyond this many objects the search stops.
-_MOST_OBJECTS = 512
-_MOST_ITEMS = 16
-_DEEPEST = 5
 
 
 def capture_rng() -> dict[str, object]:
@@ -128,7 +118,7 @@ capture_rng() returns (format 1), found a dict with the keys ['weights']; ...
     for name in ("python", "torch", "numpy"):
         if name not in plain:
             continue
-        if name == "numpy" and "numpy" not in sys.modules and not _importable("numpy"):
+        if name == "numpy" and "numpy" not in sys.modules and not importable("numpy"):
             problems.append("numpy's random state was saved, but numpy is not installed here.")
             continue
         try:
@@ -163,151 +153,6 @@ def isolated_rng() -> Iterator[None]:
         _restore_accelerators(accelerators)
 
 
-def generators_in(obj: object) -> dict[str, Generator]:
-    """Return the random generators that `obj` and the objects it holds keep for themselves.
-
-    Looks at instance attributes, and in lists, tuples and dictionaries of moderate length.
-    Modules, tensors and classes are not entered.
-
-    Args:
-        obj: a loader, sampler, dataset, transform...
-
-    Returns:
-        Dotted attribute path -> generator, in the order in which they were found. A generator
-        that is reachable in two ways is named once.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> sampler = SimpleNamespace(generator=torch.Generator())
-        >>> list(generators_in(SimpleNamespace(sampler=sampler, generator=sampler.generator)))
-        ['generator']
-    """
-    kinds = _generator_kinds()
-    found: dict[str, Generator] = {}
-    seen: set[int] = set()
-    level: list[tuple[str, object]] = [("", obj)]
-    # Breadth first, so that the shortest name wins and the limit cuts off the remotest objects.
-    for _ in range(_DEEPEST):
-        below: list[tuple[str, object]] = []
-        for path, holder in level:
-            for name, value in _members(holder):
-                if isinstance(value, _LEAVES) or id(value) in seen:
-                    continue
-                if isinstance(value, kinds):
-                    seen.add(id(value))
-                    if not isinstance(value, random.SystemRandom):
-                        found[f"{path}{name}"] = cast("Generator", value)
-                elif len(seen) < _MOST_OBJECTS and _may_enter(value):
-                    seen.add(id(value))
-                    below.append((f"{path}{name}.", value))
-        level = below
-    return found
-
-
-def generator_state(generator: Generator) -> dict[str, object]:
-    """Return the state of one generator as plain values.
-
-    Example:
-        >>> state = generator_state(random.Random(3))
-        >>> other = random.Random()
-        >>> set_generator_state(other, state)
-        >>> other.random() == random.Random(3).random()
-        True
-    """
-    return cast("dict[str, object]", to_tensors(raw_generator_state(generator)))
-
-
-def set_generator_state(generator: Generator, state: Mapping[str, object]) -> None:
-    """Put back what `generator_state` returned.
-
-    Raises:
-        MismatchError: if the state is of another kind of generator.
-
-    Example:
-        >>> set_generator_state(torch.Generator(), generator_state(random.Random(0)))
-        Traceback (most recent call last):
-        ...
-        lightning_sbckpt.errors.MismatchError: cannot set the state of a torch.Generator: ...
-    """
-    plain = cast("dict[str, Any]", to_bytes(dict(state)))
-    kind = _kind(generator)
-    if plain.get("kind") != kind:
-        raise MismatchError(
-            f"cannot set the state of a {kind}: the state given is that of a "
-            f"{plain.get('kind', 'thing that is no generator')}; make the same kind of generator "
-            "as when it was saved."
-        )
-    try:
-        if isinstance(generator, torch.Generator):
-            generator.set_state(tensor_of(plain["state"]))
-        elif isinstance(generator, random.Random):
-            generator.setstate(python_tuple(plain["state"]))
-        else:
-            _set_numpy(generator, thawed(plain["state"]))
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        raise MismatchError(
-            f"cannot set the state of a {kind}: {error}; was it saved on another device, or with "
-            "another bit generator?"
-        ) from error
-
-
-def install_generator(root: object, path: str, state: Mapping[str, object]) -> bool:
-    """Give the generator at `path` below `root` the state, making it if there is None yet.
-
-    Many datasets make their generator when the first sample is asked for; one that finds it
-    already there goes on with it.
-
-    Returns:
-        Whether there is now such a generator.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> dataset = SimpleNamespace(rng=None)
-        >>> install_generator(dataset, "rng", generator_state(random.Random(3)))
-        True
-        >>> dataset.rng.random() == random.Random(3).random()
-        True
-    """
-    holder: Any = root
-    *parents, last = path.split(".")
-    for name in parents:
-        holder = dict(_members(holder)).get(name)
-        if holder is None:
-            return False
-    current = dict(_members(holder)).get(last)
-    if isinstance(current, _generator_kinds()):
-        generator = cast("Generator", current)
-    elif current is None and hasattr(holder, "__dict__"):
-        made = _new_generator(cast("dict[str, Any]", to_bytes(dict(state))))
-        if made is None:
-            return False
-        generator = made
-        setattr(holder, last, generator)
-    else:
-        return False
-    try:
-        set_generator_state(generator, state)
-    except MismatchError:
-        return False
-    return True
-
-
-def raw_generator_state(generator: Generator) -> dict[str, object]:
-    """Return `generator_state` with bytes in place of tensors, as it crosses processes fastest.
-
-    Example:
-        >>> sorted(raw_generator_state(torch.Generator()))
-        ['kind', 'state']
-    """
-    if isinstance(generator, torch.Generator):
-        state: object = bytes_of(generator.get_state())
-    elif isinstance(generator, random.Random):
-        state = python_dict(generator.getstate())
-    else:
-        state = frozen(_get_numpy(generator))
-    return {"kind": _kind(generator), "state": state}
-
-
 # -- parts -------------------------------------------------------------------------------------
 
 
@@ -325,14 +170,6 @@ def _said(versions: object) -> str:
     if not isinstance(versions, Mapping):
         return "unknown versions"
     return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _importable(name: str) -> bool:
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
 
 
 def _restore_accelerators(state: Mapping[str, object]) -> list[str]:
@@ -358,68 +195,3 @@ def _restore_cuda(states: list[torch.Tensor]) -> list[str]:
         f"{min(here, len(states))} were restored, by their number."
     )
     return [sentence]
-
-
-def _get_numpy(generator: Any) -> object:
-    if hasattr(generator, "get_state"):
-        return generator.get_state(legacy=False)
-    return generator.bit_generator.state
-
-
-def _set_numpy(generator: Any, state: object) -> None:
-    if hasattr(generator, "set_state"):
-        generator.set_state(state)
-    else:
-        generator.bit_generator.state = state
-
-
-def _generator_kinds() -> tuple[type, ...]:
-    kinds: tuple[type, ...] = (torch.Generator, random.Random)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and "numpy.random" in sys.modules:
-        kinds += (numpy.random.Generator, numpy.random.RandomState)
-    return kinds
-
-
-def _kind(generator: Generator) -> str:
-    if isinstance(generator, torch.Generator):
-        return "torch.Generator"
-    if isinstance(generator, random.Random):
-        return "random.Random"
-    return f"numpy.random.{type(generator).__name__}"
-
-
-def _new_generator(state: Mapping[str, Any]) -> Generator | None:
-    kind = state.get("kind")
-    if kind == "torch.Generator":
-        return torch.Generator()
-    if kind == "random.Random":
-        return random.Random(0)  # noqa: S311
-    if not _importable("numpy"):
-        return None
-    import numpy as np
-
-    if kind == "numpy.random.RandomState":
-        return np.random.RandomState(0)
-    bits = getattr(np.random, str(state["state"].get("bit_generator")), None)
-    if kind == "numpy.random.Generator" and bits is not None:
-        return np.random.Generator(bits(0))
-    return None
-
-
-_PLAIN = (str, bytes, int, float, complex, type(None))
-_LEAVES = (*_PLAIN, type, ModuleType, torch.Tensor, torch.nn.Module)
-
-
-def _may_enter(value: object) -> bool:
-    if isinstance(value, (list, tuple, dict)):
-        return 0 < len(value) <= _MOST_ITEMS
-    return hasattr(value, "__dict__") and not callable(getattr(value, "__get__", None))
-
-
-def _members(holder: object) -> list[tuple[str, object]]:
-    if isinstance(holder, dict):
-        return [(str(key), value) for key, value in list(holder.items())]
-    if isinstance(holder, (list, tuple)):
-        return [(str(index), value) for index, value in enumerate(holder)]
-    return list(getattr(holder, "__dict__", {}).items())

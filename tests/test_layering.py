@@ -54,6 +54,7 @@ ORDER = (
     "hooks",
     "_builtin_hooks",
     "_streams",
+    "_generators",
     "rng",
     "epoch",
     "_expressions",
@@ -127,6 +128,7 @@ ORDER = (
     "plugin._options",
     "plugin.gather",
     "plugin.callback",
+    "plugin._comparison",
     "plugin.selftest",
     # The command line stands on top of everything.
     "cli._rules",
@@ -142,6 +144,7 @@ ORDER = (
     "cli._differing",
     "cli.making",
     "cli.watching",
+    "cli.drawing",
     "cli.completing",
     "cli",
     "cli.__main__",

@@ -156,7 +156,7 @@ def test_numpy_that_is_gone_is_told(monkeypatch):
     state = capture_rng()
     monkeypatch.setitem(sys.modules, "numpy", None)
     monkeypatch.delitem(sys.modules, "numpy")
-    monkeypatch.setattr(rng, "_importable", lambda name: False)
+    monkeypatch.setattr(rng, "importable", lambda name: False)
     assert restore_rng(state) == [
         "numpy's random state was saved, but numpy is not installed here."
     ]

@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import xxhash
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin._comparison import (
+    BY_UP_TO,
+    Outcome,
+    clone,
+    differences,
+    fingerprint,
+    weights,
+)
 from lightning_sbckpt.plugin.callback import SBCheckpoint
 from lightning_sbckpt.rng import capture_rng
 
@@ -30,8 +37,6 @@ __all__ = ["KillPoint", "SelftestReport", "assert_resume_exact", "run_selftest"]
 
 Factory = Callable[[Path], Sequence[Any]]
 """`factory(dirpath)` returns a Trainer with an `SBCheckpoint(dirpath)`, a module, and its data."""
-
-_BY_UP_TO = " differing by up to "
 
 DEFAULT_KILL_POINTS = (
     "on_train_batch_start:2",
@@ -107,7 +112,7 @@ class SelftestReport:
             first = row.differences[0] if row.differences else "every bit agrees"
             more = f" (and {len(row.differences) - 1} more)" if len(row.differences) > 1 else ""
             # The first to differ says when; the first tensor to differ says which, and how far.
-            far = next((line for line in row.differences[1:] if _BY_UP_TO in line), None)
+            far = next((line for line in row.differences[1:] if BY_UP_TO in line), None)
             more += f", ends with {far}" if far else ""
             verdict = "DIFFERS  " if row.differences else "exact    "
             lines.append(f"{row.kills:<{width}}  {verdict}{first}{more}; {row.resumed}")
@@ -169,7 +174,7 @@ def run_selftest(
                 Row(
                     ", ".join(map(str, kills)),
                     str(origin),
-                    tuple(_differences(reference, resumed)),
+                    tuple(differences(reference, resumed)),
                 )
             )
             shutil.rmtree(folder)
@@ -178,13 +183,7 @@ def run_selftest(
     return report
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    trace: list[dict[str, Any]]
-    final: dict[str, Any]
-
-
-def _run(factory: Factory, folder: Path, kill: KillPoint | None, timeout: float) -> _Outcome:
+def _run(factory: Factory, folder: Path, kill: KillPoint | None, timeout: float) -> Outcome:
     # A server forks each process before it has started any thread: quick, and nothing inherited.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -207,9 +206,9 @@ def _run(factory: Factory, folder: Path, kill: KillPoint | None, timeout: float)
             reason = f"it ended before {kill} came: choose a kill point that the run reaches"
         raise RuntimeError(f"the run to be compared failed: {reason}")
     if kill:
-        return _Outcome([], {})
+        return Outcome([], {})
     lines = [json.loads(line) for line in trace.read_text().splitlines()]
-    return _Outcome(lines, torch.load(final, weights_only=True))
+    return Outcome(lines, torch.load(final, weights_only=True))
 
 
 def _child(factory: Factory, folder: Path, kill: KillPoint | None, start_method: str) -> None:
@@ -229,7 +228,7 @@ def _child(factory: Factory, folder: Path, kill: KillPoint | None, start_method:
         trainer.loggers = [*trainer.loggers, _TraceLogger(recorder)]
         trainer.fit(module, **_fit_arguments(data))
         torch.save(
-            {"at the end of training": recorder.state, "after the fit": _weights(module)},
+            {"at the end of training": recorder.state, "after the fit": weights(module)},
             folder / "final.pt",
         )
     except BaseException:
@@ -294,19 +293,19 @@ class _Recorder(Callback):
                 "batch": _compat.batches_seen(trainer),
                 "epoch": trainer.current_epoch,
                 "batch_idx": batch_idx,
-                "data": _fingerprint(batch),
-                "weights": _fingerprint(_weights(pl_module)),
-                "random states": _fingerprint(capture_rng()),
+                "data": fingerprint(batch),
+                "weights": fingerprint(weights(pl_module)),
+                "random states": fingerprint(capture_rng()),
             }
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the state that training ends with."""
         self.state = {
-            "weights": _clone(_weights(pl_module)),
-            "optimizers": [_clone(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "weights": clone(weights(pl_module)),
+            "optimizers": [clone(optimizer.state_dict()) for optimizer in trainer.optimizers],
             "schedulers": [
-                _clone(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+                clone(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
             ],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "global step and epoch": [trainer.global_step, trainer.current_epoch],
@@ -334,121 +333,3 @@ class _TraceLogger(Logger):
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-
-def _weights(module: LightningModule) -> dict[str, Any]:
-    return dict(module.state_dict())
-
-
-def _clone(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
-        return state.detach().cpu().clone()
-    if isinstance(state, Mapping):
-        return {key: _clone(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [_clone(value) for value in state]
-    return state if isinstance(state, (int, float, str, bool, type(None))) else repr(state)
-
-
-def _fingerprint(state: Any) -> str:
-    hasher = xxhash.xxh3_64()
-    _feed(hasher, state)
-    return str(hasher.hexdigest())
-
-
-def _feed(hasher: Any, state: Any) -> None:
-    if isinstance(state, torch.Tensor):
-        tensor = state.detach().cpu().contiguous()
-        hasher.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        hasher.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
-    elif isinstance(state, Mapping):
-        for key, value in state.items():
-            hasher.update(repr(key).encode())
-            _feed(hasher, value)
-    elif isinstance(state, (list, tuple)):
-        for value in state:
-            _feed(hasher, value)
-    else:
-        hasher.update(repr(state).encode())
-
-
-def _differences(reference: _Outcome, resumed: _Outcome) -> list[str]:
-    """Return what differs, in the order in which it came about."""
-    found: list[str] = []
-    expected_batches = {line["batch"]: line for line in reference.trace if "batch" in line}
-    for line in resumed.trace:
-        if "batch" in line:
-            expected = expected_batches.get(line["batch"])
-            place = f"batch {line['batch_idx']} of epoch {line['epoch']}"
-            if expected is None:
-                found.append(f"{place} does not exist in the run that went through")
-                continue
-            names = [name for name, value in line.items() if value != expected[name]]
-            if names:
-                found.append(f"{', '.join(names)} differ after {place}")
-    found += _logged_differences(reference, resumed)
-    last = max((line["batch"] for line in resumed.trace if "batch" in line), default=None)
-    if last is not None and last != max(expected_batches):
-        found.append(f"it ended after batch {last}, expected {max(expected_batches)}")
-    found += _state_differences(reference.final, resumed.final, "")
-    return found
-
-
-def _logged_differences(reference: _Outcome, resumed: _Outcome) -> list[str]:
-    expected = [line for line in reference.trace if "logged" in line]
-    actual = [line for line in resumed.trace if "logged" in line]
-    # What the resumed process logs must be the end of what the other one logged.
-    tail = expected[len(expected) - len(actual) :] if len(actual) <= len(expected) else expected
-    found = []
-    if len(actual) > len(expected):
-        found.append(f"it logged {len(actual)} times, the run that went through {len(expected)}")
-    for line, other in zip(actual, tail, strict=False):
-        if line != other:
-            names = sorted(
-                name
-                for name in {*line["logged"], *other["logged"]}
-                if line["logged"].get(name) != other["logged"].get(name)
-            )
-            details = ", ".join(
-                f"{name} {_readable(line, name)} instead of {_readable(other, name)}"
-                for name in names[:3]
-            )
-            found.append(
-                f"logged at step {line['step']} (expected step {other['step']}): {details}"
-            )
-    return found
-
-
-def _readable(line: Mapping[str, Any], name: str) -> str:
-    value = line["logged"].get(name)
-    return "nothing" if value is None else repr(float.fromhex(value))
-
-
-def _state_differences(expected: Any, actual: Any, where: str) -> list[str]:
-    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
-        if expected.shape != actual.shape or expected.dtype != actual.dtype:
-            return [f"{where}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"]
-        if torch.equal(expected, actual) or _same_bits(expected, actual):
-            return []
-        distance = (expected.double() - actual.double()).abs().max().item()
-        return [f"{where}{_BY_UP_TO}{distance:.3g}"]
-    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
-        found = [
-            f"{where}[{key!r}] is only in one of the runs"
-            for key in expected.keys() ^ actual.keys()
-        ]
-        for key in [key for key in expected if key in actual]:
-            found += _state_differences(expected[key], actual[key], f"{where}[{key!r}]")
-        return found
-    if isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
-        found = []
-        for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
-            found += _state_differences(one, other, f"{where}[{index}]")
-        return found
-    same = repr(expected) == repr(actual)  # NaN, too, is the same as itself here.
-    return [] if same else [f"{where}: {actual!r} instead of {expected!r}"]
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Compare with NaN equal to itself."""
-    return _fingerprint(one) == _fingerprint(other)

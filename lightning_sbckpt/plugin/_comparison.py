@@ -1,0 +1,142 @@
+"""What two runs that are to be the same are compared by: every bit of their state and of their trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import xxhash
+from lightning.pytorch import LightningModule
+
+BY_UP_TO = " differing by up to "
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind: what it did batch by batch and logged, and its state at the end."""
+
+    trace: list[dict[str, Any]]
+    final: dict[str, Any]
+
+
+def weights(module: LightningModule) -> dict[str, Any]:
+    """Return the weights."""
+    return dict(module.state_dict())
+
+
+def clone(state: Any) -> Any:
+    """Return a copy that training does not change, and that a file takes."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu().clone()
+    if isinstance(state, Mapping):
+        return {key: clone(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [clone(value) for value in state]
+    return state if isinstance(state, (int, float, str, bool, type(None))) else repr(state)
+
+
+def fingerprint(state: Any) -> str:
+    """Return a hash of every bit."""
+    hasher = xxhash.xxh3_64()
+    _feed(hasher, state)
+    return str(hasher.hexdigest())
+
+
+def _feed(hasher: Any, state: Any) -> None:
+    if isinstance(state, torch.Tensor):
+        tensor = state.detach().cpu().contiguous()
+        hasher.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
+    elif isinstance(state, Mapping):
+        for key, value in state.items():
+            hasher.update(repr(key).encode())
+            _feed(hasher, value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            _feed(hasher, value)
+    else:
+        hasher.update(repr(state).encode())
+
+
+def differences(reference: Outcome, resumed: Outcome) -> list[str]:
+    """Return what differs, in the order in which it came about."""
+    found: list[str] = []
+    expected_batches = {line["batch"]: line for line in reference.trace if "batch" in line}
+    for line in resumed.trace:
+        if "batch" in line:
+            expected = expected_batches.get(line["batch"])
+            place = f"batch {line['batch_idx']} of epoch {line['epoch']}"
+            if expected is None:
+                found.append(f"{place} does not exist in the run that went through")
+                continue
+            names = [name for name, value in line.items() if value != expected[name]]
+            if names:
+                found.append(f"{', '.join(names)} differ after {place}")
+    found += _logged_differences(reference, resumed)
+    last = max((line["batch"] for line in resumed.trace if "batch" in line), default=None)
+    if last is not None and last != max(expected_batches):
+        found.append(f"it ended after batch {last}, expected {max(expected_batches)}")
+    found += _state_differences(reference.final, resumed.final, "")
+    return found
+
+
+def _logged_differences(reference: Outcome, resumed: Outcome) -> list[str]:
+    expected = [line for line in reference.trace if "logged" in line]
+    actual = [line for line in resumed.trace if "logged" in line]
+    # What the resumed process logs must be the end of what the other one logged.
+    tail = expected[len(expected) - len(actual) :] if len(actual) <= len(expected) else expected
+    found = []
+    if len(actual) > len(expected):
+        found.append(f"it logged {len(actual)} times, the run that went through {len(expected)}")
+    for line, other in zip(actual, tail, strict=False):
+        if line != other:
+            names = sorted(
+                name
+                for name in {*line["logged"], *other["logged"]}
+                if line["logged"].get(name) != other["logged"].get(name)
+            )
+            details = ", ".join(
+                f"{name} {_readable(line, name)} instead of {_readable(other, name)}"
+                for name in names[:3]
+            )
+            found.append(
+                f"logged at step {line['step']} (expected step {other['step']}): {details}"
+            )
+    return found
+
+
+def _readable(line: Mapping[str, Any], name: str) -> str:
+    value = line["logged"].get(name)
+    return "nothing" if value is None else repr(float.fromhex(value))
+
+
+def _state_differences(expected: Any, actual: Any, where: str) -> list[str]:
+    if isinstance(expected, torch.Tensor) and isinstance(actual, torch.Tensor):
+        if expected.shape != actual.shape or expected.dtype != actual.dtype:
+            return [f"{where}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"]
+        if torch.equal(expected, actual) or _same_bits(expected, actual):
+            return []
+        distance = (expected.double() - actual.double()).abs().max().item()
+        return [f"{where}{BY_UP_TO}{distance:.3g}"]
+    if isinstance(expected, Mapping) and isinstance(actual, Mapping):
+        found = [
+            f"{where}[{key!r}] is only in one of the runs"
+            for key in expected.keys() ^ actual.keys()
+        ]
+        for key in [key for key in expected if key in actual]:
+            found += _state_differences(expected[key], actual[key], f"{where}[{key!r}]")
+        return found
+    if isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+        found = []
+        for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
+            found += _state_differences(one, other, f"{where}[{index}]")
+        return found
+    same = repr(expected) == repr(actual)  # NaN, too, is the same as itself here.
+    return [] if same else [f"{where}: {actual!r} instead of {expected!r}"]
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare with NaN equal to itself."""
+    return fingerprint(one) == fingerprint(other)
