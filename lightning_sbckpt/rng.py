@@ -136,6 +136,7 @@ def isolated_rng() -> Iterator[None]:
     """Leave every global generator, on exit, as it was on entry.
 
     Example:
+        >>> import random
         >>> before = torch.get_rng_state()
         >>> with isolated_rng():
         ...     _ = torch.rand(3), random.random()
