@@ -29,6 +29,7 @@ from lightning_sbckpt.transfer import Pretrainer
 
 if TYPE_CHECKING:
     from lightning_sbckpt.plugin.callback import SBCheckpoint
+    from lightning_sbckpt.plugin.preemption import Preempted, Preemption
     from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "Checkpointer",
     "EpochCounter",
     "EpochCounterWithStopper",
+    "Preempted",
+    "Preemption",
     "Pretrainer",
     "SBCheckpoint",
     "SBCheckpointError",
@@ -65,6 +68,10 @@ def __getattr__(name: str) -> object:
         from lightning_sbckpt.plugin.callback import SBCheckpoint
 
         return SBCheckpoint
+    if name in ("Preempted", "Preemption"):
+        from lightning_sbckpt.plugin import preemption
+
+        return getattr(preemption, name)
     if name == "assert_resume_exact":
         from lightning_sbckpt.plugin.selftest import assert_resume_exact
 

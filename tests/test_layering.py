@@ -127,6 +127,8 @@ ORDER = (
     "plugin.schedule",
     "plugin._options",
     "plugin.gather",
+    "plugin.opening",
+    "plugin.saving",
     "plugin.callback",
     "plugin._comparison",
     "plugin.selftest",

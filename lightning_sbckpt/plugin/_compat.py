@@ -8,17 +8,22 @@ the package may.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial, wraps
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core import saving
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torchmetrics import Metric
 
 Undo = Callable[[], None]
@@ -189,6 +194,80 @@ def prefetched_batches(trainer: Trainer) -> int:
     `_PrefetchDataFetcher` keeps one of a loader without length, to know which batch is the last.
     """
     return len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+
+
+# ---------------------------------------------------------------------- signals and processes
+
+
+def after_signal_handlers(trainer: Trainer, act: Callable[[], None]) -> Undo:
+    """Have `act()` called when Lightning has put its signal handlers in place.
+
+    `_SignalConnector.register_signal_handlers` does it after every hook that a callback has before
+    training, and there is no setting that keeps it from taking SIGTERM.
+    """
+
+    def register(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        act()
+
+    return wrap(trainer._signal_connector, "register_signal_handlers", register)
+
+
+def replace_remembered_handler(trainer: Trainer, number: int, one: object, other: object) -> None:
+    """Have Lightning put back `other` where it would put back `one`.
+
+    When a fit fails, `_SignalConnector.teardown` puts back its `_original_handlers` after the last
+    hook of a callback, ours among them.
+    """
+    remembered = cast("Any", trainer._signal_connector)._original_handlers
+    if remembered.get(number) == one:
+        remembered[number] = other
+
+
+def requeue_signal(trainer: Trainer) -> int:
+    """Return the signal at which Lightning would requeue a SLURM job, or 0."""
+    environment = cluster_environment(trainer)
+    if not (isinstance(environment, SLURMEnvironment) and environment.auto_requeue):
+        return 0
+    return int(environment.requeue_signal or 0)
+
+
+def cluster_environment(trainer: Trainer) -> object:
+    """Return the cluster environment; `_AcceleratorConnector` has it for every strategy."""
+    return cast("Any", trainer)._accelerator_connector.cluster_environment
+
+
+def is_child_of_launcher(trainer: Trainer) -> bool:
+    """Return whether Lightning's own launcher has started this process and watches it.
+
+    `_ChildProcessObserver` kills every process of a node as soon as one that it started ends by
+    another exit code than 0. With other launchers the environment is another one.
+    """
+    launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    own = isinstance(cluster_environment(trainer), LightningEnvironment)
+    return launched and own and trainer.local_rank != 0
+
+
+def end_at_once(trainer: Trainer, code: int) -> NoReturn:
+    """End this process, and the ranks that it has started, whatever they are in the middle of.
+
+    `os._exit` is the one way out of a process whose main thread may never come back from the disk
+    or from a collective.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)
+    os._exit(code)
+
+
+def hpc_checkpoint(trainer: Trainer) -> str | None:
+    """Return the file that Lightning resumes a requeued SLURM job from, if it does so here.
+
+    `_CheckpointConnector._hpc_resume_path` is the newest `hpc_ckpt_*.ckpt` in the default root.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    return cast("str | None", cast("Any", trainer._checkpoint_connector)._hpc_resume_path)
 
 
 # ---------------------------------------------------------------------- what was logged

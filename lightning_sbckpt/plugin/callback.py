@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._saving.saver import SavePolicy
+from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
-from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat, _options, exact
@@ -30,12 +30,21 @@ from lightning_sbckpt.plugin.collect import (
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.io import FolderCheckpointIO
 from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
+from lightning_sbckpt.plugin.preemption import (
+    Preemption,
+    Watch,
+    as_preemption,
+    requeued_if_newer,
+)
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
 from lightning_sbckpt.plugin.run import Run
-from lightning_sbckpt.plugin.schedule import Schedule, step_follows, training_ends
+from lightning_sbckpt.plugin.saving import Saving
+from lightning_sbckpt.plugin.schedule import (
+    Schedule,
+)
 from lightning_sbckpt.plugin.world import TrainerWorld
-from lightning_sbckpt.rng import isolated_rng
-from lightning_sbckpt.triggers import Due, Trigger
+from lightning_sbckpt.triggers import Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = ["SBCheckpoint"]
@@ -73,6 +82,8 @@ class SBCheckpoint(LightningCheckpoint):
             be written.
         when_busy: While a checkpoint is still being written, the next save is to `"wait"` for it
             or to `"skip"`.
+        preemption: `True`, or a `Preemption(...)`: when SIGTERM, SIGUSR1 or Ctrl+C comes, save at the
+            next place between two batches and end by an exit code that says "start me again".
         when_in_use: If another process writes to `dirpath`: `"raise"`, or `"read"`: resume from
             there, but save nothing.
         link_unchanged: Files that have not changed since the checkpoint before share its bytes
@@ -131,6 +142,7 @@ class SBCheckpoint(LightningCheckpoint):
         save_mode: str = "sync",
         on_save_error: str = "raise",
         when_busy: str = "wait",
+        preemption: Preemption | bool = False,
         when_in_use: str = "raise",
         link_unchanged: bool = True,
         recoverables: Recoverables | None = None,
@@ -154,6 +166,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._resume = resume
         self._restore_best = restore_best
         self._policy = SavePolicy(save_mode, on_save_error, when_busy)
+        self._preemption = as_preemption(preemption)
         self._when_in_use = _options.check_when_in_use(when_in_use)
         self._link_unchanged = link_unchanged
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
@@ -169,6 +182,8 @@ class SBCheckpoint(LightningCheckpoint):
 
         self.resume_report: ResumeReport | None = None
         self._run: Run | None = None
+        self._watch: Watch | None = None
+        self._saving: Saving | None = None
         self._reader = FolderReader(trust_pickle=trust_pickle)
         self._tracker: LoaderTracker | None = None
         self._undo: list[_compat.Undo] = []
@@ -183,8 +198,6 @@ class SBCheckpoint(LightningCheckpoint):
         self.last_model_path = ""
         self._schedule = Schedule(*self._triggers)
         self._gatherer.forget_metrics()
-        self._unannounced = False
-        self._failed = 0
 
     @property
     def checkpointer(self) -> Checkpointer | None:
@@ -202,15 +215,34 @@ class SBCheckpoint(LightningCheckpoint):
         self._undo.append(lambda: setattr(strategy, "checkpoint_io", inner))
         if stage != "fit" or _compat.is_dev_run(trainer):
             return
-        self._refuse_what_cannot_work(trainer)
-        world = TrainerWorld(trainer)
-        checkpointer = self._open(world)
+        others = [each for each in _compat.callbacks_of(trainer) if isinstance(each, SBCheckpoint)]
+        refuse_what_cannot_work(trainer, [each.dirpath for each in others])
+        checkpointer = open_checkpointer(
+            self.dirpath,
+            TrainerWorld(trainer),
+            self._policy,
+            trust_pickle=self._trust_pickle,
+            link_unchanged=self._link_unchanged,
+            when_in_use=self._when_in_use,
+        )
         self._run = Run(checkpointer, self._best_by, self._rules, self._ckpt_predicate)
         self._reset_progress()
+        if self._preemption is not None:
+            self._watch = Watch(self._preemption, trainer)
+            self._watch.start()
+            self._undo.append(self._watch.stop)
         checkpointer.saver.retake = self._schedule.take_anew
         self._reader.skip = self._adaptation.skip
         self._tracker = LoaderTracker(lambda: _stage_of(trainer))
         self._tracker.attach(strategy)
+        self._saving = saving = Saving(
+            self._run,
+            self._gatherer,
+            self._schedule,
+            self._tracker,
+            self._watch,
+            lambda: self._announce(trainer),
+        )
         self._undo += [
             self._tracker.detach,
             _compat.provide_resume_path(
@@ -218,33 +250,9 @@ class SBCheckpoint(LightningCheckpoint):
                 lambda path: self._resume_path(trainer, path),
                 lambda dump: self._adapt(trainer, dump),
             ),
-            _compat.between_batches(trainer, lambda: self._after_batch(trainer)),
-            _compat.between_epochs(trainer, lambda: self._after_epoch(trainer)),
+            _compat.between_batches(trainer, lambda: saving.after_batch(trainer)),
+            _compat.between_epochs(trainer, lambda: saving.after_epoch(trainer)),
         ]
-
-    def _open(self, world: TrainerWorld) -> Checkpointer:
-        def opened(access: str) -> Checkpointer:
-            return Checkpointer(
-                self.dirpath,
-                world=world,
-                trust_pickle=self._trust_pickle,
-                save_mode=self._policy.mode,
-                on_save_error=self._policy.on_error,
-                when_busy=self._policy.when_busy,
-                link_unchanged=self._link_unchanged,
-                access=access,
-            )
-
-        checkpointer = opened("exclusive")
-        try:
-            # Now, and not at the first save: hours may have gone by until then.
-            checkpointer.claim()
-        except FolderInUseError as error:
-            if self._when_in_use == "raise":
-                raise
-            rank_zero_warn(f"SBCheckpoint: nothing of this run will be saved: {error}")
-            return opened("read")
-        return checkpointer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
@@ -288,6 +296,9 @@ class SBCheckpoint(LightningCheckpoint):
                     "'async')"
                 )
             checkpointer.saver.fall_back()
+        if self._watch is not None and self._watch.ask(TrainerWorld(trainer), now=True):
+            # Nothing has been trained that is not in a checkpoint.
+            raise self._watch.ending()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -317,10 +328,8 @@ class SBCheckpoint(LightningCheckpoint):
         if _compat.is_dev_run(trainer) or self._run is None:
             return
         try:
-            self._run.checkpointer.wait()
+            cast("Saving", self._saving).finish()
         finally:
-            if self._unannounced:
-                self._announce(trainer)
             self._restore_best_weights(pl_module)
 
     def on_exception(
@@ -332,7 +341,8 @@ class SBCheckpoint(LightningCheckpoint):
             # Without the other ranks, which may be anywhere; and the run's own exception is what
             # the user must see.
             self._run.checkpointer.saver.finish_here()
-        if fitting and isinstance(exception, KeyboardInterrupt):
+        alone = self._run is None or self._run.checkpointer.world.size == 1
+        if fitting and alone and isinstance(exception, KeyboardInterrupt):
             self._restore_best_weights(pl_module)
         self._leave(trainer)
 
@@ -347,40 +357,27 @@ class SBCheckpoint(LightningCheckpoint):
         while self._undo:
             self._undo.pop()()
         self._reader.skip = ()
-        self._tracker = None
+        self._tracker = self._watch = None
         if self._run is not None:
             self._run.checkpointer.release()
-
-    def _refuse_what_cannot_work(self, trainer: Trainer) -> None:
-        others = [
-            callback
-            for callback in _compat.callbacks_of(trainer)
-            if isinstance(callback, SBCheckpoint) and callback is not self
-        ]
-        if others:
-            raise ConfigurationError(
-                f"the Trainer has {len(others) + 1} SBCheckpoint callbacks, on "
-                f"{', '.join(str(callback.dirpath) for callback in (self, *others))}: one run has "
-                "one place to resume from. Use one, with more rules in keep=[...]"
-            )
-        if _compat.has_own_checkpoint_format(trainer.strategy):
-            raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} writes checkpoints in a format of its own, "
-                "which SBCheckpoint can't divide into files yet. Use Lightning's ModelCheckpoint "
-                "with it, or a strategy that holds the whole model on each rank"
-            )
 
     # ------------------------------------------------------------------ resuming
 
     def _resume_path(self, trainer: Trainer, given: object) -> object:
         self.resume_report = None
+        world = cast("Run", self._run).checkpointer.world
+        if self._resume and given is not None and given == _compat.hpc_checkpoint(trainer):
+            checkpointer = cast("Run", self._run).checkpointer
+            ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+            given = requeued_if_newer(str(given), ours, world)
         if given is not None and given != "":
             if self._resume:
                 rank_zero_info(
                     f"SBCheckpoint: ckpt_path={str(given)!r} was given, so {self.dirpath} is not "
                     "searched for a checkpoint to resume from"
                 )
-            if not is_folder(given):
+            # What the others see of a shared disk may be older.
+            if not decided_by_main(world, lambda: is_folder(given)):
                 self.resume_report = explicit_report(given)
                 return given
             chosen: Checkpoint | None = read_checkpoint(Path(str(given)))
@@ -438,76 +435,12 @@ class SBCheckpoint(LightningCheckpoint):
         self._schedule.resumed(trainer, validated_this_epoch=resumption.validated_this_epoch)
         rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
 
-    # ------------------------------------------------------------------ saving
-
-    def _after_batch(self, trainer: Trainer) -> None:
-        if self._unannounced:
-            self._announce_when_done(trainer)
-        due = self._schedule.after_batch(trainer)
-        if due is not None:
-            self._save(trainer, due, within_epoch=True)
-
-    def _after_epoch(self, trainer: Trainer) -> None:
-        checkpointer = cast("Run", self._run).checkpointer
-        if training_ends(trainer):
-            # No step comes any more, but callbacks that put averaged weights in place may.
-            checkpointer.before_update()
-        failed = checkpointer.saver.failed > self._failed
-        due = self._schedule.after_epoch(trainer, last_failed=failed)
-        if due is not None:
-            self._save(trainer, due, within_epoch=False)
-
-    def _announce_when_done(self, trainer: Trainer) -> None:
-        saver = cast("Run", self._run).checkpointer.saver
-        # With several ranks it has to wait for a place where all of them are.
-        if cast("Run", self._run).checkpointer.world.size == 1 and not saver.busy:
-            self._announce(trainer)
+    # ------------------------------------------------------------------ keeping and choosing
 
     def _announce(self, trainer: Trainer) -> None:
-        """Tell loggers, and whoever looks at the callback, which checkpoints there are."""
-        self._unannounced = False
         self._set_paths(cast("Run", self._run))
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(self))
-
-    def _save(self, trainer: Trainer, due: Due, *, within_epoch: bool) -> None:
-        run = cast("Run", self._run)
-        checkpointer = run.checkpointer
-        if checkpointer.access == "read":
-            return
-        # Hooks of the user may draw random numbers: a run with saves must equal one without.
-        with isolated_rng():
-            checkpointer.recoverables = self._gatherer.recoverables(
-                trainer,
-                cast("LoaderTracker", self._tracker),
-                checkpointer.world,
-                within_epoch=within_epoch,
-                validated_this_epoch=self._schedule.validated_this_epoch,
-            )
-            checkpointer.lineage = run.lineage(due.reason)
-            over = not within_epoch or _compat.epoch_is_over(trainer)
-            saver = checkpointer.saver
-            if not step_follows(trainer, within_epoch=within_epoch):
-                saver.copy_at_once()
-                # The last one is not skipped: nothing comes after it that would hold the same.
-                saver.wait(checkpointer.world)
-            self._failed, skipped = saver.failed, saver.skipped
-            checkpointer.save_checkpoint(
-                self._gatherer.meta(trainer, due, within_epoch=within_epoch),
-                end_of_epoch=over,
-                then=run.prune,
-            )
-            self._schedule.saved(trainer, skipped=saver.skipped > skipped)
-            # They would keep the whole state of this moment in memory.
-            checkpointer.recoverables = {}
-        if saver.skipped > skipped:
-            return
-        if self._policy.mode == "sync" or self._unannounced:
-            # In the background it is the one before that is durable by now.
-            self._announce(trainer)
-        self._unannounced = self._policy.mode != "sync"
-
-    # ------------------------------------------------------------------ keeping and choosing
 
     def _set_paths(self, run: Run) -> None:
         standing = run.standing(max(1, self.save_top_k))

@@ -186,9 +186,16 @@ class Resumption:
             ranks = part["ranks"]
             if len(ranks) != size:
                 self.report.skipped.append(
-                    f"{name} (saved by {len(ranks)} ranks, this run has {size}: every rank has its "
+                    f"{name} (saved by {_ranks(len(ranks))}, this run has {size}: every rank has its "
                     "own, so the run goes on, but not bit for bit)"
                 )
+                if name == LOADERS and not checkpoint.meta.get("end-of-epoch"):
+                    self.report.notes.append(
+                        "the batches of this epoch are counted on from where "
+                        f"{_ranks(len(ranks))} left them, while its data comes from the beginning: "
+                        "some samples come twice in it and some not at all. From the next epoch on "
+                        "it is as ever"
+                    )
             elif ranks[rank] is not None:
                 self._state[name] = ranks[rank]
                 self.report.restored.append(name)
@@ -201,6 +208,10 @@ class Resumption:
         self.report.notes += self._tracker.report()
         self.report.notes += exact.weak_points(self._trainer.strategy.root_device)
         self._done(self.report)
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
 
 
 def explicit_report(path: object) -> ResumeReport:

@@ -74,7 +74,7 @@ class Schedule:
         step = trainer.global_step
         previous, self._previous_step = self._previous_step, step
         validated, self._validated = self._validated, False
-        at_limit = 0 <= trainer.max_steps <= step
+        at_limit = at_max_steps(trainer)
         retake, self._retake = self._retake, False
         if not (validated or at_limit or retake) and self._batch_triggers.quiet(step, previous):
             return None
@@ -134,9 +134,13 @@ def training_ends(trainer: Trainer) -> bool:
     return bool(trainer.should_stop) or _compat.epochs_done(trainer) == trainer.max_epochs
 
 
+def at_max_steps(trainer: Trainer) -> bool:
+    """Return whether all the steps that were asked for have been taken."""
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
 def step_follows(trainer: Trainer, *, within_epoch: bool) -> bool:
     """Return whether an optimizer step is to come, until which a copy may take its time."""
-    at_limit = 0 <= trainer.max_steps <= trainer.global_step
     ending = within_epoch and _compat.epoch_is_over(trainer)
     last = _compat.epochs_done(trainer) + ending == trainer.max_epochs
-    return not (trainer.should_stop or at_limit or last)
+    return not (trainer.should_stop or at_max_steps(trainer) or last)

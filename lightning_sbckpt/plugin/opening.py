@@ -1,0 +1,86 @@
+"""Opening the folder of a run, and refusing at once what can't work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_sbckpt._saving.saver import SavePolicy
+from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
+from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.typing import World
+
+
+def open_checkpointer(
+    dirpath: Path,
+    world: World,
+    policy: SavePolicy,
+    *,
+    trust_pickle: bool,
+    link_unchanged: bool,
+    when_in_use: str,
+) -> Checkpointer:
+    """Return the checkpointer of a run, to which the folder belongs from now on.
+
+    Args:
+        dirpath: The folder.
+        world: The ranks.
+        policy: How saves go on.
+        trust_pickle: See `Checkpointer`.
+        link_unchanged: See `Checkpointer`.
+        when_in_use: If another process writes there: `"raise"`, or `"read"`.
+
+    Raises:
+        FolderInUseError: Another process writes there.
+    """
+
+    def opened(access: str) -> Checkpointer:
+        return Checkpointer(
+            dirpath,
+            world=world,
+            trust_pickle=trust_pickle,
+            save_mode=policy.mode,
+            on_save_error=policy.on_error,
+            when_busy=policy.when_busy,
+            link_unchanged=link_unchanged,
+            access=access,
+        )
+
+    checkpointer = opened("exclusive")
+    try:
+        # Now, and not at the first save: hours may have gone by until then.
+        checkpointer.claim()
+    except FolderInUseError as error:
+        if when_in_use == "raise":
+            raise
+        rank_zero_warn(f"SBCheckpoint: nothing of this run will be saved: {error}")
+        return opened("read")
+    return checkpointer
+
+
+def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path]) -> None:
+    """Refuse a Trainer with which no checkpoint would come about.
+
+    Args:
+        trainer: Is about to fit.
+        folders: Of its SBCheckpoint callbacks.
+
+    Raises:
+        ConfigurationError: There are several callbacks, or the strategy has a format of its own.
+    """
+    if len(folders) > 1:
+        raise ConfigurationError(
+            f"the Trainer has {len(folders)} SBCheckpoint callbacks, on "
+            f"{', '.join(map(str, folders))}: one run has one place to resume from. Use one, with "
+            "more rules in keep=[...]"
+        )
+    if _compat.has_own_checkpoint_format(trainer.strategy):
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} writes checkpoints in a format of its own, "
+            "which SBCheckpoint can't divide into files yet. Use Lightning's ModelCheckpoint "
+            "with it, or a strategy that holds the whole model on each rank"
+        )

@@ -1,0 +1,149 @@
+"""The saves of one fit: between two batches or two epochs, when Lightning is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from lightning.pytorch import Trainer
+
+from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin.gather import Gatherer
+from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.preemption import Watch
+from lightning_sbckpt.plugin.run import Run
+from lightning_sbckpt.plugin.schedule import (
+    Schedule,
+    at_max_steps,
+    step_follows,
+    training_ends,
+)
+from lightning_sbckpt.plugin.world import TrainerWorld
+from lightning_sbckpt.rng import isolated_rng
+from lightning_sbckpt.triggers import Due, together
+
+
+@dataclass
+class Saving:
+    """Saves a run when it is due.
+
+    Attributes:
+        run: Whose checkpoints they are.
+        gatherer: What goes into them.
+        schedule: When one is due.
+        tracker: Where the loaders are.
+        watch: Whether the run is to end; None if nobody may ask it to.
+        announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
+    """
+
+    run: Run
+    gatherer: Gatherer
+    schedule: Schedule
+    tracker: LoaderTracker
+    watch: Watch | None
+    announce: Callable[[], object]
+    _unannounced: bool = False
+    _failed: int = 0
+
+    def after_batch(self, trainer: Trainer) -> None:
+        """Save if it is due; end the run after it if it was asked to end.
+
+        Raises:
+            Preempted: The run was asked to end; KeyboardInterrupt if by Ctrl+C.
+            SaveError: See `Checkpointer.save_checkpoint`.
+        """
+        checkpointer = self.run.checkpointer
+        # With several ranks it has to wait for a place where all of them are.
+        if self._unannounced and checkpointer.world.size == 1 and not checkpointer.saver.busy:
+            self._announce()
+        due = self.schedule.after_batch(trainer)
+        asked = self.watch is not None and bool(self.watch.ask(TrainerWorld(trainer)))
+        # The end of the epoch comes at once, and then its metrics are known.
+        ends = asked and not (_compat.epoch_is_over(trainer) or at_max_steps(trainer))
+        self._save_if(due, trainer, within_epoch=True, and_end=ends)
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Save if it is due; end the run after it if it was asked to end.
+
+        Raises:
+            Preempted: See `after_batch`.
+            SaveError: See `after_batch`.
+        """
+        checkpointer = self.run.checkpointer
+        if training_ends(trainer):
+            # No step comes any more, but callbacks that put averaged weights in place may.
+            checkpointer.before_update()
+        failed = checkpointer.saver.failed > self._failed
+        due = self.schedule.after_epoch(trainer, last_failed=failed)
+        asked = self.watch is not None and bool(self.watch.agreed)
+        ends = asked and not (training_ends(trainer) or at_max_steps(trainer))
+        self._save_if(due, trainer, within_epoch=False, and_end=ends)
+
+    def finish(self) -> None:
+        """See every checkpoint on the disk.
+
+        Raises:
+            SaveError: What went wrong in the background.
+        """
+        try:
+            self.run.checkpointer.wait()
+        finally:
+            if self._unannounced:
+                self._announce()
+
+    def _save_if(
+        self, due: Due | None, trainer: Trainer, *, within_epoch: bool, and_end: bool
+    ) -> None:
+        if not and_end:
+            if due is not None:
+                self._save(trainer, due, within_epoch=within_epoch)
+            return
+        watch = cast("Watch", self.watch)
+        due = cast("Due", together([due, Due(f"preempted by {watch.agreed}")]))
+        self._save(trainer, due, within_epoch=within_epoch, last=True)
+        self.finish()
+        raise watch.ending()
+
+    def _save(self, trainer: Trainer, due: Due, *, within_epoch: bool, last: bool = False) -> None:
+        checkpointer = self.run.checkpointer
+        if checkpointer.access == "read":
+            return
+        # Hooks of the user may draw random numbers: a run with saves must equal one without.
+        with isolated_rng():
+            checkpointer.recoverables = self.gatherer.recoverables(
+                trainer,
+                self.tracker,
+                checkpointer.world,
+                within_epoch=within_epoch,
+                validated_this_epoch=self.schedule.validated_this_epoch,
+            )
+            checkpointer.lineage = self.run.lineage(due.reason)
+            checkpointer.documents = self.gatherer.documents(trainer)
+            over = not within_epoch or _compat.epoch_is_over(trainer)
+            saver = checkpointer.saver
+            if last or not step_follows(trainer, within_epoch=within_epoch):
+                saver.copy_at_once()
+                # The last one is not skipped: nothing comes after it that would hold the same.
+                saver.wait(checkpointer.world)
+            self._failed, skipped = saver.failed, saver.skipped
+            checkpointer.save_checkpoint(
+                self.gatherer.meta(trainer, due, within_epoch=within_epoch),
+                end_of_epoch=over,
+                # What a run is to be started again from stays, whatever the rules say of it.
+                then=None if last else self.run.prune,
+            )
+            self.schedule.saved(trainer, skipped=saver.skipped > skipped)
+            # They would keep the whole state of this moment in memory.
+            checkpointer.recoverables = {}
+        if saver.skipped > skipped:
+            return
+        is_sync = saver.policy.mode == "sync"
+        if is_sync or self._unannounced:
+            # In the background it is the one before that is durable by now.
+            self._announce()
+        self._unannounced = not is_sync
+
+    def _announce(self) -> None:
+        self._unannounced = False
+        self.announce()
