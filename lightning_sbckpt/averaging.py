@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, TypeVar, overload
+from typing import TypeAlias, TypeVar, overload
 
-import torch
-
-from lightning_sbckpt._folder.layout import PARAMFILE_EXT
-from lightning_sbckpt._torchfile.reading import load_state
+from lightning_sbckpt._averaging_sums import StateDict, average, numbered
+from lightning_sbckpt._finding.loading import require_sound
+from lightning_sbckpt._folder.layout import PARAMFILE_EXT, folder_for, read_checkpoint
+from lightning_sbckpt._torchfile.reading import load_state, open_state, pickled_path
+from lightning_sbckpt._world import SingleProcess
+from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
-__all__ = ["average_checkpoints", "average_state_dicts"]
+__all__ = ["average_checkpoints", "average_state_dicts", "save_average"]
+
+AVERAGED_FROM = "averaged-from"
+"""The key, in meta and lineage, of the names of the checkpoints that an average was made from."""
 
 T = TypeVar("T")
-StateDict: TypeAlias = "Mapping[str, object]"
 Source: TypeAlias = "Checkpoint | str | os.PathLike[str]"
 
-# Sums of floats of so few bytes lose digits fast, so they are taken in single precision.
-_NARROW = 2
-# What `get_extra_state` of a module returned; torch gives it this name.
-_EXTRA_STATE = "_extra_state"
+# What tells where in the training the sources were; no metric of theirs is one of the average.
+_RANGES = (("epoch", "averaged-epochs"), ("global_step", "averaged-steps"))
+# A little before, and still another number as a count of seconds.
+_TICK = 1e-5
 
 
 def average_state_dicts(state_dicts: Iterable[StateDict]) -> dict[str, object]:
@@ -54,12 +59,13 @@ def average_state_dicts(state_dicts: Iterable[StateDict]) -> dict[str, object]:
         ConfigurationError: There are no dictionaries to average.
 
     Example:
+        >>> import torch
         >>> first = {"weight": torch.tensor([1.0, 2.0]), "steps": torch.tensor(20)}
         >>> second = {"weight": torch.tensor([3.0, 4.0]), "steps": torch.tensor(10)}
         >>> average_state_dicts([first, second])
         {'weight': tensor([2., 3.]), 'steps': tensor(20)}
     """
-    return _average(_numbered(state_dicts))
+    return average(numbered(state_dicts))
 
 
 @overload
@@ -105,7 +111,7 @@ def average_checkpoints(
         ConfigurationError: There are no checkpoints.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = Path(tempfile.mkdtemp())
         >>> ckpts = []
         >>> for value in (1.0, 3.0):
@@ -119,114 +125,152 @@ def average_checkpoints(
     load = _loader(parameter_loader)
     if averager is average_state_dicts:
         # Not through `averager`, so that a message names the file.
-        return _average((str(path), _as_state_dict(path, load(path))) for path in paths)
+        return average((str(path), _as_state_dict(path, load(path))) for path in paths)
     return averager(load(path) for path in paths)
 
 
-def _numbered(states: Iterable[StateDict]) -> Iterator[tuple[str, StateDict]]:
-    numbers = count(1)
-    for state in states:
-        yield f"state dict {next(numbers)}", state
-        # Else it would stay in memory while the next one is made; so it would with `enumerate`.
-        del state
+def save_average(
+    where: Checkpointer | str | os.PathLike[str],
+    checkpoints: Iterable[Source],
+    *,
+    recoverables: Sequence[str] = ("model",),
+    name: str | None = None,
+    meta: Mapping[str, object] | None = None,
+    with_rest: bool = False,
+) -> Checkpoint:
+    """Save the average of several checkpoints as a checkpoint.
 
+    It says where it comes from, under `averaged-from` in its meta and in the lineage of its
+    manifest, and from which epochs and steps. It has no metric of its sources, since a metric is
+    one of the weights that it was computed for: attach its own by `annotate`.
 
-@torch.no_grad()
-def _average(named_states: Iterable[tuple[str, StateDict]]) -> dict[str, object]:
-    iterator = iter(named_states)
-    try:
-        first_name, first = next(iterator)
-    except StopIteration:
+    No run goes on from it by itself, and none removes it: its time is just before that of its
+    newest source, it belongs to no run, and it is pinned.
+
+    Only the average and one tensor at a time are in memory. One process calls this, not each rank.
+
+    Args:
+        where: The folder that it goes to, or its checkpointer.
+        checkpoints: The sources: checkpoints or paths of checkpoint folders. Give the newest or
+            best first, see `average_state_dicts`.
+        recoverables: Which to average; those that `SBCheckpoint(split_model=...)` has split off, too.
+        name: Its own name; by default one with the time.
+        meta: More keys for its meta.
+        with_rest: Copy the other files of the newest source, the hyperparameters among them.
+
+    Returns:
+        The new checkpoint.
+
+    Raises:
+        MismatchError: See `average_checkpoints`.
+        DamagedCheckpointError: A file to average is not the one that was written.
+        ConfigurationError: There are no checkpoints, or there is one of that name.
+        SaveError: It could not be written; nothing of it is visible.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> with Checkpointer(tempfile.mkdtemp(), {"model": model}) as checkpointer:
+        ...     for name in "ab":
+        ...         _ = checkpointer.save_checkpoint({"epoch": ord(name) - 97}, name=name)
+        ...     average = save_average(checkpointer, checkpointer.list_checkpoints(), name="ab")
+        >>> average.path.name, average.meta["averaged-epochs"]
+        ('CKPT+ab', [0, 1])
+    """
+    sources = [read_checkpoint(_folder(source)) for source in checkpoints]
+    newest = max(sources, key=ckpt_recency, default=None)
+    files = () if newest is None or not with_rest else newest.paramfiles
+    for source in sources:
+        # Of the newest one everything is read that is copied.
+        require_sound(source, [*recoverables, *(files if source is newest else ())])
+    averages = {
+        part: _Average(average_checkpoints(sources, part, _open_if_plain)) for part in recoverables
+    }
+    if newest is None or not averages:
         raise ConfigurationError(
-            "Nothing to average: no checkpoints or state dictionaries were given. Check the filter "
+            "Nothing to average: no checkpoints or no recoverables were given. Check the filter "
             "that chose them."
-        ) from None
-    problems = _not_averageable(first_name, first)
-    types = {key: value.dtype for key, value in first.items() if isinstance(value, torch.Tensor)}
-    total = _same_kind(first, {key: _start(value) for key, value in first.items()})
-    # Neither this state nor the loop's may be alive while the iterator loads the next one.
-    del first
-    number = 1
-    for name, state in iterator:
-        problems += _differences(first_name, total, types, name, state)
-        if not problems:
-            _add(total, state)
-        number += 1
-        del state
-    if problems:
-        raise MismatchError(
-            "Cannot average states that do not fit each other:\n  "
-            + "\n  ".join(problems)
-            + "\nAverage checkpoints of one and the same model only, or give an averager that "
-            "knows what to do."
         )
-    for key, value in total.items():
-        if _is_averaged(value, key):
-            total[key] = value.div_(number).to(types[key])
-    return total
+    if isinstance(where, Checkpointer):
+        root, access = where.checkpoints_dir, where.access
+    else:
+        root, access = Path(where), "exclusive"
+    with Checkpointer(root, averages, world=SingleProcess(), access=access) as checkpointer:
+        checkpointer.claim()
+        own_name = _free_name(root, name)
+        for part in files:
+            if part not in averages:
+                checkpointer.add_recoverable(part, newest.paramfiles[part], custom_save_hook=_copy)
+        checkpointer.lineage = {AVERAGED_FROM: [source.path.name for source in sources]}
+        saved = checkpointer.save_checkpoint(
+            {**_where_from(sources, newest), **(meta or {})},
+            bool(newest.meta.get("end-of-epoch", True)),
+            own_name,
+        )
+        assert saved is not None  # There is one process, and no background.
+        checkpointer.pin(saved, f"the average of {len(sources)} checkpoints")
+    return read_checkpoint(saved.path)
 
 
-def _same_kind(state: StateDict, values: dict[str, object]) -> dict[str, object]:
-    if not isinstance(state, OrderedDict):
-        return values
-    ordered = OrderedDict(values)
-    # A module's state carries the versions of its layers in an attribute, for `load_state_dict`.
-    ordered.__dict__.update(state.__dict__)
-    return ordered
+class _Average:
+    """A state that was computed, as a recoverable."""
+
+    def __init__(self, state: StateDict) -> None:
+        self._state = state
+
+    def state_dict(self) -> StateDict:
+        return self._state
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        self._state = state_dict
 
 
-def _add(total: StateDict, state: StateDict) -> None:
-    for key, value in total.items():
-        term = state[key]
-        if _is_averaged(value, key) and isinstance(term, torch.Tensor):
-            value.add_(term.to(device=value.device, dtype=value.dtype))
+def _folder(source: Source) -> Path:
+    return Path(source) if isinstance(source, (str, os.PathLike)) else Path(source.path)
 
 
-def _is_averaged(value: object, key: str) -> TypeGuard[torch.Tensor]:
-    if str(key).endswith(_EXTRA_STATE) or not isinstance(value, torch.Tensor):
-        return False
-    return value.is_floating_point() or value.is_complex()
+def _open_if_plain(path: Path) -> StateDict:
+    # Beside it lies what only pickle can hold, which `load_state` refuses or reads.
+    read = load_state if pickled_path(path).exists() else open_state
+    return _as_state_dict(path, read(path))
 
 
-def _start(value: object) -> object:
-    if not isinstance(value, torch.Tensor):
-        return value
-    narrow = value.is_floating_point() and value.element_size() <= _NARROW
-    return value.detach().to(torch.float32) if narrow else value.detach().clone()
+def _where_from(sources: Sequence[Checkpoint], newest: Checkpoint) -> dict[str, object]:
+    described: dict[str, object] = {"averaged-at": time.time()}
+    if ckpt_recency(newest) > 0:
+        # So that it is never the newest, from which a run would go on.
+        described["unixtime"] = ckpt_recency(newest) - _TICK
+    described[AVERAGED_FROM] = [source.path.name for source in sources]
+    for key, target in _RANGES:
+        values = [source.meta.get(key) for source in sources]
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        if numbers:
+            described[target] = [min(numbers), max(numbers)]
+    return described
 
 
-def _not_averageable(name: str, state: StateDict) -> list[str]:
-    return [
-        f"{name}: {key!r} is of type {type(value).__name__}, expected a tensor"
-        for key, value in state.items()
-        if not isinstance(value, torch.Tensor) and not str(key).endswith(_EXTRA_STATE)
-    ]
-
-
-def _differences(
-    first_name: str, first: StateDict, types: Mapping[str, torch.dtype], name: str, state: StateDict
-) -> list[str]:
-    problems = [f"{name}: {key!r} is missing" for key in first if key not in state]
-    problems += [f"{name}: {key!r} is not in {first_name}" for key in state if key not in first]
-    problems += _not_averageable(name, state)
-    for key, mine in first.items():
-        value = state.get(key)
-        if str(key).endswith(_EXTRA_STATE) or not isinstance(mine, torch.Tensor):
-            continue
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.shape != mine.shape:
-            problems.append(
-                f"{name}: {key!r} has the shape {tuple(value.shape)}, "
-                f"{tuple(mine.shape)} in {first_name}"
+def _free_name(root: Path, name: str | None) -> str:
+    """Return a name that no checkpoint has."""
+    if name is not None:
+        folder = folder_for(root, name, 0.0)
+        if folder.exists():
+            raise ConfigurationError(
+                f"the average was not saved: {folder} exists already. Give it another name"
             )
-        elif _is_averaged(value, key) != _is_averaged(mine, key) or (
-            value.is_complex() != mine.is_complex()
-        ):
-            problems.append(
-                f"{name}: {key!r} is of type {value.dtype}, {types[key]} in {first_name}"
-            )
-    return problems
+        return name
+    stamp = time.strftime("average+%Y-%m-%d+%H-%M-%S")
+    names = (f"{stamp}+{number:02d}" for number in count())
+    return next(free for free in names if not folder_for(root, free, 0.0).exists())
+
+
+def _copy(source: object, path: Path) -> None:
+    file = Path(str(source))
+    if file.is_dir():
+        shutil.copytree(file, path)
+        return
+    shutil.copyfile(file, path)
+    if pickled_path(file).exists():
+        shutil.copyfile(pickled_path(file), pickled_path(path))
 
 
 def _paramfiles(checkpoints: Iterable[Source], name: str) -> list[Path]:

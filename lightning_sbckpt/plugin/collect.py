@@ -12,11 +12,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import lightning as L
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_sbckpt._folder.layout import PARAMFILE_EXT, is_checkpoint, read_checkpoint
 from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt.averaging import AVERAGED_FROM
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -83,13 +85,13 @@ class Part:
 
 
 def divide(
-    dump: Mapping[str, Any], trainer: Trainer, submodules: Iterable[str], position: object
+    dump: Mapping[str, Any], trainer: Trainer | None, submodules: Iterable[str], position: object
 ) -> dict[str, Part]:
     """Divide Lightning's dictionary into parts, by the name of their file.
 
     Args:
         dump: What Lightning's `dump_checkpoint` returned.
-        trainer: Whose checkpoint it is.
+        trainer: Whose checkpoint it is; None if that is not known.
         submodules: Dotted names of submodules that get a file of their own.
         position: What is needed to go on at this very place; goes with the loops.
     """
@@ -108,8 +110,11 @@ def divide(
     parts[CALLBACKS] = rest.pop("callbacks", {})
     parts[HPARAMS] = {key: rest.pop(key) for key in _HPARAMS_KEYS if key in rest}
     # Lightning files these under the name of their class, which an `on_save_checkpoint` may use.
-    datamodule = _compat.datamodule_of(trainer)
-    for name, owner in ((PRECISION, trainer.precision_plugin), (DATAMODULE, datamodule)):
+    owners: dict[str, object] = {}
+    if trainer is not None:
+        owners[PRECISION] = trainer.precision_plugin
+        owners[DATAMODULE] = _compat.datamodule_of(trainer)
+    for name, owner in owners.items():
         key = type(owner).__qualname__
         if owner is not None and key in rest:
             parts[name] = {key: rest.pop(key)}
@@ -161,8 +166,12 @@ def is_folder(path: object) -> bool:
 
 
 def is_resumable(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint was written by a fit, so that a fit can go on from it."""
-    return LOOPS in checkpoint.paramfiles and MODEL in checkpoint.paramfiles
+    """Return whether a checkpoint was written by a fit, so that a fit can go on from it.
+
+    An average may have the files of a fit, but its optimizer is that of other weights.
+    """
+    averaged = AVERAGED_FROM in checkpoint.meta
+    return LOOPS in checkpoint.paramfiles and MODEL in checkpoint.paramfiles and not averaged
 
 
 class FolderReader:
@@ -227,7 +236,10 @@ class FolderReader:
             state = {} if path is None else load_state(path, missing_pickled=self.unread)
             return cast("dict[str, Any]", state)
 
-        dump = dict(read(LOOPS))
+        # Of weights alone, an average, say. Without these Lightning would take them for those of one
+        # of its first releases.
+        nowhere = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
+        dump = dict(read(LOOPS) or nowhere)
         submodules = submodules_in(dump)
         dump.pop(_OURS, None)
         state = read(MODEL)

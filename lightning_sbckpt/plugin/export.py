@@ -1,0 +1,173 @@
+"""To and from Lightning's own `.ckpt`, one file for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lightning_sbckpt._folder.layout import folder_for, read_checkpoint
+from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.errors import ConfigurationError, MismatchError
+from lightning_sbckpt.export import Exported, Source, publish_file
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin.collect import (
+    GRADIENTS,
+    LOADERS,
+    LOOPS,
+    METRICS,
+    RNG,
+    FolderReader,
+    divide,
+    is_reserved,
+    submodules_in,
+)
+
+__all__ = ["from_lightning", "to_lightning"]
+
+_NOT_LIGHTNINGS = {
+    RNG: "the random states",
+    LOADERS: "the position of the data",
+    METRICS: "the metrics of the epoch so far",
+    GRADIENTS: "the gradients gathered so far",
+}
+
+
+def to_lightning(
+    checkpoint: Source,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    trust_pickle: bool = False,
+) -> Exported:
+    """Write a checkpoint of a Lightning run as a `.ckpt`, for which nothing of ours is needed.
+
+    `Trainer.fit(ckpt_path=...)` and `load_from_checkpoint` take it. A run that goes on from it
+    does so as Lightning alone would: what that has no place for is named in the remarks.
+
+    Args:
+        checkpoint: The checkpoint, or its folder.
+        path: The file to write; there or not, never half.
+        overwrite: Replace a file that is there.
+        trust_pickle: Read state that only pickle can hold.
+
+    Returns:
+        The file.
+
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint of a Lightning run.
+        ConfigurationError: There is such a file, or no folder for it.
+        DamagedCheckpointError: A file is not the one that was saved.
+        SaveError: The disk refused.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_sbckpt import Checkpointer
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> saved = Checkpointer(folder, {"model": torch.nn.Linear(1, 1)}).save_checkpoint()
+        >>> to_lightning(saved, folder / "model.ckpt").remarks
+        ('no fit can go on from it: the checkpoint has the weights, and not the state of a fit',)
+    """
+    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    reader = FolderReader(trust_pickle=trust_pickle)
+    dump = reader.read(folder)
+    remarks = _left_out(read_checkpoint(folder), reader)
+    remarks += [f"{unread} (only pickle can hold it)" for unread in reader.unread]
+    path = publish_file(path, lambda target: torch.save(dump, target), overwrite=overwrite)
+    return Exported(path, tuple(remarks))
+
+
+def _left_out(checkpoint: Checkpoint, reader: FolderReader) -> list[str]:
+    loops = reader.part(checkpoint, LOOPS)
+    if loops is None:
+        return [
+            "no fit can go on from it: the checkpoint has the weights, and not the state of a fit"
+        ]
+    written = submodules_in(loops)
+    inexact = [
+        f"{what} ({name})"
+        for name, what in _NOT_LIGHTNINGS.items()
+        if name in checkpoint.paramfiles
+    ]
+    others = [
+        name for name in checkpoint.paramfiles if not is_reserved(name) and name not in written
+    ]
+    remarks = [
+        f"not in it is the recoverable {name!r}: Lightning has no place for it" for name in others
+    ]
+    if inexact:
+        remarks.append(f"a resume from it is not exact, since not in it are {', '.join(inexact)}")
+    return remarks
+
+
+def from_lightning(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    meta: Mapping[str, object] | None = None,
+    trust_pickle: bool = False,
+) -> Checkpoint:
+    """Turn Lightning's `.ckpt` into a checkpoint folder.
+
+    `SBCheckpoint` and `load_from_checkpoint` take it as any other. The next run of an `SBCheckpoint`
+    on `root` goes on from it if nothing newer is there.
+
+    Args:
+        path: The file.
+        root: The folder of all checkpoints; made if it is missing.
+        name: The checkpoint's own name; by default it is named by time.
+        meta: More keys for its meta. The metrics are not in Lightning's file: give them here.
+        trust_pickle: Read what only pickle can hold. It can run any code that the author of the
+            file chose.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        MismatchError: The file is not Lightning's.
+        UntrustedPickleError: Only pickle can read it.
+        DamagedCheckpointError: It can't be read at all.
+        ConfigurationError: There is a checkpoint of that name.
+        SaveError: It could not be written; nothing of it is visible.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> file = {"state_dict": {"weight": torch.ones(1)}, "epoch": 3, "global_step": 40}
+        >>> torch.save(file, folder / "last.ckpt")
+        >>> from_lightning(folder / "last.ckpt", folder / "run").meta["global_step"]
+        40
+    """
+    path, root = Path(path), Path(root)
+    with trusting_pickle(trust_pickle):
+        dump = load_state(path)
+    if not isinstance(dump, dict) or not isinstance(dump.get("state_dict"), Mapping):
+        found = f"the keys {', '.join(map(str, dump))}" if isinstance(dump, dict) else "no keys"
+        raise MismatchError(
+            f"{path} is not a checkpoint of Lightning: it has {found}, expected 'state_dict' among "
+            "them. A plain state_dict needs no import: load it with torch.load"
+        )
+    if name is not None and folder_for(root, name, 0.0).exists():
+        raise ConfigurationError(
+            f"{path} was not imported: {folder_for(root, name, 0.0)} exists already. Give it "
+            "another name"
+        )
+    dump = cast("dict[str, Any]", dump)
+    parts = divide(dump, None, (), None)
+    place = {key: dump[key] for key in ("epoch", "global_step") if isinstance(dump.get(key), int)}
+    with Checkpointer(root, parts) as checkpointer:
+        checkpointer.lineage = {"imported-from": path.name}
+        saved = checkpointer.save_checkpoint({**place, **(meta or {})}, _is_over(dump), name)
+    assert saved is not None  # There is no background.
+    return read_checkpoint(saved.path)
+
+
+def _is_over(dump: Mapping[str, Any]) -> bool:
+    """Return whether the epoch had ended, as far as the file tells."""
+    progress = dump.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    return bool(progress.get("is_last_batch", True))
