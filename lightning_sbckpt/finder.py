@@ -5,17 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import RLock
+from typing import TYPE_CHECKING
 
 from lightning_sbckpt._finding.catalog import Catalog
 from lightning_sbckpt._finding.loading import first_sound
+from lightning_sbckpt._folder.history import read_history
+from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._world import current_world, decided_by_main
-from lightning_sbckpt.errors import CheckpointNotFoundError
+from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.selection import importance
+from lightning_sbckpt.selection import importance, newest_first
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_sbckpt._timeline import Timeline
 
 __all__ = ["Finder"]
 
@@ -179,6 +188,114 @@ class Finder:
                     logger.info("looking again: %s", error)
 
         return decided_by_main(self.world, look)
+
+    # ------------------------------------------------------------------ showing
+
+    def plot(
+        self,
+        key: str | Sequence[str] | None = None,
+        *,
+        min_key: str | None = None,
+        max_key: str | None = None,
+        path: str | Path | None = None,
+    ) -> Figure:
+        r"""Draw a metric over steps, with every checkpoint made, kept, best, pinned and removed.
+
+        What was removed is known from the history of the folder; without one, what is there is drawn.
+
+        Args:
+            key: The metric, or several, each in a panel of its own; by default the one that the
+                rules of the run rank by first, else the first there is.
+            min_key: A metric whose lowest value is to be marked as the best; the rules say it if
+                they rank by the metric.
+            max_key: A metric whose highest value is to be marked as the best.
+            path: Where to write the picture as well: a name that ends in `.png` or `.svg`.
+
+        Returns:
+            A figure of matplotlib's; a notebook shows it.
+
+        Raises:
+            MissingDependencyError: matplotlib is not installed.
+            SelectionError: No checkpoint has a number under such a key.
+            ConfigurationError: `path` ends in something else.
+            SaveError: The picture can't be written.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> for loss in (0.5, 0.25, 0.75):
+            ...     _ = checkpointer.save_checkpoint({"loss": loss})
+            >>> checkpointer.plot(min_key="loss").axes[0].get_ylabel()
+            'loss\n(lowest is best)'
+        """
+        from lightning_sbckpt.plotting import draw_timeline, picture_kind, save_figure
+
+        if path is not None:
+            picture_kind(path)  # Before the work.
+        name = self.checkpoints_dir.absolute().name
+        figure = draw_timeline(self.timeline(), name, key, min_key=min_key, max_key=max_key)
+        if path is not None:
+            save_figure(figure, path)
+        return figure
+
+    def timeline(self, *, with_lineage: bool = True) -> Timeline:
+        """Return what happened to each checkpoint: from what is there, and the folder's history.
+
+        Args:
+            with_lineage: Ask the manifests of those that the history doesn't tell of where their
+                weights come from.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> for name in "ab":
+            ...     _ = checkpointer.save_checkpoint(name=name)
+            >>> _ = checkpointer.delete_checkpoints()
+            >>> [(life.name, life.state) for life in checkpointer.timeline().lives]
+            [('CKPT+a', 'removed'), ('CKPT+b', 'there')]
+        """
+        from lightning_sbckpt._timeline import build_timeline
+
+        try:
+            events = read_history(self.checkpoints_dir)
+        except OSError as error:
+            logger.warning("going on without the history: %s", error)
+            events = []
+        # After the history: what is saved between the two is there, and not taken for gone.
+        with self._looking:
+            there = self._catalog.checkpoints()
+            unreadable = {path.name: why for path, why in self._catalog.unreadable.items()}
+        lineage_of = _lineage_of if with_lineage else None
+        return build_timeline(there, events, unreadable=unreadable, lineage_of=lineage_of)
+
+    def _repr_html_(self) -> str:
+        from lightning_sbckpt._cards import failed_card, folder_table
+
+        title = type(self).__name__
+        try:
+            timeline = self.timeline(with_lineage=False)
+            there = [life.checkpoint for life in timeline.lives if life.checkpoint is not None]
+            newest = newest_first(there)
+            unreadable = [life for life in timeline.lives if life.state == "unreadable"]
+            remarks = [f"{life.name} can't be read: {life.reason}" for life in unreadable[:5]]
+            if len(unreadable) > 5:
+                remarks.append(f"and {len(unreadable) - 5:,} more can't be read")
+            shown = timeline.metrics_of_those_there()
+            return folder_table(
+                title, self.checkpoints_dir, newest, shown, timeline.marks(), remarks
+            )
+        except Exception as error:  # A notebook would show a traceback in place of the value.
+            return failed_card(title, self.checkpoints_dir, error)
+
+
+def _lineage_of(checkpoint: Checkpoint) -> Mapping[str, object]:
+    try:
+        manifest = read_manifest(checkpoint.path)
+    except (MetaError, OSError):
+        return {}
+    return manifest.lineage if manifest is not None else {}
 
 
 def _after_fork() -> None:

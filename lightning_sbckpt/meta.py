@@ -91,6 +91,15 @@ class Checkpoint(NamedTuple):
             )
         return open_state(self.paramfiles[name])
 
+    def _repr_html_(self) -> str:
+        # Imported here: it is needed in notebooks alone.
+        from lightning_sbckpt._cards import checkpoint_card, failed_card
+
+        try:
+            return checkpoint_card(self, parse_yaml)
+        except Exception as error:  # A notebook would show a traceback in place of the value.
+            return failed_card("Checkpoint", self.path, error)
+
 
 def ckpt_recency(ckpt: Checkpoint) -> float:
     """Return how recent a checkpoint is, the default importance of a checkpoint.
