@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
+from lightning_sbckpt._inspect.columns import Column, ago, freed_by
+from lightning_sbckpt._inspect.grid import as_text
+from lightning_sbckpt._wording import say_size
 from lightning_sbckpt.errors import MissingDependencyError, SelectionError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import Checkpoint
@@ -18,8 +24,21 @@ NOON = time.mktime((2026, 3, 4, 12, 0, 0, 0, 0, -1))
 def write(folder, size, **meta):
     """Write a checkpoint folder with a file of this size."""
     folder.mkdir(parents=True)
-    (folder / "model.ckpt").write_bytes(bytes(size))
+    with (folder / "model.ckpt").open("wb") as stream:
+        stream.write(bytes(size))
+        stream.flush()
+        # Else some file systems have not yet said what it takes.
+        os.fsync(stream.fileno())
     return Checkpoint(folder, meta, {"model": folder / "model.ckpt"})
+
+
+def taken(size):
+    """Return what a file of this size takes on this disk, in the words of the table."""
+    with tempfile.NamedTemporaryFile(dir=tempfile.gettempdir()) as stream:
+        stream.write(bytes(size))
+        stream.flush()
+        os.fsync(stream.fileno())
+        return say_size(os.fstat(stream.fileno()).st_blocks * 512)
 
 
 @pytest.fixture
@@ -60,7 +79,17 @@ def test_the_newest_is_first_and_everything_of_note_is_there(two):
     header, lines = rows(table(two, min_key="loss"))
     assert header == ["name", "saved", "epoch", "step", "end", "of", "epoch", "size", "loss", "acc"]
     assert lines == [
-        ["CKPT+new", "2026-03-04", "12:01:30", "2", "200", "no", "3", "B", "0.25", "newest"],
+        [
+            "CKPT+new",
+            "2026-03-04",
+            "12:01:30",
+            "2",
+            "200",
+            "no",
+            *taken(3).split(),
+            "0.25",
+            "newest",
+        ],
         [
             "CKPT+old",
             "2026-03-04",
@@ -68,8 +97,7 @@ def test_the_newest_is_first_and_everything_of_note_is_there(two):
             "1",
             "100",
             "yes",
-            "2.5",
-            "KB",
+            *taken(2500).split(),
             "0.1235",
             "0.5",
             "best",
@@ -131,13 +159,18 @@ def test_long_names_are_not_cut(tmp_path):
     assert name in table([Checkpoint(tmp_path / name, {"unixtime": NOON}, {})])
 
 
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (999_499, "999 KB"), (999_600, "1 MB")],
-)
-def test_sizes_are_short(size, text, tmp_path):
-    """Three digits and a unit."""
-    assert f" {text} " in table([write(tmp_path / "CKPT+a", size, unixtime=NOON)])
+def test_a_size_is_what_is_taken_on_the_disk(tmp_path):
+    """Not the length: a file of zeros that were never written takes nothing but its end."""
+    ckpt = write(tmp_path / "CKPT+a", 100, unixtime=NOON)
+    with (ckpt.path / "sparse.bin").open("wb") as stream:
+        stream.truncate(5_000_000_000)
+        stream.seek(5_000_000_000)
+        stream.write(b"x")
+        stream.flush()
+        os.fsync(stream.fileno())
+    size = table([ckpt]).splitlines()[-1].split()[3:5]
+    assert size[1] == "KB"
+    assert float(size[0]) < 100
 
 
 def test_two_keys_for_the_best_are_refused(two):
@@ -150,6 +183,7 @@ def test_without_rich_the_message_says_how_to_install_it(two, monkeypatch):
     """The library is optional."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "lightning_sbckpt._inspect.grid", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(MissingDependencyError, match="pip install 'lightning-sbckpt") as caught:
         table(two)
@@ -160,20 +194,113 @@ def test_paths_may_be_relative(monkeypatch, tmp_path):
     """A relative folder is looked at from where the user is."""
     write(tmp_path / "run/CKPT+a", 5, unixtime=NOON)
     monkeypatch.chdir(tmp_path)
-    assert "5 B" in table([Checkpoint(Path("run/CKPT+a"), {"unixtime": NOON}, {})])
+    text = table([Checkpoint(Path("run/CKPT+a"), {"unixtime": NOON}, {})])
+    assert f" {taken(5)} " in text
 
 
 def test_bytes_shared_with_another_checkpoint_are_told_from_its_own(tmp_path):
     """A hard-linked file stays on the disk when this checkpoint goes."""
-    first = write(tmp_path / "CKPT+a", 5000, unixtime=NOON)
-    second = write(tmp_path / "CKPT+b", 3000, unixtime=NOON + 1)
-    assert "5 KB" in table([first, second]) and "own" not in table([first, second])
+    first = write(tmp_path / "CKPT+a", 500_000, unixtime=NOON)
+    second = write(tmp_path / "CKPT+b", 3_000_000, unixtime=NOON + 1)
+    assert taken(500_000) in table([first, second])
+    assert "own" not in table([first, second])
     (second.path / "frozen.ckpt").hardlink_to(first.path / "model.ckpt")
-    assert "8 KB, 3 KB own" in table([first, second])
-    assert "5 KB, 0 B own" in table([first, second])
+    newer, older = table([first, second]).splitlines()[-2:]
+    assert f", {taken(3_000_000)} own" in newer
+    assert f"{taken(500_000)}, 0 B own" in older
 
 
 def test_pinned_checkpoints_are_marked(tmp_path):
     """Beside the best and the newest."""
     ckpt = write(tmp_path / "CKPT+a", 10, unixtime=NOON, pinned="in the paper")
     assert table([ckpt]).splitlines()[-1].endswith("newest, pinned")
+
+
+def test_ephemeral_checkpoints_are_marked(tmp_path):
+    """They are for recovery only."""
+    ckpt = write(tmp_path / "CKPT+a", 10, unixtime=NOON, ephemeral=True)
+    assert table([ckpt]).splitlines()[-1].endswith("newest, ephemeral")
+
+
+def test_with_a_moment_it_says_how_long_ago(two):
+    """And what no checkpoint has gets no column."""
+    text = table(two, now=NOON + 3 * 3600 + 90)
+    assert "3 h ago" in text
+    assert text.splitlines()[0].split() == ["name", "age", "epoch", "step", "size", "loss", "acc"]
+    del two[0].meta["epoch"], two[1].meta["epoch"]
+    assert "epoch" not in table(two, now=NOON)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "now"),
+        (-0.4, "now"),
+        (1, "1 s ago"),
+        (59.9, "59 s ago"),
+        (61, "1 min ago"),
+        (3 * 3600 + 1799, "3 h ago"),
+        (86_400 * 400, "400 d ago"),
+        (-120, "in 2 min"),
+        (float("inf"), "unknown"),
+        (float("nan"), "unknown"),
+    ],
+)
+def test_an_age_has_one_unit(seconds, text):
+    """Clocks may differ, so something may be yet to come."""
+    assert ago(seconds) == text
+
+
+class TestWidth:
+    """A table in a width."""
+
+    @pytest.mark.parametrize("width", range(10, 110, 7))
+    def test_no_line_is_wider_unless_a_name_alone_is(self, width, two):
+        """Names are there to be copied, so they are never cut."""
+        remarks = {ckpt.path: "stays: for many words that say why it does" for ckpt in two}
+        lines = table(two, min_key="loss", width=width, remarks=remarks).splitlines()
+        assert max(map(len, lines)) <= max(width, len("CKPT+old"))
+        assert sum("CKPT+old" in line for line in lines) == 1
+
+    def test_the_least_important_go_first_and_are_named(self, two):
+        """The name, the marks and the first metric are what stays."""
+        left = []
+        for width in range(100, 20, -1):
+            text = table(two, min_key="loss", width=width)
+            named = text.partition("no room for: ")[2].replace("\n", " ")
+            gone = re.findall(r"end of epoch|\w+", named)
+            left.append(gone)
+        order = list(dict.fromkeys(name for gone in left for name in sorted(gone, key=len)))
+        assert order == ["end of epoch", "acc", "size", "epoch", "saved", "step", "loss"]
+
+    def test_a_remark_stands_beside_if_there_is_room_and_else_below(self, two):
+        """Indented, and broken where the width ends."""
+        remarks = {two[1].path: "stays: because it is new"}
+        wide = table(two, width=130, remarks=remarks).splitlines()
+        assert wide[2].endswith("newest  stays: because it is new")
+        long = {two[1].path: "stays: " + "because it is new " * 10}
+        lines = table(two, width=130, remarks=long).splitlines()
+        assert max(map(len, lines)) <= 130
+        assert sum(line.startswith(" " * 80) for line in lines) >= 2
+        narrow = table(two, width=90, remarks=remarks).splitlines()
+        assert narrow[3] == "    stays: because it is new"
+
+    def test_a_name_of_wide_characters_is_measured_as_it_is_shown(self):
+        """A character may take two places."""
+        columns = [
+            Column("name", ["火火火火", "abc"], 0, right=False),
+            Column("n", ["1", "22"], 1),
+        ]
+        assert as_text(columns).splitlines()[2:] == ["火火火火   1", "abc       22"]
+
+
+def test_what_is_freed_counts_a_file_with_the_last_of_its_names(tmp_path):
+    """Not before, and once."""
+    first = write(tmp_path / "CKPT+a", 500_000, unixtime=NOON).path
+    second = write(tmp_path / "CKPT+b", 300_000, unixtime=NOON).path
+    (second / "same.ckpt").hardlink_to(first / "model.ckpt")
+    (second / "again.ckpt").hardlink_to(first / "model.ckpt")
+    assert freed_by([first]) == 0
+    assert 300_000 <= freed_by([second]) < 320_000
+    assert 800_000 <= freed_by([first, second]) < 820_000
+    assert freed_by([tmp_path / "gone"]) == 0

@@ -1,4 +1,4 @@
-"""The command `lightning-sbckpt`."""
+"""The commands that check: `verify` the bytes on the disk, `selftest` a run of one's own."""
 
 from __future__ import annotations
 
@@ -11,28 +11,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from lightning_sbckpt.errors import MissingDependencyError, SBCheckpointError
-from lightning_sbckpt.verify import Progress, Verification
+import click
+
+from lightning_sbckpt.cli._common import printable, progress_bar
+from lightning_sbckpt.errors import SBCheckpointError
+from lightning_sbckpt.verify import Verification
 from lightning_sbckpt.verify import verify as verify_folder
 
-try:
-    import click
-except ImportError as error:
-    raise MissingDependencyError(
-        "the command lightning-sbckpt needs click and rich, which are not installed: "
-        "pip install 'lightning-sbckpt[cli]'"
-    ) from error
-
-__all__ = ["main"]
+__all__ = ["selftest", "verify"]
 
 
-@click.group()
-@click.version_option(package_name="lightning-sbckpt")
-def main() -> None:
-    """Look after the checkpoints of lightning-sbckpt."""
-
-
-@main.command()
+@click.command()
 @click.argument("factory", metavar="MODULE:FUNCTION")
 @click.option(
     "--kill",
@@ -61,7 +50,7 @@ def selftest(factory: str, kills: tuple[str, ...], timeout: float) -> None:
     sys.exit(0 if report.exact else 1)
 
 
-@main.command()
+@click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
 @click.option("--workers", default=2, show_default=True, help="How many files are read at once.")
@@ -74,7 +63,7 @@ def verify(path: Path, as_json: bool, workers: int) -> None:
     try:
         with ExitStack() as stack:
             started = time.perf_counter()
-            found = verify_folder(path, workers=workers, on_progress=_progress_bar(stack))
+            found = verify_folder(path, workers=workers, on_progress=progress_bar(stack))
             seconds = time.perf_counter() - started
     except (SBCheckpointError, OSError) as error:
         _exit_for_no_checkpoints(str(error))
@@ -86,7 +75,7 @@ def verify(path: Path, as_json: bool, workers: int) -> None:
 
 
 def _exit_for_no_checkpoints(message: str) -> NoReturn:
-    click.echo(f"Error: {_printable(message)}", err=True)
+    click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(2)
 
 
@@ -122,36 +111,7 @@ def _as_lines(found: Sequence[Verification], seconds: float) -> str:
     )
     size = sum(one.bytes for one in found)
     lines.append(f"{counts}: {size / 1e6:,.1f} MB read in {seconds:.2f} s")
-    return "\n".join(map(_printable, lines))
-
-
-def _printable(text: str) -> str:
-    """Return text of which no character does anything: names may hold any, and steer a terminal."""
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in text
-    )
-
-
-def _progress_bar(stack: ExitStack, patience: float = 1.0) -> Progress:
-    """Return what shows a bar on the terminal as soon as it has taken too long."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=None)
-    begin = time.monotonic()
-    shown = False
-
-    def tell(done: int, total: int) -> None:
-        nonlocal shown
-        bar.update(task, completed=done, total=total)
-        if not shown and time.monotonic() - begin > patience and bar.console.is_terminal:
-            stack.enter_context(bar)
-            shown = True
-
-    return tell
+    return "\n".join(map(printable, lines))
 
 
 def _load(reference: str) -> Callable[[Path], Any]:
@@ -165,7 +125,3 @@ def _load(reference: str) -> Callable[[Path], Any]:
             f"{reference!r} can't be imported ({error}): expected the name of a module and of a "
             "function in it, such as my_training:make"
         ) from error
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""What a table of checkpoints says, and how it is drawn in a width."""

@@ -1,0 +1,200 @@
+"""What all commands have in common: exit codes, text that is safe to print, JSON, progress.
+
+Exit codes, for scripts:
+
+    0  all right
+    1  the answer is no: damage was found, nothing matches, two checkpoints differ
+    2  wrong usage, or a path that is not what it should be
+    3  the disk refused, or another process is using the folder
+
+An error is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any, TypeVar
+
+import click
+
+from lightning_sbckpt._inspect.columns import printable
+from lightning_sbckpt.errors import (
+    DamagedCheckpointError,
+    RemovalError,
+    SaveError,
+    SBCheckpointError,
+)
+from lightning_sbckpt.verify import Progress
+
+__all__ = [
+    "EXIT_CODES",
+    "NO",
+    "REFUSED",
+    "WRONG",
+    "Failure",
+    "code_of",
+    "collected_warnings",
+    "counted",
+    "echo",
+    "json_option",
+    "log_to_terminal",
+    "message_of",
+    "print_json",
+    "printable",
+    "progress_bar",
+]
+
+NO = 1
+WRONG = 2
+REFUSED = 3
+
+EXIT_CODES = (
+    "Exit codes: 0 all right; 1 the answer is no (damage, nothing matches, a difference); 2 wrong "
+    "usage or a wrong path; 3 the disk or another process refused."
+)
+
+logger = logging.getLogger("lightning_sbckpt")
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class Failure(click.ClickException):
+    """What ends a command: one line on stderr, and an exit code."""
+
+    def __init__(self, message: str, code: int = WRONG) -> None:
+        super().__init__(message)
+        # Of the class in click, and read from the instance.
+        self.exit_code = code  # type: ignore[misc]
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it."""
+        echo(f"Error: {printable(self.format_message())}", err=True)
+
+
+def code_of(error: Exception) -> int:
+    """Return the exit code for an exception of this package or of the system."""
+    if isinstance(error, DamagedCheckpointError):
+        return NO
+    if isinstance(error, (SaveError, RemovalError)):
+        return REFUSED
+    wrong_path = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+    return WRONG if isinstance(error, (SBCheckpointError, *wrong_path)) else REFUSED
+
+
+def echo(text: str = "", *, err: bool = False) -> None:
+    """Print lines; what the terminal's encoding lacks and what would steer it is spelled out."""
+    stream = sys.stderr if err else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    safe = "\n".join(map(printable, text.split("\n")))
+    if not encoding.lower().startswith("utf"):
+        safe = safe.replace("─", "-").replace("…", "...")
+    click.echo(safe.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+def message_of(error: Exception) -> str:
+    """Return what an exception says; one of the system without its number."""
+    if isinstance(error, OSError) and not isinstance(error, SBCheckpointError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def counted(number: int, of: int | None = None) -> str:
+    """Return how many checkpoints there are, in words.
+
+    Example:
+        >>> counted(1), counted(2), counted(1, of=3)
+        ('1 checkpoint', '2 checkpoints', '1 of 3 checkpoints')
+    """
+    noun = "checkpoint" if (number if of is None else of) == 1 else "checkpoints"
+    return f"{number} {noun}" if of is None else f"{number} of {of} {noun}"
+
+
+class _ToTerminal(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        echo(f"{record.levelname.capitalize()}: {printable(record.getMessage())}", err=True)
+
+
+class _Collecting(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(printable(record.getMessage()))
+
+
+@contextmanager
+def log_to_terminal() -> Iterator[None]:
+    """Print the warnings of the library on stderr, inside the block."""
+    handler = _ToTerminal(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Collect the warnings of the library instead of printing them, inside the block."""
+    handler, before, propagated = _Collecting(), logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        yield handler.messages
+    finally:
+        logger.handlers, logger.propagate = before, propagated
+
+
+def json_option(command: F) -> F:
+    """Give a command the option `--json`, as the argument `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(command)
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON; NaN and infinity, for which it has no word, as texts."""
+    click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (dt.date, dt.datetime)):
+        return value.isoformat()
+    if hasattr(value, "tolist"):  # A tensor in the meta.
+        return _plain(value.tolist())
+    return str(value)
+
+
+def progress_bar(stack: ExitStack, patience: float = 1.0) -> Progress:
+    """Return what shows a bar on the terminal as soon as it has taken too long."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=None)
+    begin = time.monotonic()
+    shown = False
+
+    def tell(done: int, total: int) -> None:
+        nonlocal shown
+        bar.update(task, completed=done, total=total)
+        if not shown and time.monotonic() - begin > patience and bar.console.is_terminal:
+            stack.enter_context(bar)
+            shown = True
+
+    return tell

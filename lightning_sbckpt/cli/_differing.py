@@ -1,0 +1,88 @@
+"""A difference of two checkpoints, as lines that a person reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_sbckpt.difference import Difference, FileDifference, TensorChange
+
+
+def lines_of(found: Difference, top: int) -> list[str]:
+    """Return the lines.
+
+    Args:
+        found: What differs.
+        top: How many of the largest changes are listed.
+    """
+    lines = [f"A  {found.before}", f"B  {found.after}"]
+    lines += [f"  meta {one.name}: {one.before} -> {one.after}" for one in found.meta_changed]
+    lines += [f"  meta {key}: only in A" for key in found.meta_missing]
+    lines += [f"  meta {key}: only in B" for key in found.meta_added]
+    lines += [f"{name}: only in A" for name in found.files_missing]
+    lines += [f"{name}: only in B" for name in found.files_added]
+    for file in found.files:
+        lines += _of_file(file, top)
+    changes = found.largest_changes()
+    if changes:
+        lines += ["", *_table(changes[:top])]
+        if len(changes) > top:
+            lines.append(f"... and {len(changes) - top} more tensors that changed less")
+    lines += ["", "equal" if found.equal else "different"]
+    return lines
+
+
+def _of_file(file: FileDifference, top: int) -> list[str]:
+    if file.same_bytes:
+        return [f"{file.name}: same bytes"]
+    counts = {
+        "changed": len(file.changed),
+        "of another shape or type": len(file.reshaped),
+        "only in A": len(file.missing),
+        "only in B": len(file.added),
+        "other values changed": len(file.values),
+        "not compared": len(file.not_compared),
+        "tensors equal": file.equal_tensors,
+    }
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    lines = [f"{file.name}: {said or 'nothing to compare'}"]
+    lines += _some([f"{one.name}: {one.before} -> {one.after}" for one in file.reshaped], top)
+    lines += _some([f"{name}: only in A" for name in file.missing], top)
+    lines += _some([f"{name}: only in B" for name in file.added], top)
+    values = [f"{one.name or 'its contents'}: {one.before} -> {one.after}" for one in file.values]
+    return [*lines, *_some(values, top), *_some(list(file.not_compared), top)]
+
+
+def _some(texts: Sequence[str], most: int) -> list[str]:
+    lines = [f"  {text}" for text in texts[:most]]
+    return [*lines, f"  ... and {len(texts) - most} more"] if len(texts) > most else lines
+
+
+def _table(changes: Sequence[tuple[str, TensorChange]]) -> list[str]:
+    rows = [("tensor", "shape", "changed", "largest", "relative")]
+    for file, one in changes:
+        shape = "x".join(map(str, one.shape)) or "()"
+        share = f"{100 * one.changed / one.elements:.3g}%"
+        rows.append(
+            (
+                f"{file}/{one.name}",
+                f"{shape} {one.dtype}",
+                share,
+                f"{one.largest:.3g}",
+                _relative(one),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _relative(change: TensorChange) -> str:
+    if math.isinf(change.relative):
+        return "was zero"
+    return f"{change.relative:.3g}"

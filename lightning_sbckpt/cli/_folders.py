@@ -1,0 +1,184 @@
+"""Which folder and which checkpoint a word on the command line means, or one line on why none."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+
+from lightning_sbckpt._folder.layout import (
+    CKPT_PREFIX,
+    folder_names,
+    is_checkpoint,
+    read_checkpoint,
+)
+from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.cli._common import NO, REFUSED, Failure, collected_warnings, echo
+from lightning_sbckpt.cli._rules import best_by, run_rules
+from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.selection import Criterion, newest_first, rank_checkpoints
+
+# What a run leaves in its folder beside checkpoints: such a folder is ours, and may be empty yet.
+_OURS = ("HISTORY.jsonl", ".lock", ".index.json", ".staging+", ".removed+", ".replaced+")
+_MOST_LOOKED_INTO = 200
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of checkpoints, open for reading: nothing in it is made or changed.
+
+    Attributes:
+        path: As it was given.
+        checkpointer: Looks into it.
+        checkpoints: Those that can be read, newest first.
+        remarks: What else was found, such as a checkpoint that can't be read; a line each.
+    """
+
+    path: Path
+    checkpointer: Checkpointer
+    checkpoints: list[Checkpoint]
+    remarks: list[str] = field(default_factory=list)
+
+    def warn(self) -> None:
+        """Print the remarks on stderr."""
+        for remark in self.remarks:
+            echo(f"Warning: {remark}", err=True)
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Return a folder of checkpoints, or end the command in one line that says what is there."""
+    path = Path(path)
+    refuse_url(path)
+    try:
+        names = os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is no folder" if path.exists() else f"is not there{_close_path(path)}"
+        raise Failure(f"{path} {what}: expected a folder of checkpoints") from error
+    except OSError as error:
+        raise Failure(f"{path} can't be read: {error.strerror or error}", REFUSED) from error
+    if is_checkpoint(path):
+        raise Failure(
+            f"{path} is one checkpoint: expected the folder of all of them, {path.parent}. To look "
+            f"at one: lightning-sbckpt show {path}"
+        )
+    if names and not any(name.startswith((CKPT_PREFIX, *_OURS)) for name in names):
+        raise Failure(f"there are no checkpoints in {path}{_runs_below(path, names)}")
+    checkpointer = Checkpointer(path, access="read")
+    with collected_warnings() as remarks:
+        found = newest_first(checkpointer.list_checkpoints())
+    return Folder(path, checkpointer, found, remarks)
+
+
+def refuse_url(path: str | Path) -> None:
+    """End the command if a path is the URL of an object store."""
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        url = re.sub(r":/+", "://", str(path), count=1)
+        raise Failure(
+            f"{url} is a URL: object stores are not there yet. Copy the folder to a local disk, "
+            "and name it there"
+        )
+
+
+def _close_path(path: Path) -> str:
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    return _meant([str(path.parent / name) for name in get_close_matches(path.name, names, n=1)])
+
+
+def _runs_below(path: Path, names: Sequence[str]) -> str:
+    below = [
+        str(path / name) for name in sorted(names)[:_MOST_LOOKED_INTO] if _has_runs(path / name)
+    ]
+    return _meant(below[:3])
+
+
+def _has_runs(path: Path) -> bool:
+    try:
+        return bool(folder_names(path))
+    except OSError:
+        return False
+
+
+def _meant(names: Iterable[str]) -> str:
+    found = " or ".join(names)
+    return f" (did you mean {found}?)" if found else ""
+
+
+def resolve(folder: Folder, which: str) -> Checkpoint:
+    """Return the checkpoint that a word on the command line means.
+
+    Args:
+        folder: Where to look.
+        which: The name of a checkpoint, its path, or one of the words `best` and `newest`: best is
+            by the first rule `Best` that the run noted.
+    """
+    if which == "newest":
+        if not folder.checkpoints:
+            raise Failure(f"there are no checkpoints in {folder.path}", NO)
+        return folder.checkpoints[0]
+    if which == "best":
+        criterion = best_by(run_rules(folder.path).rules)
+        if criterion is None:
+            raise Failure(
+                f"what is best in {folder.path} is not known: no rule Best(...) was noted there. "
+                "Name the checkpoint, or find it with: lightning-sbckpt best PATH --min-key KEY"
+            )
+        return best_of(folder, criterion)
+    for name in (which, f"{CKPT_PREFIX}+{which}"):
+        path = Path(name) if os.sep in name else folder.path / name
+        if is_checkpoint(path):
+            return read_one(path)
+    names = [ckpt.path.name for ckpt in folder.checkpoints]
+    close = get_close_matches(which, names, n=2)
+    raise Failure(f"there is no checkpoint {which} in {folder.path}{_meant(close)}")
+
+
+def locate(path: str | Path) -> tuple[Folder, Checkpoint]:
+    """Return the checkpoint at a path, and its folder; its last part may be `best` or `newest`."""
+    path = Path(path)
+    refuse_url(path)
+    if not is_checkpoint(path) and path.name not in ("best", "newest") and _has_runs(path):
+        raise Failure(
+            f"{path} is a folder of checkpoints: name one of them, such as {path / 'newest'}"
+        )
+    if is_checkpoint(path):
+        # Absolute, since a checkpoint may be the working folder itself.
+        return open_folder(path.parent), read_one(path)
+    parent = open_folder(path.parent)
+    return parent, resolve(parent, path.name)
+
+
+def read_one(path: Path) -> Checkpoint:
+    """Return the record of a checkpoint; if its meta can't be read, that is the answer."""
+    try:
+        return read_checkpoint(path)
+    except CheckpointNotFoundError:
+        raise
+    except MetaError as error:
+        raise Failure(f"the checkpoint can't be read: {error}", NO) from error
+
+
+def best_of(folder: Folder, criterion: Criterion, predicate: str | None = None) -> Checkpoint:
+    """Return the best checkpoint, or end the command if there is none."""
+    if criterion.key is not None:
+        require_key(criterion.key, folder.checkpoints)
+    found = rank_checkpoints(folder.checkpoints, criterion, predicate, limit=1)
+    if not found:
+        raise Failure(f"no checkpoint in {folder.path} is a candidate: {criterion.describe()}", NO)
+    return found[0]
+
+
+def require_key(key: str, checkpoints: Sequence[Checkpoint]) -> None:
+    """End the command if no checkpoint has a key in its meta, and name those there are."""
+    known = sorted({str(name) for ckpt in checkpoints for name in ckpt.meta})
+    if checkpoints and key not in known:
+        close = get_close_matches(key, known, n=1)
+        raise Failure(
+            f"no checkpoint has the key {key!r}{_meant(close)}; the keys are: {', '.join(known)}"
+        )

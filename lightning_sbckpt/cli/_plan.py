@@ -1,0 +1,234 @@
+"""What rules of retention say of a folder, with what they must not touch left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from lightning_sbckpt._folder.manifest import read_manifest
+from lightning_sbckpt._folder.sizes import checkpoint_bytes
+from lightning_sbckpt._timeline import build_timeline
+from lightning_sbckpt.cli._common import progress_bar
+from lightning_sbckpt.cli._folders import Folder, require_key
+from lightning_sbckpt.cli._rules import RunRules, best_by, events_of, run_rules
+from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SelectionError
+from lightning_sbckpt.expressions import Expression
+from lightning_sbckpt.inspect import marks_of
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.retention import (
+    Best,
+    Decision,
+    Pareto,
+    Where,
+    parse_rule,
+    plan_retention,
+    rules_from_keys,
+)
+from lightning_sbckpt.selection import Criterion
+from lightning_sbckpt.typing import RetentionRule
+from lightning_sbckpt.verify import verify
+
+F = TypeVar("F", bound=Callable[..., object])
+
+Protected = list[tuple[Checkpoint, str]]
+
+
+def rule_options(command: F) -> F:
+    """Give a command the options that say which rules are meant."""
+    for option in (
+        click.option(
+            "--num-to-keep",
+            type=click.IntRange(min=0),
+            help="How many are kept by each of the keys, and how many of the newest with them; "
+            "without a key, of the newest alone.  [default: 1]",
+        ),
+        click.option("--max-key", "max_keys", multiple=True, help="Keep the highest of a key."),
+        click.option("--min-key", "min_keys", multiple=True, help="Keep the lowest of a key."),
+        click.option(
+            "--keep",
+            multiple=True,
+            metavar="RULE",
+            help="""A rule, such as 'Best("val_loss", 2)' or 'Newest(3)'. May be given again. """
+            "By default the rules that the run follows.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen_rules(
+    folder: Folder,
+    keep: Sequence[str],
+    min_keys: Sequence[str],
+    max_keys: Sequence[str],
+    num_to_keep: int | None,
+) -> RunRules:
+    """Return the rules that the options ask for; without any, those of the run.
+
+    Raises:
+        SelectionError: An option is no rule.
+    """
+    rules = [parse_rule(text) for text in keep]
+    if min_keys or max_keys or num_to_keep is not None:
+        rules += rules_from_keys(
+            num_to_keep=1 if num_to_keep is None else num_to_keep,
+            min_keys=min_keys,
+            max_keys=max_keys,
+            importance_keys=[ckpt_recency],
+        )
+    for rule in rules:
+        _check_keys(rule, folder.checkpoints)
+    return RunRules(tuple(rules)) if rules else run_rules(folder.path)
+
+
+def _check_keys(rule: RetentionRule, checkpoints: Sequence[Checkpoint]) -> None:
+    keys = [rule.key] if isinstance(rule, Best) else rule.keys if isinstance(rule, Pareto) else []
+    for key in keys:
+        require_key(key, checkpoints)
+    if isinstance(rule, Where) and isinstance(rule.predicate, Expression):
+        rule.predicate.check_keys(checkpoints)
+
+
+def plan(folder: Folder, rules: Sequence[RetentionRule]) -> list[Decision]:
+    """Return what happens to each checkpoint by the rules, newest first; reads no manifest."""
+    return _planned(folder, rules, _of_other_runs(folder, None))
+
+
+def careful_plan(
+    folder: Folder,
+    rules: Sequence[RetentionRule],
+    *,
+    all_runs: bool = False,
+    also_newest: bool = False,
+) -> tuple[list[Decision], Protected]:
+    """Return a plan that can be carried out, and what is protected in it.
+
+    Args:
+        folder: The folder.
+        rules: At least one.
+        all_runs: Let go also what another run wrote, and what was made by hand.
+        also_newest: Let go also the newest that is whole.
+    """
+    protected: Protected = [] if all_runs else _of_other_runs(folder, _lineage)
+    found = _planned(folder, rules, protected)
+    if not all_runs:
+        averages = [
+            (each.checkpoint, "made by hand: an average")
+            for each in found
+            if not each.keep and _lineage(each.checkpoint).get("averaged-from")
+        ]
+        protected += averages
+        found = _planned(folder, rules, protected) if averages else found
+    if not also_newest and not all(each.keep for each in found):
+        sound = _newest_sound([each.checkpoint for each in found])
+        if any(each.checkpoint.path == sound and not each.keep for each in found):
+            protected += [
+                (each.checkpoint, "the newest that is whole, to resume from")
+                for each in found
+                if each.checkpoint.path == sound
+            ]
+            found = _planned(folder, rules, protected)
+    return found, protected
+
+
+def _planned(
+    folder: Folder, rules: Sequence[RetentionRule], protected: Protected
+) -> list[Decision]:
+    return plan_retention(folder.checkpoints, rules, protected=protected, bytes_of=checkpoint_bytes)
+
+
+def _of_other_runs(
+    folder: Folder, lineage_of: Callable[[Checkpoint], Mapping[str, object]] | None
+) -> Protected:
+    """Return what the run that saved last did not write, as far as is noted or asked for."""
+    timeline = build_timeline(folder.checkpoints, events_of(folder.path), lineage_of=lineage_of)
+    there = [
+        life
+        for life in timeline.lives
+        if life.checkpoint is not None and (lineage_of is not None or life.size is not None)
+    ]
+    mine = next((life.run for life in reversed(there) if not life.averaged_from), "")
+    return [
+        (life.checkpoint, "another run wrote it")
+        for life in there
+        if life.run != mine and life.checkpoint is not None
+    ]
+
+
+def _lineage(checkpoint: Checkpoint) -> Mapping[str, object]:
+    try:
+        manifest = read_manifest(checkpoint.path)
+    except (MetaError, OSError):
+        return {}
+    return manifest.lineage if manifest is not None else {}
+
+
+def _newest_sound(newest_first: Sequence[Checkpoint]) -> Path | None:
+    for ckpt in newest_first:
+        with ExitStack() as stack:
+            try:
+                found = verify(ckpt.path, on_progress=progress_bar(stack))
+            except CheckpointNotFoundError:
+                continue  # Removed meanwhile.
+        if not any(one.problems for one in found):
+            return ckpt.path
+    return None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the checkpoints of a folder stand by some rules.
+
+    Attributes:
+        criterion: Which is best.
+        marks: Words beside checkpoints.
+        decisions: What the rules say of each; empty if nobody can tell.
+        remark: Why nobody can, or an empty text.
+    """
+
+    criterion: Criterion
+    marks: Mapping[Path, Sequence[str]]
+    decisions: Mapping[Path, Decision]
+    remark: str = ""
+
+
+def standing(folder: Folder, rules: RunRules) -> Standing:
+    """Return how the checkpoints stand; one that can't be ranked is said, and is no reason to fail."""
+    criterion = best_by(rules.rules) or Criterion()
+    try:
+        marks = marks_of(folder.checkpoints, criterion)
+        if rules.unknown:
+            remark = (
+                f"what stays is not known: the rule {rules.unknown[0]} can't be read back. Give "
+                "rules with --keep"
+            )
+            return Standing(criterion, marks, {}, remark)
+        found = plan(folder, rules.rules) if rules.rules else []
+        return Standing(criterion, marks, {each.checkpoint.path: each for each in found})
+    except SelectionError as error:
+        nothing = Criterion()
+        return Standing(nothing, marks_of(folder.checkpoints, nothing), {}, str(error))
+
+
+def in_short(decision: Decision) -> str:
+    """Return what a plan says of one checkpoint, in few words.
+
+    Example:
+        >>> ckpt = Checkpoint(Path("CKPT+a"), {}, {})
+        >>> in_short(Decision(ckpt, True, "among the newest 1, among the 2 best loss (min): 0.1"))
+        'stays: newest 1, 2 best loss'
+        >>> in_short(Decision(ckpt, False, "older than the newest 1"))
+        'goes: older than the newest 1'
+    """
+    if not decision.keep:
+        return f"goes: {decision.reason}"
+    reason = re.sub(
+        r"(?<!not )\bamong the (\d+ best .*?) \((?:min|max)\): [^,]+", r"\1", decision.reason
+    )
+    return f"stays: {re.sub(r'(?<!not )among the newest', 'newest', reason)}"

@@ -1,0 +1,97 @@
+"""The command `best`: a path alone, for scripts."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from lightning_sbckpt._inspect.columns import printable
+from lightning_sbckpt.cli._common import (
+    NO,
+    Failure,
+    echo,
+    json_option,
+    print_json,
+    progress_bar,
+)
+from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
+from lightning_sbckpt.cli._rules import best_by, run_rules
+from lightning_sbckpt.errors import CheckpointNotFoundError
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.selection import Criterion, importance, rank_checkpoints
+from lightning_sbckpt.verify import verify
+
+__all__ = ["best"]
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--min-key", metavar="KEY", help="The lowest value of this key is best.")
+@click.option("--max-key", metavar="KEY", help="The highest value of this key is best.")
+@click.option("--where", metavar="EXPR", help="Only those whose meta fits: 'val_acc > 0.9'.")
+@click.option("--sound", is_flag=True, help="Read it in full, and step over damaged ones.")
+@json_option
+def best(
+    path: Path,
+    min_key: str | None,
+    max_key: str | None,
+    where: str | None,
+    sound: bool,
+    as_json: bool,
+) -> None:
+    """Print the path of the best checkpoint in PATH, and nothing else.
+
+    Without a key it is best by the first rule Best(...) of the run; if there is none, the newest.
+    Exits with 1 if there is none. For scripts: $(lightning-sbckpt best run --min-key val_loss)
+    """
+    folder = open_folder(path)
+    folder.warn()
+    criterion = importance(min_key=min_key, max_key=max_key)
+    if criterion.key is None:
+        criterion = best_by(run_rules(path).rules) or criterion
+    else:
+        require_key(criterion.key, folder.checkpoints)
+    candidates = rank_checkpoints(folder.checkpoints, criterion, where, None if sound else 1)
+    found = _first_sound(candidates) if sound else next(iter(candidates), None)
+    if found is None:
+        raise Failure(_why_none(folder, criterion, where, candidates), NO)
+    if as_json:
+        print_json({"path": str(found.path), "by": criterion.describe(), "meta": found.meta})
+    elif sys.stdout.isatty():
+        echo(printable(str(found.path)))
+    else:
+        # A script must get the path itself.
+        click.echo(str(found.path))
+
+
+def _first_sound(candidates: list[Checkpoint]) -> Checkpoint | None:
+    for ckpt in candidates:
+        with ExitStack() as stack:
+            try:
+                found = verify(ckpt.path, on_progress=progress_bar(stack))
+            except CheckpointNotFoundError:
+                continue  # Removed meanwhile.
+        problems = [problem for one in found for problem in one.problems]
+        if not problems:
+            return ckpt
+        echo(
+            f"Warning: stepped over {printable(ckpt.path.name)}: {printable(problems[0])}", err=True
+        )
+    return None
+
+
+def _why_none(
+    folder: Folder, criterion: Criterion, where: str | None, candidates: list[Checkpoint]
+) -> str:
+    if not folder.checkpoints:
+        return f"there are no checkpoints in {folder.path}"
+    if candidates:
+        return f"all {len(candidates)} candidates in {folder.path} are damaged"
+    fits = f" for which {where}" if where else ""
+    return (
+        f"none of the {len(folder.checkpoints)} checkpoints in {folder.path} is a candidate"
+        f"{fits} ({criterion.describe()})"
+    )
