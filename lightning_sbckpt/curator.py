@@ -282,7 +282,7 @@ class Curator(Finder):
         )
         going = [decision for decision in plan if not decision.keep]
         if not dry_run and self.access != "read":
-            self._history.kept_by(rules)
+            self._history.kept_by(rules, predicate)
         if going and not dry_run:
             self._require_writable()
             self._lock.acquire()

@@ -89,6 +89,25 @@ def test_every_removal_is_noted_with_its_reason(checkpointer):
     assert [parse_rule(text) for text in found[1]["rules"]] == [Best("loss"), Newest(1)]
 
 
+@pytest.mark.parametrize(
+    ("predicate", "noted"),
+    [(None, None), ("loss > 0.3", "loss > 0.3"), (lambda ckpt: True, "a function")],
+)
+def test_which_checkpoints_may_go_at_all_is_noted(checkpointer, predicate, noted):
+    """An expression as its text; a function has none."""
+    checkpointer.save_checkpoint({"loss": 0.5})
+    checkpointer.delete_checkpoints(ckpt_predicate=predicate)
+    assert events(checkpointer)[-1]["predicate"] == noted
+
+
+def test_a_list_of_names_is_noted(checkpointer):
+    """Such as those that an average is of; other lists are not."""
+    checkpointer.lineage["averaged-from"] = ["CKPT+a", "CKPT+b"]
+    checkpointer.lineage["table"] = [[1]]
+    checkpointer.save_checkpoint()
+    assert events(checkpointer)[0]["lineage"] == {"averaged-from": ["CKPT+a", "CKPT+b"]}
+
+
 def test_what_the_run_went_on_from_is_noted(checkpointer):
     """The first save after a checkpoint was loaded says which, here and in its manifest."""
     first = checkpointer.save_checkpoint(name="first")

@@ -26,6 +26,7 @@ HISTORY_NAME = "HISTORY.jsonl"
 
 # A text in the meta may be long; here it is to be recognized, no more.
 _LONGEST_TEXT = 200
+_LONGEST_LIST = 100
 # More than any run writes: whoever put such a file there did not mean it to be read.
 _MAX_BYTES = 2**28
 
@@ -46,7 +47,7 @@ class History:
 
     def __init__(self, root: Path) -> None:
         self._path = root / HISTORY_NAME
-        self._rules: list[str] | None = None
+        self._rules: tuple[list[str], str | None] | None = None
         self._ends_with_line = False
         self._complained = False
 
@@ -74,12 +75,19 @@ class History:
         """Note that a checkpoint was removed, and why."""
         self._note("removed", name=name, reason=reason)
 
-    def kept_by(self, rules: Sequence[object]) -> None:
-        """Note the rules of retention, if they are not those noted last."""
-        texts = [repr(rule) for rule in rules]
-        if texts != self._rules:
-            self._rules = texts
-            self._note("rules", rules=texts)
+    def kept_by(self, rules: Sequence[object], predicate: object = None) -> None:
+        """Note what retention goes by, if it is not what was noted last.
+
+        Args:
+            rules: The rules.
+            predicate: Which checkpoints may be removed at all: None, an expression, which has its
+                text, or a function, which has none.
+        """
+        only = None if predicate is None else getattr(predicate, "text", "a function")
+        found = ([repr(rule) for rule in rules], only)
+        if found != self._rules:
+            self._rules = found
+            self._note("rules", rules=found[0], predicate=only)
 
     def _note(self, event: str, **fields: object) -> None:
         try:
@@ -147,7 +155,14 @@ def _small(values: Mapping[str, object]) -> dict[str, object]:
     return {
         key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
-        if value is None
-        or isinstance(value, (bool, int, float))
-        or (isinstance(value, str) and len(value) <= _LONGEST_TEXT)
+        if _is_short(value)
+        or (isinstance(value, list) and len(value) <= _LONGEST_LIST and all(map(_is_name, value)))
     }
+
+
+def _is_short(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or _is_name(value)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT

@@ -95,14 +95,14 @@ def _check_keys(rule: RetentionRule, checkpoints: Sequence[Checkpoint]) -> None:
         rule.predicate.check_keys(checkpoints)
 
 
-def plan(folder: Folder, rules: Sequence[RetentionRule]) -> list[Decision]:
+def plan(folder: Folder, rules: RunRules) -> list[Decision]:
     """Return what happens to each checkpoint by the rules, newest first; reads no manifest."""
     return _planned(folder, rules, _of_other_runs(folder, None))
 
 
 def careful_plan(
     folder: Folder,
-    rules: Sequence[RetentionRule],
+    rules: RunRules,
     *,
     all_runs: bool = False,
     also_newest: bool = False,
@@ -137,10 +137,14 @@ def careful_plan(
     return found, protected
 
 
-def _planned(
-    folder: Folder, rules: Sequence[RetentionRule], protected: Protected
-) -> list[Decision]:
-    return plan_retention(folder.checkpoints, rules, protected=protected, bytes_of=checkpoint_bytes)
+def _planned(folder: Folder, rules: RunRules, protected: Protected) -> list[Decision]:
+    return plan_retention(
+        folder.checkpoints,
+        rules.rules,
+        predicate=rules.predicate,
+        protected=protected,
+        bytes_of=checkpoint_bytes,
+    )
 
 
 def _of_other_runs(
@@ -209,7 +213,7 @@ def standing(folder: Folder, rules: RunRules) -> Standing:
                 "rules with --keep"
             )
             return Standing(criterion, marks, {}, remark)
-        found = plan(folder, rules.rules) if rules.rules else []
+        found = plan(folder, rules) if rules.rules else []
         return Standing(criterion, marks, {each.checkpoint.path: each for each in found})
     except SelectionError as error:
         nothing = Criterion()

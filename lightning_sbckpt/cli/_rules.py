@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning_sbckpt._folder.history import HISTORY_NAME, read_history
 from lightning_sbckpt.errors import SelectionError
+from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.retention import Best, parse_rule
 from lightning_sbckpt.selection import Criterion
-from lightning_sbckpt.typing import RetentionRule
+from lightning_sbckpt.typing import CheckpointPredicate, RetentionRule
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -24,11 +25,18 @@ class RunRules:
         rules: Those that can be read back.
         unknown: Those that can't be, as they are written.
         texts: All of them, as they are written.
+        only: Which checkpoints may go at all, as an expression, or None for all.
     """
 
     rules: tuple[RetentionRule, ...] = ()
     unknown: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    only: str | None = None
+
+    @property
+    def predicate(self) -> CheckpointPredicate | None:
+        """Which checkpoints may go at all."""
+        return as_predicate(self.only)
 
 
 def events_of(root: Path) -> list[dict[str, Any]]:
@@ -46,8 +54,10 @@ def events_of(root: Path) -> list[dict[str, Any]]:
 
 def run_rules(root: Path) -> RunRules:
     """Return the rules that were followed last in a folder; none where none were noted."""
-    noted = [event["rules"] for event in events_of(root) if event["event"] == "rules"]
-    texts = tuple(map(str, noted[-1])) if noted else ()
+    noted = [event for event in events_of(root) if event["event"] == "rules"]
+    if not noted:
+        return RunRules()
+    texts, only = tuple(map(str, noted[-1]["rules"])), noted[-1].get("predicate")
     rules, unknown = [], []
     for text in texts:
         try:
@@ -55,7 +65,12 @@ def run_rules(root: Path) -> RunRules:
         except SelectionError:
             # One that a function is part of.
             unknown.append(text)
-    return RunRules(tuple(rules), tuple(unknown), texts)
+    try:
+        as_predicate(only)
+    except (SelectionError, TypeError):
+        unknown.append(f"ckpt_predicate={only}")
+        only = None
+    return RunRules(tuple(rules), tuple(unknown), texts, only)
 
 
 def best_by(rules: tuple[RetentionRule, ...]) -> Criterion | None:

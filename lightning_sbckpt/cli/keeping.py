@@ -59,9 +59,7 @@ def prune(
             f"nothing was removed from {path}: no rules were given, and the run noted none. Give "
             "them with --keep 'Best(\"val_loss\", 2)', --min-key or --max-key"
         )
-    decisions, protected = careful_plan(
-        folder, rules.rules, all_runs=all_runs, also_newest=also_newest
-    )
+    decisions, protected = careful_plan(folder, rules, all_runs=all_runs, also_newest=also_newest)
     going = [each.checkpoint.path for each in decisions if not each.keep]
     freed = freed_by(going)
     if decisions and not as_json:
@@ -112,12 +110,15 @@ def _carry_out(folder: Folder, rules: RunRules, protected: Protected) -> list[De
     # First of all: where a run is saving, nothing is removed and nothing is noted.
     curator.claim()
     try:
-        done = curator.apply_retention(rules.rules, protected=protected)
+        done = curator.apply_retention(
+            rules.rules, ckpt_predicate=rules.predicate, protected=protected
+        )
     finally:
         curator.close()
     if before.texts:
         # What was done by hand, once, is not what the run follows.
-        History(folder.path).kept_by([_AsWritten(text) for text in before.texts])
+        noted = [_AsWritten(text) for text in before.texts]
+        History(folder.path).kept_by(noted, before.predicate)
     return done
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
+from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat, exact
 from lightning_sbckpt.plugin.collect import (
@@ -115,6 +116,12 @@ class Resumption:
         self._state: dict[str, Any] = {}
         self.validated_this_epoch = False
         loops = reader.part(checkpoint, LOOPS)
+        if loops is None:
+            raise MismatchError(
+                f"{checkpoint.path} has weights and not the state of a fit (no {LOOPS}.ckpt), so no "
+                "fit can go on from it; nothing was loaded. Begin a fit with its weights, by "
+                "load_from_checkpoint, or give ckpt_path a checkpoint that a run saved"
+            )
         submodules = submodules_in(loops)
         ours = [name for name in checkpoint.paramfiles if is_reserved(name) or name in submodules]
         self._recoverables = set(checkpoint.paramfiles).difference(ours)

@@ -68,6 +68,27 @@ class Standing:
     best: tuple[tuple[str, float], ...]
 
 
+@dataclass(frozen=True)
+class _Removable:
+    """Which checkpoints retention may delete at all.
+
+    What other runs wrote must not take the place of this run's best, either.
+    """
+
+    others: frozenset[Path]
+    wanted: CheckpointPredicate | None
+
+    @property
+    def text(self) -> str | None:
+        """What the user asked for, as it is noted."""
+        return None if self.wanted is None else getattr(self.wanted, "text", "a function")
+
+    def __call__(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.path not in self.others and (
+            self.wanted is None or self.wanted(checkpoint)
+        )
+
+
 class Run:
     """The checkpoints of one run.
 
@@ -138,13 +159,7 @@ class Run:
             for ckpt in self.checkpointer.list_checkpoints()
             if self._id_in(ckpt) != self._id
         ]
-        others = {ckpt.path for ckpt, _ in protected}
-
-        def removable(ckpt: Checkpoint) -> bool:
-            # What other runs wrote must not take the place of this run's best, either.
-            wanted = self._predicate is None or self._predicate(ckpt)
-            return ckpt.path not in others and wanted
-
+        removable = _Removable(frozenset(ckpt.path for ckpt, _ in protected), self._predicate)
         origin = self.resumed_from
         if origin is not None and self.is_own(origin):
             plan = self.checkpointer.prune_here(

@@ -11,6 +11,7 @@ import pytest
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._folder.history import History, read_history
 from lightning_sbckpt.cli._rules import run_rules
+from lightning_sbckpt.expressions import parse_predicate
 from lightning_sbckpt.retention import Newest
 
 HOLD = """
@@ -70,6 +71,25 @@ class TestPrune:
         call("prune", run, "--keep", "Newest(1)", "--yes")
         assert run_rules(run) == before
         assert len(before.rules) == 2
+
+    @pytest.mark.parametrize("by_hand", [False, True])
+    def test_what_the_run_may_not_remove_stays(self, run, call, by_hand):
+        """Its `ckpt_predicate` counts as its rules do, unless rules are given by hand."""
+        History(run).kept_by([Newest(1)], parse_predicate("epoch > 1"))
+        given = ["--keep", "Newest(1)"] if by_hand else []
+        call("prune", run, *given, "--yes")
+        assert names(run) == (["CKPT+e4"] if by_hand else ["CKPT+e1", "CKPT+e4"])
+        assert run_rules(run).only == "epoch > 1"
+        assert "goes: older" not in call("ls", run).stdout
+
+    def test_a_condition_that_is_a_function_can_t_be_followed(self, run, call):
+        """Nothing is removed, and nothing is said of what stays."""
+        with Checkpointer(run) as checkpointer:
+            checkpointer.apply_retention([Newest(1)], ckpt_predicate=lambda ckpt: False)
+        said = call("prune", run, "--yes", code=2).stderr
+        assert "the rule ckpt_predicate=a function of the run can't be read back" in said
+        assert names(run) == ["CKPT+e1", "CKPT+e3", "CKPT+e4"]
+        assert "what stays is not known" in call("ls", run).output
 
     def test_by_default_the_rules_are_those_of_the_run(self, run, call):
         """They keep all there is."""

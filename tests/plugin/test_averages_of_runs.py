@@ -9,6 +9,7 @@ from plain_run import Net, data, trainer
 
 from lightning_sbckpt import SBCheckpoint
 from lightning_sbckpt.averaging import save_average
+from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin.collect import is_resumable
 
 
@@ -41,6 +42,18 @@ def test_an_average_does_not_take_the_place_of_a_run_s_own(tmp_path):
     fit(tmp_path, num_to_keep=2, trainer={"max_epochs": 4})
     steps = [ckpt.meta["global_step"] for ckpt in saved(tmp_path) if ckpt.path != average.path]
     assert steps == [3 * BATCHES, 4 * BATCHES]
+
+
+def test_a_fit_that_is_told_to_go_on_from_weights_alone_is_refused(tmp_path):
+    """By name, with what to do instead; the module stays as it was."""
+    fit(tmp_path, num_to_keep=3, trainer={"max_epochs": 2})
+    average = save_average(tmp_path, saved(tmp_path))
+    run = make(tmp_path)
+    before = {name: value.clone() for name, value in run.module.state_dict().items()}
+    with pytest.raises(MismatchError, match=r"has weights and not the state of a fit \(no loops"):
+        run.trainer.fit(run.module, loader(), ckpt_path=str(average.path))
+    for name, value in run.module.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
 def test_lightning_tests_and_loads_an_average(tmp_path):
