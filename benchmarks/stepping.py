@@ -112,8 +112,7 @@ def hooks_microseconds(mode: str, folder: Path, *, slower: Callable[[], object] 
             if getattr(type(callback), name) is not getattr(_base_class(), name)
         ]
         # Not a hook of Lightning's: it is called when Lightning is wholly done with a batch.
-        after = getattr(callback, "_after_batch", None)
-        calls += [(after, (trainer,))] if after is not None else []
+        calls.append((vars(callback)["_saving"].after_batch, (trainer,)))
         start = time.thread_time_ns()
         for _ in range(_CALLS):
             for call, arguments in calls:

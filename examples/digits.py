@@ -239,12 +239,13 @@ def run(directory: Path, options: Mapping[str, object]) -> tuple[int, dict[str, 
 def show_folder(root: Path) -> None:
     """Print the folders of a run, and the files of the newest."""
     print(f"   {root}/")
-    *others, newest = sorted(root.iterdir())
+    *others, newest = sorted(root.glob("CKPT*"))
     for folder in others:
         print(f"     {folder.name}/")
     print(f"     {newest.name}/")
     for file in sorted(newest.iterdir()):
         print(f"       {file.name:<20} {file.stat().st_size:>9,} bytes")
+    print("     HISTORY.jsonl           what was saved and removed, when and why")
 
 
 def tell_story(root: Path, *, epochs: int, seed: int) -> bool:
