@@ -22,6 +22,7 @@ import pytest
 import torch
 from _counts import COUNTS
 
+# Every public name that needs no Lightning.
 CORE_NAMES = (
     "Checkpointer",
     "Checkpoint",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _differences import comparer, one_change, saver
 
 from lightning_sbckpt import Checkpoint, Checkpointer, mark_as_loader, mark_as_saver
 from lightning_sbckpt import register_checkpoint_hooks as with_hooks
@@ -17,49 +18,14 @@ from lightning_sbckpt.difference import diff
 from lightning_sbckpt.errors import MismatchError
 
 
-class State:
-    """A recoverable with any state."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
-
-
 @pytest.fixture
 def save(tmp_path):
-    """A function that saves states, by name, and returns the checkpoint."""
-    numbers = iter(range(100))
-
-    def save(meta=None, **states):
-        checkpointer = Checkpointer(tmp_path, {name: State(s) for name, s in states.items()})
-        return checkpointer.save_checkpoint(meta, name=str(next(numbers)))
-
-    return save
+    return saver(tmp_path)
 
 
 @pytest.fixture
 def compare(save):
-    """A function that saves two states as models and returns what differs in that file."""
-
-    def compare(before, after, **options):
-        (file,) = diff(save(model=before), save(model=after), **options).files
-        return file
-
-    return compare
-
-
-def one_change(file):
-    (change,) = file.changed
-    return change
-
-
-def numbers(dtype, *values):
-    return torch.tensor(values, dtype=torch.float64).to(getattr(torch, dtype))
+    return comparer(save)
 
 
 def test_tensors_that_came_and_went_are_named(compare):

@@ -8,55 +8,20 @@ import sys
 
 import pytest
 import torch
+from _differences import comparer, numbers, one_change, saver
 
-from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._difference_states import _PIECE
 from lightning_sbckpt.difference import diff
 
 
-class State:
-    """A recoverable with any state."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
-
-
 @pytest.fixture
 def save(tmp_path):
-    """A function that saves states, by name, and returns the checkpoint."""
-    numbers = iter(range(100))
-
-    def save(meta=None, **states):
-        checkpointer = Checkpointer(tmp_path, {name: State(s) for name, s in states.items()})
-        return checkpointer.save_checkpoint(meta, name=str(next(numbers)))
-
-    return save
+    return saver(tmp_path)
 
 
 @pytest.fixture
 def compare(save):
-    """A function that saves two states as models and returns what differs in that file."""
-
-    def compare(before, after, **options):
-        (file,) = diff(save(model=before), save(model=after), **options).files
-        return file
-
-    return compare
-
-
-def one_change(file):
-    (change,) = file.changed
-    return change
-
-
-def numbers(dtype, *values):
-    return torch.tensor(values, dtype=torch.float64).to(getattr(torch, dtype))
+    return comparer(save)
 
 
 # torch remarks on what it will drop, and on what it doesn't check.

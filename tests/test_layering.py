@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import CORE_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lightning_sbckpt"
@@ -152,29 +153,6 @@ ORDER = (
     "cli.__main__",
     "plugin",  # plugin/__init__.py
     "__init__",
-)
-
-# Every public name that needs no Lightning.
-CORE_NAMES = (
-    "Checkpointer",
-    "Checkpoint",
-    "ckpt_recency",
-    "register_checkpoint_hooks",
-    "mark_as_saver",
-    "mark_as_loader",
-    "mark_as_transfer",
-    "get_default_hook",
-    "DEFAULT_SAVE_HOOKS",
-    "DEFAULT_LOAD_HOOKS",
-    "DEFAULT_TRANSFER_HOOKS",
-    "torch_save",
-    "torch_recovery",
-    "torch_parameter_transfer",
-    "average_state_dicts",
-    "average_checkpoints",
-    "Pretrainer",
-    "EpochCounter",
-    "EpochCounterWithStopper",
 )
 
 # Where private names of others may be touched: Lightning's in one file, and those of torch's
