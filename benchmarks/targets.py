@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.finding import AGAIN, NEW_PROCESS, NO_INDEX, SPEECHBRAIN
 from benchmarks.finding import FLOOR as LOOKING
+from benchmarks.loading import READ
 from benchmarks.measure import Settings, Table, median, size_label
 from benchmarks.peer import OURS
 from benchmarks.peers import FOUND
@@ -93,6 +94,7 @@ def verdicts(tables: Mapping[str, Table], settings: Settings) -> list[Verdict]:
                 f"load into {into}, {how}, against torch.load + load_state_dict",
                 2.5,
                 faster(f"load {table}", row, _TORCH_LOAD, main),
+                (READ, faster(f"load {table}", READ, _TORCH_LOAD, main)),
             )
             for table, into in (
                 ("live", "a live model and optimizer"),
