@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-from lightning_sbckpt._difference_files import (
+from lightning_sbckpt._difference.files import (
     FileDifference,
     FormChange,
     Selected,

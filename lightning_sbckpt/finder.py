@@ -24,7 +24,7 @@ from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_sbckpt._timeline import Timeline
+    from lightning_sbckpt._pictures.timeline import Timeline
 
 __all__ = ["Finder"]
 
@@ -256,7 +256,7 @@ class Finder:
             >>> [(life.name, life.state) for life in checkpointer.timeline().lives]
             [('CKPT+a', 'removed'), ('CKPT+b', 'there')]
         """
-        from lightning_sbckpt._timeline import build_timeline
+        from lightning_sbckpt._pictures.timeline import build_timeline
 
         try:
             events = read_history(self.checkpoints_dir)
@@ -271,7 +271,7 @@ class Finder:
         return build_timeline(there, events, unreadable=unreadable, lineage_of=lineage_of)
 
     def _repr_html_(self) -> str:
-        from lightning_sbckpt._cards import failed_card, folder_table
+        from lightning_sbckpt._pictures.cards import failed_card, folder_table
 
         title = type(self).__name__
         try:

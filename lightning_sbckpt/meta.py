@@ -93,7 +93,7 @@ class Checkpoint(NamedTuple):
 
     def _repr_html_(self) -> str:
         # Imported here: it is needed in notebooks alone.
-        from lightning_sbckpt._cards import checkpoint_card, failed_card
+        from lightning_sbckpt._pictures.cards import checkpoint_card, failed_card
 
         try:
             return checkpoint_card(self, parse_yaml)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._timeline import Timeline
-from lightning_sbckpt._wording import say_text
+from lightning_sbckpt._pictures.timeline import Timeline
+from lightning_sbckpt._pictures.wording import say_text
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MissingDependencyError,
@@ -57,7 +57,7 @@ def draw_timeline(
             `max_key` were given.
 
     Example:
-        >>> from lightning_sbckpt._timeline import build_timeline
+        >>> from lightning_sbckpt._pictures.timeline import build_timeline
         >>> from lightning_sbckpt.meta import Checkpoint
         >>> there = [Checkpoint(Path("CKPT+a"), {"unixtime": 1.0, "loss": 0.5}, {})]
         >>> figure = draw_timeline(build_timeline(there, []), "my run")
@@ -65,10 +65,10 @@ def draw_timeline(
         'loss'
     """
     require_matplotlib()
-    from lightning_sbckpt import _drawing
+    from lightning_sbckpt._pictures import drawing
 
     keys, modes = chosen_keys(timeline, key, min_key=min_key, max_key=max_key)
-    return _drawing.draw(timeline, _title(timeline, name), keys, modes)
+    return drawing.draw(timeline, _title(timeline, name), keys, modes)
 
 
 def svg_for_page(
@@ -85,20 +85,20 @@ def svg_for_page(
         MissingDependencyError: matplotlib is not installed.
 
     Example:
-        >>> from lightning_sbckpt._timeline import build_timeline
+        >>> from lightning_sbckpt._pictures.timeline import build_timeline
         >>> svg_for_page(build_timeline([], []), [], {})[:4]
         '<svg'
     """
     require_matplotlib()
-    from lightning_sbckpt import _drawing
+    from lightning_sbckpt._pictures import drawing
 
     # No other colour of the picture, and none that a name could bring in: it has to be replaced.
     ink = "#010203"
-    figure = _drawing.draw(timeline, "", keys, modes, ink=ink, background="none")
-    text = _drawing.rendered(figure, "svg").decode()
+    figure = drawing.draw(timeline, "", keys, modes, ink=ink, background="none")
+    text = drawing.rendered(figure, "svg").decode()
     text = text[text.index("<svg") :].replace(ink, "currentColor")
     # A page in dark colours has a lighter blue.
-    return text.replace(_drawing.KEPT.lower(), f"var(--kept, {_drawing.KEPT.lower()})")
+    return text.replace(drawing.KEPT.lower(), f"var(--kept, {drawing.KEPT.lower()})")
 
 
 def chosen_keys(
@@ -190,15 +190,15 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile
-        >>> from lightning_sbckpt._timeline import build_timeline
+        >>> from lightning_sbckpt._pictures.timeline import build_timeline
         >>> figure = draw_timeline(build_timeline([], []), "empty")
         >>> save_figure(figure, Path(tempfile.mkdtemp()) / "a.png").read_bytes()[1:4]
         b'PNG'
     """
     kind = picture_kind(path)
-    from lightning_sbckpt import _drawing
+    from lightning_sbckpt._pictures import drawing
 
-    return write_page(path, _drawing.rendered(figure, kind), "picture")
+    return write_page(path, drawing.rendered(figure, kind), "picture")
 
 
 def write_page(path: str | Path, data: bytes, what: str) -> Path:

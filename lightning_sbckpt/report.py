@@ -20,9 +20,9 @@ from markupsafe import Markup
 
 from lightning_sbckpt._folder.manifest import file_damage, find_damage, read_manifest
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
-from lightning_sbckpt._report_view import make_page
-from lightning_sbckpt._timeline import Timeline
-from lightning_sbckpt._wording import say_text, say_when
+from lightning_sbckpt._pictures.report_view import make_page
+from lightning_sbckpt._pictures.timeline import Timeline
+from lightning_sbckpt._pictures.wording import say_text, say_when
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError
 from lightning_sbckpt.finder import Finder
 from lightning_sbckpt.meta import Checkpoint
@@ -90,8 +90,10 @@ def report(
         sizes={ckpt.path.name: checkpoint_bytes(ckpt) for ckpt in there},
         damage={ckpt.path.name: wrong for ckpt in there if (wrong := _damage(ckpt, verify=verify))},
     )
-    template = (files("lightning_sbckpt") / "report.html.jinja").read_text(encoding="utf-8")
-    script = (files("lightning_sbckpt") / "report.js").read_text(encoding="utf-8")
+    template = (files("lightning_sbckpt._pictures") / "report.html.jinja").read_text(
+        encoding="utf-8"
+    )
+    script = (files("lightning_sbckpt._pictures") / "report.js").read_text(encoding="utf-8")
     picture, no_picture = _picture(timeline, keys, modes)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["tidy"] = say_text

@@ -13,7 +13,7 @@ from _differences import comparer, one_change, saver
 
 from lightning_sbckpt import Checkpoint, Checkpointer, mark_as_loader, mark_as_saver
 from lightning_sbckpt import register_checkpoint_hooks as with_hooks
-from lightning_sbckpt._difference_states import _PIECE
+from lightning_sbckpt._difference.states import _PIECE
 from lightning_sbckpt.difference import diff
 from lightning_sbckpt.errors import MismatchError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from _differences import comparer, numbers, one_change, saver
 
-from lightning_sbckpt._difference_states import _PIECE
+from lightning_sbckpt._difference.states import _PIECE
 from lightning_sbckpt.difference import diff
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_sbckpt._inspect.columns import Column, ago, freed_by
 from lightning_sbckpt._inspect.grid import as_text
-from lightning_sbckpt._wording import say_size
+from lightning_sbckpt._pictures.wording import say_size
 from lightning_sbckpt.errors import MissingDependencyError, SelectionError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import Checkpoint

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._timeline import build_timeline
+from lightning_sbckpt._pictures.timeline import build_timeline
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MissingDependencyError,

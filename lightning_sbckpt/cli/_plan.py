@@ -13,7 +13,7 @@ import click
 
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
-from lightning_sbckpt._timeline import build_timeline
+from lightning_sbckpt._pictures.timeline import build_timeline
 from lightning_sbckpt.cli._common import progress_bar
 from lightning_sbckpt.cli._folders import Folder, require_key
 from lightning_sbckpt.cli._rules import RunRules, best_by, events_of, run_rules

@@ -19,7 +19,7 @@ from lightning_sbckpt._inspect.columns import (
     printable,
 )
 from lightning_sbckpt._inspect.grid import ENDLESS, as_text, draw
-from lightning_sbckpt._timeline import Life
+from lightning_sbckpt._pictures.timeline import Life
 from lightning_sbckpt.cli._common import echo
 from lightning_sbckpt.cli._plan import in_short
 from lightning_sbckpt.meta import Checkpoint

@@ -12,7 +12,7 @@ import yaml
 
 from lightning_sbckpt._folder.history import History
 from lightning_sbckpt._inspect.columns import freed_by, metric_keys, printable
-from lightning_sbckpt._wording import say_number, say_size
+from lightning_sbckpt._pictures.wording import say_number, say_size
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options

@@ -15,7 +15,7 @@ from lightning_sbckpt._inspect.columns import (
     size_of,
     step_of,
 )
-from lightning_sbckpt._timeline import Life, build_timeline
+from lightning_sbckpt._pictures.timeline import Life, build_timeline
 from lightning_sbckpt.cli._common import counted, echo, json_option, print_json, printable
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
 from lightning_sbckpt.cli._plan import chosen_rules, rule_options, standing

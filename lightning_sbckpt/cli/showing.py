@@ -14,7 +14,7 @@ import torch
 
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._inspect.columns import age_of, files_of, printable, size_of
-from lightning_sbckpt._wording import say_number, say_size, say_when
+from lightning_sbckpt._pictures.wording import say_number, say_size, say_when
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import locate
 from lightning_sbckpt.errors import MetaError, SBCheckpointError

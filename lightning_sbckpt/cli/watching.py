@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lightning_sbckpt._inspect.columns import metric_keys, printable, step_of
-from lightning_sbckpt._wording import say_number
+from lightning_sbckpt._pictures.wording import say_number
 from lightning_sbckpt.cli._common import Failure, collected_warnings, counted, echo, json_option
 from lightning_sbckpt.cli._folders import Folder, open_folder
 from lightning_sbckpt.cli._plan import standing

@@ -11,8 +11,8 @@ from typing import cast
 
 import torch
 
-from lightning_sbckpt._difference_numbers import Tally, can_compute, same_bytes
-from lightning_sbckpt._difference_states import SavedState, is_tensor, pieces, shape_of
+from lightning_sbckpt._difference.numbers import Tally, can_compute, same_bytes
+from lightning_sbckpt._difference.states import SavedState, is_tensor, pieces, shape_of
 from lightning_sbckpt._torchfile.outline import Stored
 from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError

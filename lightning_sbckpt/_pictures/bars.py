@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from statistics import median
 
-from lightning_sbckpt._timeline import Life, Timeline
+from lightning_sbckpt._pictures.timeline import Life, Timeline
 
 WIDTH = 1000.0
 # A pause of a day between two minutes of training would leave no room for these: whatever is

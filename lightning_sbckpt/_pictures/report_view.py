@@ -8,9 +8,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_sbckpt._bars import Chart, chart
-from lightning_sbckpt._timeline import Life, State, Timeline
-from lightning_sbckpt._wording import say_duration, say_number, say_size, say_text, say_when
+from lightning_sbckpt._pictures.bars import Chart, chart
+from lightning_sbckpt._pictures.timeline import Life, State, Timeline
+from lightning_sbckpt._pictures.wording import (
+    say_duration,
+    say_number,
+    say_size,
+    say_text,
+    say_when,
+)
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.retention import parse_rule, plan_retention

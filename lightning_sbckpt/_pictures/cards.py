@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_sbckpt._disk.regular import read_regular
-from lightning_sbckpt._wording import say_duration, say_number, say_size, say_text, say_when
+from lightning_sbckpt._pictures.wording import (
+    say_duration,
+    say_number,
+    say_size,
+    say_text,
+    say_when,
+)
 
 if TYPE_CHECKING:
     from lightning_sbckpt.meta import Checkpoint
