@@ -35,6 +35,7 @@ from benchmarks.measure import (  # noqa: E402
 from benchmarks.peers import ASYNC, LOADING, SYNC, Ours, opened  # noqa: E402
 from benchmarks.peers_torch import TorchSave  # noqa: E402
 from benchmarks.saving import RAW  # noqa: E402
+from benchmarks.stalls import COPY  # noqa: E402
 from benchmarks.states import State  # noqa: E402
 from benchmarks.stepping import hooks_microseconds  # noqa: E402
 from lightning_sbckpt import Checkpointer  # noqa: E402
@@ -318,7 +319,10 @@ def test_the_report_tells_targets_that_are_met_missed_and_not_measured(tmp_path)
     table = Table("Saving", "s", RAW, {(row, column): values for row, values in rows.items()})
     section = Section("save", "Save", "How.", {"save": table}, {"DCP": "not installed"})
     path = tmp_path / "RESULTS.md"
-    report.write([section], Settings(tmp_path, (100,), 1.0), {"kernel": "Linux"}, path)
+    rows = {(COPY, "training"): [1.0, 1.0], ("lightning-sbckpt, async", "training"): [1.0, 1.4]}
+    lost = Table("Lost", "s", COPY, rows, columns_are="loop")
+    sections = [section, Section("lost", "Lost", "How.", {"lost": lost}, {})]
+    report.write(sections, Settings(tmp_path, (100,), 1.0), {"kernel": "Linux"}, path)
     text = path.read_text()
     assert (
         "| durable sync save, against the raw write | within 1.5x | 1.30x (1.20 to 1.40) | met |"
@@ -331,5 +335,8 @@ def test_the_report_tells_targets_that_are_met_missed_and_not_measured(tmp_path)
         in text
     )
     assert "- DCP: not installed" in text
+    assert (
+        "within 1.5x | 1.20x (1.00 to 1.40) in 2 of the 3 rounds that a verdict takes | not" in text
+    )
     assert "1.30 s [1.20, 1.40] **1.30x**" in text
     assert str(tmp_path) not in text
