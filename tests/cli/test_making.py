@@ -112,7 +112,7 @@ def test_long_lists_are_cut_with_a_word(root, call):
         with Checkpointer(root, {"m": layers}) as checkpointer:
             checkpointer.save_checkpoint(name=name)
     output = call("diff", root / "CKPT+p", "q", "--top", "2", code=1).stdout
-    assert output.count("m/") == 2
+    assert sum(line.startswith("m/") for line in output.splitlines()) == 2
     assert "... and 3 more tensors that changed less" in output
 
 
