@@ -55,7 +55,7 @@ class Settings:
     @property
     def at_least(self) -> int:
         """How many rounds to take even if the time is over."""
-        return 1 if self.quick else 2
+        return 1 if self.quick else 3
 
 
 @dataclass
@@ -165,10 +165,7 @@ def interleave(
     start = time.perf_counter()
     for number in range(-warmup, rounds):
         spent = time.perf_counter() - start
-        done = number + warmup
-        # On a machine that is much slower than expected, one round has to do.
-        needed = at_least if spent < 2 * seconds else min(at_least, 1)
-        if number >= needed and spent + spent / done > seconds:
+        if number >= at_least and spent + spent / (number + warmup) > seconds:
             break
         for name in order.sample(list(values), len(values)):
             try:

@@ -304,6 +304,8 @@ def test_rounds_end_when_their_time_is_over():
     """A slow machine takes fewer rounds, not more time; the least that was asked for stays."""
     counted = interleave({"a": lambda: timed(lambda: time.sleep(0.05))}, rounds=100, seconds=0.3)
     assert 2 <= len(counted["a"]) < 10
+    counted = interleave({"a": lambda: timed(lambda: time.sleep(0.02))}, rounds=9, seconds=0.001)
+    assert len(counted["a"]) == 2
 
 
 def test_ratios_are_taken_within_the_rounds():

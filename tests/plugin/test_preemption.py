@@ -323,9 +323,17 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_of_loaders_alone(tmp_pat
 def fit_with_process(folder, rank):
     """Fit; a process that is forked meanwhile is told to end."""
 
+    def be_there(there):
+        there.set()
+        time.sleep(60)
+
     def fork_and_end():
-        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        there = context.Event()
+        process = context.Process(target=be_there, args=(there,))
         process.start()
+        # Python forgets a signal that comes before a forked process has run its first line.
+        assert there.wait(SECONDS / 2)
         process.terminate()
         process.join(SECONDS / 2)
         print(f"ended by {process.exitcode}")
