@@ -111,6 +111,12 @@ def test_a_checksum_that_is_known_is_not_taken_again(tmp_path, monkeypatch, size
     assert (tmp_path / "file").read_bytes() == random_bytes[:size]
 
 
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    """Bytes that lie together are written in blocks of the same size, so that there are several."""
+    monkeypatch.setattr(blocks, "_LONG_BLOCK", BLOCK)
+
+
 @pytest.fixture
 def path(tmp_path):
     """A file to write: there, and empty."""

@@ -27,6 +27,9 @@ import xxhash
 
 ALIGNMENT = 4096
 BLOCK = 4 * 2**20
+# Of bytes that only have to be written. In a thread beside a loop that holds the interpreter's lock,
+# every call costs the loop up to a millisecond, since it must hand over the lock and get it back.
+_LONG_BLOCK = 32 * 2**20
 _BUFFERS = 4
 # Below this size one buffered write is faster than starting a thread.
 _SMALL = 2**20
@@ -141,13 +144,10 @@ class _Writing:
         return checksum
 
     def _from_memory(self, whole: memoryview, source: Source) -> str:
-        known = source.checksum
-        hasher = xxhash.xxh3_128()
-        for start in range(0, source.size, BLOCK):
-            if known is None:
-                hasher.update(whole[start : min(start + BLOCK, source.size)])
-            self._put(whole[start : min(start + BLOCK, len(whole))], start)
-        return known or hasher.hexdigest()
+        checksum = source.checksum or xxhash.xxh3_128_hexdigest(whole[: source.size])
+        for start in range(0, source.size, _LONG_BLOCK):
+            self._put(whole[start : min(start + _LONG_BLOCK, len(whole))], start)
+        return checksum
 
     def _through_buffers(self, source: Source) -> str:
         hasher = xxhash.xxh3_128()

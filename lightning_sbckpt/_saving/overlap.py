@@ -27,8 +27,9 @@ from lightning_sbckpt._saving.snapshot import Frozen, address_of
 _memcpy = ctypes.CDLL(None).memcpy
 _memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memcpy.restype = ctypes.c_void_p
-# Hashed right after it is copied, a block of this size is still in the cache.
-_BLOCK = 2**20
+# Hashed soon after they are copied, so many bytes are still in a cache. Fewer at a time would make
+# training wait: each call gives up the interpreter's lock, and takes it back from a loop that wants it.
+_BLOCK = 8 * 2**20
 
 
 class LateCopy:
@@ -89,12 +90,16 @@ class LateCopy:
 
     def _copy(self) -> None:
         hashing = _Hashing(self._files)
+        copied = 0
         for storage, address in self._parts:
             size, source = storage.nbytes(), storage.data_ptr()
             for start in range(0, size, _BLOCK):
                 length = min(_BLOCK, size - start)
                 _memcpy(address + start, source + start, length)
-                hashing.advance(address + start + length)
+                copied += length
+                if copied >= _BLOCK:
+                    hashing.advance(address + start + length)
+                    copied = 0
         hashing.finish()
         self._parts, self._files = [], []
         with self._deciding:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -47,16 +48,19 @@ class Background:
 
     def submit(self, job: Callable[[], object]) -> None:
         """Do a job when those before it are done."""
+        thread = threading.Thread(target=self._work, name=self._name)
         with self._changed:
             self._jobs.append(job)
             if self._running:
                 return
             self._running = True
-        try:
-            threading.Thread(target=self._work, name=self._name).start()
-        except RuntimeError:
-            # The interpreter is exiting and starts no thread any more.
-            self._work()
+            # In here, so that its first line waits for us. Once it works it keeps the interpreter's
+            # lock for 5 ms, and `start` returns only when it has begun.
+            with suppress(RuntimeError):
+                thread.start()
+                return
+        # The interpreter is exiting and starts no thread any more.
+        self._work()
 
     def wait(self) -> None:
         """Return when everything is done; at once in a job, which can't wait for itself.
