@@ -56,10 +56,11 @@ class TorchDistributed:
 
     def gather(self, obj: T) -> list[T] | None:
         """Return every rank's `obj` on rank zero, pickled on the way."""
-        # An NCCL group gathers only tensors on the GPU; all_gather_object serves every backend.
-        boxes: list[T] = [obj] * self.size
-        dist.all_gather_object(boxes, obj)
-        return boxes if self.rank == 0 else None
+        # Not all_gather_object: it would hand all objects to all ranks, which is as many times more
+        # bytes and unpickling as there are ranks.
+        boxes: list[T] | None = [obj] * self.size if self.rank == 0 else None
+        dist.gather_object(obj, boxes, dst=0)
+        return boxes
 
 
 def current_world() -> World:

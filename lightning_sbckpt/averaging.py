@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar, overload
 
 from lightning_sbckpt._averaging_sums import StateDict, average, numbered
+from lightning_sbckpt._disk.absent import bring, bring_file
 from lightning_sbckpt._finding.loading import require_sound
 from lightning_sbckpt._folder.layout import PARAMFILE_EXT, folder_for, read_checkpoint
+from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._torchfile.reading import load_state, open_state, pickled_path
 from lightning_sbckpt._world import SingleProcess
 from lightning_sbckpt.checkpointer import Checkpointer
@@ -150,7 +152,7 @@ def save_average(
     Only the average and one tensor at a time are in memory. One process calls this, not each rank.
 
     Args:
-        where: The folder that it goes to, or its checkpointer.
+        where: The folder that it goes to, its URL, or its checkpointer.
         checkpoints: The sources: checkpoints or paths of checkpoint folders. Give the newest or
             best first, see `average_state_dicts`.
         recoverables: Which to average; those that `SBCheckpoint(split_model=...)` has split off, too.
@@ -192,10 +194,11 @@ def save_average(
             "that chose them."
         )
     if isinstance(where, Checkpointer):
-        root, access = where.checkpoints_dir, where.access
+        place, access = where.checkpoints_dir, where.access
     else:
-        root, access = Path(where), "exclusive"
-    with Checkpointer(root, averages, world=SingleProcess(), access=access) as checkpointer:
+        place, access = Path(where), "exclusive"
+    with Checkpointer(place, averages, world=SingleProcess(), access=access) as checkpointer:
+        root = checkpointer.checkpoints_dir
         checkpointer.claim()
         own_name = _free_name(root, name)
         for part in files:
@@ -226,7 +229,7 @@ class _Average:
 
 
 def _folder(source: Source) -> Path:
-    return Path(source) if isinstance(source, (str, os.PathLike)) else Path(source.path)
+    return here(source) if isinstance(source, (str, os.PathLike)) else Path(source.path)
 
 
 def _open_if_plain(path: Path) -> StateDict:
@@ -279,12 +282,14 @@ def _paramfiles(checkpoints: Iterable[Source], name: str) -> list[Path]:
     for checkpoint in checkpoints:
         # Any record with these fields will do, SpeechBrain's own among them.
         if isinstance(checkpoint, (str, os.PathLike)):
-            folder = Path(checkpoint)
+            folder = here(checkpoint)
+            bring(folder)
             found = folder.glob(f"*{PARAMFILE_EXT}")
             files = {file.name.removesuffix(PARAMFILE_EXT): file for file in found}
         else:
             folder, files = checkpoint.path, checkpoint.paramfiles
         if name in files:
+            bring_file(Path(files[name]))
             paths.append(Path(files[name]))
         else:
             problems.append(f"{folder} has {', '.join(sorted(files)) or 'no recoverables'}")

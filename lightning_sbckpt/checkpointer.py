@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from lightning_sbckpt._folder.layout import check_name, is_checkpoint, read_chec
 from lightning_sbckpt._saving.jobs import SaveJob, save_jobs
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt._saving.workshop import Description
+from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.curator import Curator
 from lightning_sbckpt.errors import (
     ConfigurationError,
@@ -52,7 +52,8 @@ class Checkpointer(Curator):
     """Saves named objects together and brings them back.
 
     Args:
-        checkpoints_dir: The folder of all checkpoints; made if it is missing.
+        checkpoints_dir: The folder of all checkpoints; made if it is missing. Or the URL of one in a
+            store, such as `s3://bucket/run`: see `docs/remote.md`.
         recoverables: From names to the objects to save and load. More come by `add_recoverable`.
         custom_load_hooks: From names to `hook(obj, path, end_of_epoch)`, before any by type.
         custom_save_hooks: From names to `hook(obj, path)`, before any by type.
@@ -74,6 +75,9 @@ class Checkpointer(Curator):
         access: `"exclusive"`: from the first save on, no other process may write to the folder.
             `"shared"`: several may, if all say so. `"read"`: this one never does.
         storage: How the disk is changed; another one is for tests.
+        local_dir: Of a URL: the folder on this machine that checkpoints go through; by default one
+            in the user's cache folder.
+        storage_options: Of a URL: what fsspec is to know beyond its own configuration.
 
     Attributes:
         lineage: Where the weights come from, for the manifests of the next checkpoints.
@@ -81,6 +85,7 @@ class Checkpointer(Curator):
 
     Raises:
         ConfigurationError: The folder can't be used, or an argument is none of those known.
+        RemoteError: The store of a URL can't be reached, or refuses.
         CheckpointNameError: A name would not stay inside a checkpoint folder.
         HookSignatureError: A custom hook can't be called.
 
@@ -114,13 +119,9 @@ class Checkpointer(Curator):
         link_unchanged: bool = True,
         access: str = "exclusive",
         storage: LocalStorage | None = None,
+        local_dir: str | Path | None = None,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        # A Path has lost one of the slashes.
-        if re.match(r"[A-Za-z][\w+.-]+:/", str(checkpoints_dir)):
-            raise ConfigurationError(
-                f"checkpoints_dir is {str(checkpoints_dir)!r}: this release saves to local folders "
-                "only; save to one and copy its checkpoint folders where they should go"
-            )
         super().__init__(
             checkpoints_dir,
             world=world,
@@ -128,6 +129,8 @@ class Checkpointer(Curator):
             link_unchanged=link_unchanged,
             access=access,
             storage=storage,
+            local_dir=local_dir,
+            storage_options=storage_options,
         )
         self.optional_recoverables: dict[str, bool] = {}
         self.custom_load_hooks: dict[str, LoadHook] = {}
@@ -147,6 +150,9 @@ class Checkpointer(Curator):
             self.add_recoverables(recoverables)
         if access == "read":
             return
+        if self._mirror is not None:
+            # Now, and not at the first save: hours may have gone by until then.
+            decided_by_main(self.world, self._mirror.open)
         if self.world.rank == 0:
             try:
                 self._storage.make_dirs(self.checkpoints_dir)
@@ -371,6 +377,8 @@ class Checkpointer(Curator):
         return save_jobs(self.recoverables, self.custom_save_hooks, self.registry)
 
     def _next_unixtime(self) -> float:
+        if self.world.rank != 0:
+            return time.time()  # It writes no meta: the disk is spared a look of each rank.
         # A clock that stands still or jumps back must not change the order of checkpoints.
         with self._looking:
             newest = max(self._catalog.newest_time(), self._newest_saved)
@@ -416,7 +424,8 @@ class Checkpointer(Curator):
         while True:
             chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
             if chosen is None:
-                logger.info("no checkpoint to recover from in %s yet", self.checkpoints_dir)
+                where = self.url or self.checkpoints_dir
+                logger.info("no checkpoint to recover from in %s yet", where)
                 return None
             try:
                 self._load(chosen)
@@ -448,7 +457,7 @@ class Checkpointer(Curator):
         # What is still being copied must not change yet.
         self.wait()
         if not isinstance(checkpoint, tuple):
-            checkpoint = read_checkpoint(Path(checkpoint))
+            checkpoint = read_checkpoint(self.folder_of(checkpoint))
         require_sound(checkpoint, self.recoverables)
         self._load(checkpoint)
 

@@ -1,24 +1,25 @@
-"""Keeping the checkpoints of a folder: which go, which are pinned, what is noted on them."""
+"""Keeping the checkpoints of a folder: which go, and which process may let them go."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder import annotations as folder_annotations
 from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._folder.lock import FolderLock
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
+from lightning_sbckpt._remote.uploading import Uploads
 from lightning_sbckpt._saving.saver import SavePolicy, Saver
 from lightning_sbckpt._saving.workshop import Workshop
 from lightning_sbckpt._world import decided_by_main
-from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError, SaveError
+from lightning_sbckpt.annotator import Annotator
+from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.finder import Finder
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule, World
@@ -29,19 +30,19 @@ C = TypeVar("C", bound="Curator")
 
 logger = logging.getLogger("lightning_sbckpt")
 
-_ACCESS = ("exclusive", "shared", "read")
 
-
-class Curator(Finder):
+class Curator(Annotator):
     """Deletes, pins and annotates the checkpoints of a folder.
 
     Args:
-        checkpoints_dir: The folder of all checkpoints.
+        checkpoints_dir: The folder of all checkpoints, or the URL of one in a store.
         world: The ranks that act together; by default those of `torch.distributed`.
         policy: How saves go on, for the `Checkpointer`.
         link_unchanged: See `Checkpointer`.
         access: See `Checkpointer`.
         storage: How the disk is changed.
+        local_dir: See `Checkpointer`.
+        storage_options: See `Checkpointer`.
 
     Attributes:
         access: Whether others may write, or this one may.
@@ -65,18 +66,25 @@ class Curator(Finder):
         link_unchanged: bool = True,
         access: str = "exclusive",
         storage: LocalStorage | None = None,
+        local_dir: str | Path | None = None,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        if access not in _ACCESS:
-            raise ConfigurationError(
-                f"access is {access!r}, expected one of {', '.join(map(repr, _ACCESS))}"
-            )
-        super().__init__(checkpoints_dir, world=world, keep_index=access != "read")
-        self.access = access
-        self._storage = storage or LocalStorage()
+        super().__init__(
+            checkpoints_dir,
+            world=world,
+            access=access,
+            storage=storage,
+            local_dir=local_dir,
+            storage_options=storage_options,
+        )
         workshop = Workshop(self.checkpoints_dir, self._storage, Links(enabled=link_unchanged))
         self._history = workshop.history
         self.saver = Saver(workshop, policy or SavePolicy())
         self._lock = FolderLock(self.checkpoints_dir, shared=access == "shared")
+        self._uploads: Uploads | None = None
+        if self._mirror is not None:
+            self._uploads = Uploads(self._mirror, alone=access == "exclusive")
+            self.saver.then_upload = self._uploads.ship
 
     def claim(self) -> None:
         """Make sure that nobody else writes to the folder; every save does so by itself.
@@ -91,7 +99,12 @@ class Curator(Finder):
             >>> Checkpointer(tempfile.mkdtemp()).claim()
         """
         self._require_writable()
-        decided_by_main(self.world, self._lock.acquire)
+        decided_by_main(self.world, self._claim_here)
+
+    def _claim_here(self) -> None:
+        self._lock.acquire()
+        if self._uploads is not None:
+            self._uploads.begin()
 
     def wait(self) -> None:
         """Return when everything handed to the background is done: saved durably, and removed.
@@ -288,107 +301,17 @@ class Curator(Finder):
             self._lock.acquire()
             for decision in going:
                 self._remove(decision, verbosity)
+            if self._uploads is not None:
+                self._uploads.push_history()
         return plan
 
     def _remove(self, decision: Decision, verbosity: int) -> None:
         path = decision.checkpoint.path
         try:
-            self.saver.remove(path)
+            # First in the store: what is there is the checkpoint, and what is here a copy.
+            with nullcontext() if self._mirror is None else self._mirror.removing(path.name):
+                self.saver.remove(path)
         except CheckpointNotFoundError:
             return  # Another process was faster.
         self._history.removed(path.name, decision.reason)
         logger.log(verbosity, "removed %s: %s", path, decision.reason)
-
-    def pin(self, checkpoint: Checkpoint | str | Path, reason: str = "") -> None:
-        """Keep a checkpoint whatever the rules of retention say.
-
-        Args:
-            checkpoint: The checkpoint, or its folder.
-            reason: Why, for whoever looks at it later.
-
-        Raises:
-            CheckpointNotFoundError: There is none.
-
-        Example:
-            >>> import tempfile
-            >>> from lightning_sbckpt import Checkpointer
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> checkpointer.pin(checkpointer.save_checkpoint(name="a"), "in the paper")
-            >>> checkpointer.delete_checkpoints(num_to_keep=0)[0].reason
-            'pinned: in the paper'
-        """
-        self._annotate(
-            checkpoint, lambda folder: folder_annotations.pin(folder, reason, storage=self._storage)
-        )
-
-    def unpin(self, checkpoint: Checkpoint | str | Path) -> None:
-        """Undo `pin`.
-
-        Args:
-            checkpoint: The checkpoint, or its folder.
-
-        Raises:
-            CheckpointNotFoundError: There is none.
-
-        Example:
-            >>> import tempfile
-            >>> from lightning_sbckpt import Checkpointer
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> saved = checkpointer.save_checkpoint(name="a")
-            >>> checkpointer.pin(saved)
-            >>> checkpointer.unpin(saved)
-            >>> "pinned" in checkpointer.find_checkpoint().meta
-            False
-        """
-        self._annotate(
-            checkpoint, lambda folder: folder_annotations.unpin(folder, storage=self._storage)
-        )
-
-    def annotate(
-        self,
-        checkpoint: Checkpoint | str | Path,
-        meta: Mapping[str, object] | None = None,
-        *,
-        note: str | None = None,
-        tags: Sequence[str] = (),
-    ) -> None:
-        """Add to a checkpoint what became known later: metrics, a note, tags.
-
-        Args:
-            checkpoint: The checkpoint, or its folder.
-            meta: Keys for its meta; ranking and rules see them as if they had been saved with it.
-            note: A remark.
-            tags: Words to find it by.
-
-        Raises:
-            CheckpointNotFoundError: There is none.
-            MetaError: YAML can't hold the meta.
-
-        Example:
-            >>> import tempfile
-            >>> from lightning_sbckpt import Checkpointer
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> checkpointer.annotate(checkpointer.save_checkpoint(), {"bleu": 31.5})
-            >>> checkpointer.find_checkpoint(max_key="bleu").meta["bleu"]
-            31.5
-        """
-        self._annotate(
-            checkpoint,
-            lambda folder: folder_annotations.annotate(
-                folder, meta or {}, storage=self._storage, note=note, tags=tags
-            ),
-        )
-
-    def _annotate(
-        self, checkpoint: Checkpoint | str | Path, change: Callable[[Path], object]
-    ) -> None:
-        folder = checkpoint.path if isinstance(checkpoint, tuple) else Path(checkpoint)
-        self._require_writable()
-        decided_by_main(self.world, lambda: change(folder))
-
-    def _require_writable(self) -> None:
-        if self.access == "read":
-            raise SaveError(
-                f"{self.checkpoints_dir} is open for reading only (access='read'): nothing was "
-                "changed. Use a Checkpointer with access='exclusive' to save and delete"
-            )

@@ -18,7 +18,9 @@ from lightning_sbckpt._difference.files import (
     compare_files,
     path_size,
 )
+from lightning_sbckpt._disk.absent import bring_file
 from lightning_sbckpt._folder.manifest import Manifest, read_manifest
+from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt.errors import MetaError, MismatchError
 from lightning_sbckpt.meta import Checkpoint
 
@@ -149,6 +151,9 @@ def diff(
     both = [name for name in wanted if name in a.paramfiles and name in b.paramfiles]
     manifests = (_manifest(a), _manifest(b))
     same = {name for name in both if _same_in_manifests(a.paramfiles[name].name, *manifests)}
+    for name in both:
+        for each in (a, b) if name not in same else ():
+            bring_file(each.paramfiles[name], pickled_path(each.paramfiles[name]))
     sizes = {
         name: path_size(a.paramfiles[name]) + path_size(b.paramfiles[name])
         for name in both

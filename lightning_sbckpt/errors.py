@@ -16,6 +16,7 @@ Every one derives from `SBCheckpointError` and from the builtin that a caller wo
     ├── SaveError(RuntimeError)              a checkpoint could not be written
     │   └── FolderInUseError                 another process writes checkpoints to the folder
     ├── RemovalError(OSError)                a checkpoint that was to go could not be removed
+    ├── RemoteError(OSError)                 a remote store that can't be reached, or refuses
     └── MissingDependencyError(ImportError)  an optional library that was asked for is not installed
 
 A message says what failed, on which object and path, what was found against what was
@@ -35,6 +36,7 @@ __all__ = [
     "MetaError",
     "MismatchError",
     "MissingDependencyError",
+    "RemoteError",
     "RemovalError",
     "SBCheckpointError",
     "SaveError",
@@ -97,6 +99,10 @@ class FolderInUseError(SaveError):
 
 class RemovalError(SBCheckpointError, OSError):
     """A checkpoint that was to go could not be removed; every other one is whole."""
+
+
+class RemoteError(SBCheckpointError, OSError):
+    """A remote store that can't be reached, or refuses; nothing half done is visible there."""
 
 
 class MissingDependencyError(SBCheckpointError, ImportError):

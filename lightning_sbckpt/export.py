@@ -20,6 +20,7 @@ import torch
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._finding.loading import require_sound
 from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
 from lightning_sbckpt.errors import (
     ConfigurationError,
@@ -235,7 +236,7 @@ def _there(path: Path) -> ConfigurationError:
 
 
 def _folder(checkpoint: Source) -> Path:
-    return checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    return checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
 
 
 def _read(checkpoint: Source, name: str, *, trust_pickle: bool = False) -> object:

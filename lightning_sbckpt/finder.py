@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from lightning_sbckpt._finding.catalog import Catalog
 from lightning_sbckpt._finding.loading import first_sound
 from lightning_sbckpt._folder.history import read_history
 from lightning_sbckpt._folder.manifest import read_manifest
+from lightning_sbckpt._remote.mirror import Mirror
+from lightning_sbckpt._remote.places import here, place_of
+from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._world import current_world, decided_by_main
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.expressions import as_predicate
@@ -37,9 +41,15 @@ class Finder:
     """Finds the checkpoints of a folder, and changes nothing there.
 
     Args:
-        checkpoints_dir: The folder of all checkpoints.
+        checkpoints_dir: The folder of all checkpoints, or the URL of one in a store.
         world: The ranks that look together; by default those of `torch.distributed`.
         keep_index: Whether an index may be written to the folder, to find faster next time.
+        local_dir: Where a copy of what is read from a URL, and saved to it, is kept.
+        storage_options: For the store of a URL, see fsspec.
+
+    Attributes:
+        checkpoints_dir: The folder; of a URL the local one.
+        url: The URL, or None.
 
     Example:
         >>> Finder("runs/nowhere").list_checkpoints()
@@ -47,9 +57,18 @@ class Finder:
     """
 
     def __init__(
-        self, checkpoints_dir: str | Path, *, world: World | None = None, keep_index: bool = False
+        self,
+        checkpoints_dir: str | Path,
+        *,
+        world: World | None = None,
+        keep_index: bool = False,
+        local_dir: str | Path | None = None,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        self.checkpoints_dir = Path(checkpoints_dir)
+        found = place_of(checkpoints_dir, local_dir, storage_options)
+        self.checkpoints_dir: Path = found[0]
+        self._mirror: Mirror | None = found[1]
+        self.url = None if self._mirror is None else self._mirror.url
         self.recoverables: dict[str, object] = {}
         self._world = world
         self._catalog = Catalog(self.checkpoints_dir, keep_index=keep_index)
@@ -78,8 +97,58 @@ class Finder:
             >>> Finder(tempfile.mkdtemp()).list_checkpoints()
             []
         """
+        self._ask_store()
         with self._looking:
             return self._catalog.checkpoints()
+
+    def folder_of(self, checkpoint: Checkpoint | str | Path) -> Path:
+        """Return the local folder of a checkpoint, which may be given by its URL.
+
+        Args:
+            checkpoint: The checkpoint, its folder, or its URL.
+
+        Raises:
+            RemoteError: The store of a URL can't be reached, or refuses.
+
+        Example:
+            >>> Finder("runs/nowhere").folder_of("runs/nowhere/CKPT+a").name
+            'CKPT+a'
+        """
+        if isinstance(checkpoint, tuple):
+            return checkpoint.path
+        if self._mirror is not None and is_url(checkpoint):
+            above, _, name = normal_url(checkpoint).rpartition("/")
+            if above == self.url:
+                # In the folder of this one, and not in the default one for the URL.
+                self._mirror.refresh()
+                return self.checkpoints_dir / name
+        return here(checkpoint)
+
+    def _ask_store(self) -> None:
+        if self._mirror is not None:
+            self._mirror.refresh()
+
+    def as_known(self) -> AbstractContextManager[object]:
+        """Don't ask a store inside the block: what was found there last counts.
+
+        Example:
+            >>> finder = Finder("runs/nowhere")
+            >>> with finder.as_known():
+            ...     finder.list_checkpoints()
+            []
+        """
+        return nullcontext() if self._mirror is None else self._mirror.one_look(known=True)
+
+    def one_look(self) -> AbstractContextManager[object]:
+        """Ask a store at most once inside the block, however often it is looked at.
+
+        Example:
+            >>> finder = Finder("runs/nowhere")
+            >>> with finder.one_look():
+            ...     finder.list_checkpoints()
+            []
+        """
+        return nullcontext() if self._mirror is None else self._mirror.one_look()
 
     def find_checkpoint(
         self,
@@ -144,6 +213,7 @@ class Finder:
             [0.75, 0.5]
         """
         criterion = importance(importance_key=importance_key, max_key=max_key, min_key=min_key)
+        self._ask_store()
         with self._looking:
             return self._catalog.find(criterion, ckpt_predicate, max_num_checkpoints)
 
@@ -182,12 +252,19 @@ class Finder:
                 found = self.find_checkpoints(importance_key, max_key, min_key, predicate)
                 unreadable = self._catalog.unreadable
                 try:
-                    return first_sound(found, self.recoverables, unreadable, self.checkpoints_dir)
+                    root = self.url or self.checkpoints_dir
+                    return first_sound(found, self.recoverables, unreadable, root)
                 except CheckpointNotFoundError as error:
                     # Who prunes has published a newer one before.
                     logger.info("looking again: %s", error)
 
-        return decided_by_main(self.world, look)
+        found = decided_by_main(self.world, look)
+        if found is not None and self._mirror is not None:
+            # Another machine has a copy of its own, in a place of its own.
+            path = self._mirror.require(found.path.name)
+            files = {name: path / file.name for name, file in found.paramfiles.items()}
+            found = found._replace(path=path, paramfiles=files)
+        return found
 
     # ------------------------------------------------------------------ showing
 
@@ -233,7 +310,7 @@ class Finder:
 
         if path is not None:
             picture_kind(path)  # Before the work.
-        name = self.checkpoints_dir.absolute().name
+        name = (self.url or str(self.checkpoints_dir.absolute())).rpartition("/")[2]
         figure = draw_timeline(self.timeline(), name, key, min_key=min_key, max_key=max_key)
         if path is not None:
             save_figure(figure, path)
@@ -258,6 +335,7 @@ class Finder:
         """
         from lightning_sbckpt._pictures.timeline import build_timeline
 
+        self._ask_store()
         try:
             events = read_history(self.checkpoints_dir)
         except OSError as error:

@@ -23,6 +23,8 @@ from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._pictures.report_view import make_page
 from lightning_sbckpt._pictures.timeline import Timeline
 from lightning_sbckpt._pictures.wording import say_text, say_when
+from lightning_sbckpt._remote.places import here, said
+from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError
 from lightning_sbckpt.finder import Finder
 from lightning_sbckpt.meta import Checkpoint
@@ -45,8 +47,8 @@ def report(
     Nothing in the folder is changed. Without matplotlib the page has no picture, and says so.
 
     Args:
-        root: The folder of all checkpoints.
-        path: The file to write; by default `report.html` in the folder.
+        root: The folder of all checkpoints, or its URL.
+        path: The file to write; by default `report.html` in the folder; of a URL, where we are.
         key: The metric to draw, or several; see `Checkpointer.plot`.
         min_key: A metric whose lowest value is to be marked as the best.
         max_key: A metric whose highest value is to be marked as the best.
@@ -70,7 +72,7 @@ def report(
         >>> report(checkpointer.checkpoints_dir).name
         'report.html'
     """
-    folder = Path(root)
+    folder = here(root)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise CheckpointNotFoundError(
@@ -78,13 +80,15 @@ def report(
             f"{found}. Name the folder that holds the CKPT+... folders"
         )
     timeline = Finder(folder).timeline()
-    target = Path(path) if path is not None else folder / "report.html"
+    shown = said(folder.absolute())
+    beside = Path() if is_url(root) else folder
+    target = Path(path) if path is not None else beside / "report.html"
     keys, modes = chosen_keys(timeline, key, min_key=min_key, max_key=max_key)
     there = [life.checkpoint for life in timeline.lives if life.checkpoint is not None]
     page = make_page(
         timeline,
-        title=folder.absolute().name,
-        where=str(folder.absolute()),
+        title=shown.rpartition("/")[2],
+        where=shown,
         keys=keys,
         modes=modes,
         sizes={ckpt.path.name: checkpoint_bytes(ckpt) for ckpt in there},

@@ -14,6 +14,7 @@ from typing import Literal
 
 import xxhash
 
+from lightning_sbckpt._disk.absent import stored_files
 from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
@@ -25,6 +26,9 @@ from lightning_sbckpt._folder.manifest import (
     find_damage,
     read_manifest,
 )
+from lightning_sbckpt._remote.mirror import Mirror
+from lightning_sbckpt._remote.places import here, mirror_at
+from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, read_meta
 
@@ -81,10 +85,11 @@ def verify(
     """Read every file of every checkpoint in a folder and compare it with what was written.
 
     Nothing is changed. Another process may save and prune meanwhile: a checkpoint that vanishes is
-    left out, and one that is replaced is read again.
+    left out, and one that is replaced is read again. In a store it is what is there that is read, and
+    no file is kept here.
 
     Args:
-        path: The folder of all checkpoints, or one checkpoint.
+        path: The folder of all checkpoints, or one checkpoint; or the URL of one of these.
         workers: How many files are read at once.
         on_progress: Called now and then with the bytes read so far and all bytes there are.
 
@@ -93,6 +98,7 @@ def verify(
 
     Raises:
         CheckpointNotFoundError: There is no such folder.
+        RemoteError: The store can't be reached, or refuses.
 
     Example:
         >>> import tempfile, torch
@@ -106,7 +112,12 @@ def verify(
         >>> verify(saved.path)[0].problems
         ('model.ckpt has ... bytes, ... were written',)
     """
-    root = Path(path)
+    root = here(path)
+    mirror = mirror_at(root) or mirror_at(root.parent)
+    if mirror is not None and not is_url(path):
+        mirror.refresh()
+    if is_url(path) and not root.exists():
+        return []
     if not root.is_dir():
         raise CheckpointNotFoundError(
             f"{root} can't be verified: it is no folder. Name the folder of all checkpoints, or one "
@@ -115,7 +126,7 @@ def verify(
     tally = _Tally(on_progress)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         # Begun all at once, so that one large file does not keep the other workers idle.
-        begun = [_begin(folder, pool, tally) for folder in _folders(root)]
+        begun = [_begin(folder, pool, tally, mirror) for folder in _folders(root)]
         return [found for found in (_finish(check, pool, tally) for check in begun) if found]
 
 
@@ -146,11 +157,15 @@ class _Check:
     verified: bool = True
     problems: Callable[[], list[str]] = list
     remarks: list[str] = field(default_factory=list)
+    mirror: Mirror | None = None
 
 
-def _begin(folder: Path, pool: ThreadPoolExecutor, tally: _Tally) -> _Check:
+def _begin(folder: Path, pool: ThreadPoolExecutor, tally: _Tally, mirror: Mirror | None) -> _Check:
     check = _Check(folder, _identity(folder))
-    sizes = dict(_sizes(folder))
+    stored = stored_files(folder) if mirror is not None else {}
+    # One that is still to be uploaded is read here.
+    check.mirror = mirror if stored else None
+    sizes = {name: file.size for name, file in stored.items()} or dict(_sizes(folder))
     check.size = sum(sizes.values())
     try:
         manifest = read_manifest(folder)
@@ -168,20 +183,40 @@ def _begin(folder: Path, pool: ThreadPoolExecutor, tally: _Tally) -> _Check:
         f"{name} was added later: the manifest says nothing of it"
         for name in sorted(sizes.keys() - described)
     ]
-    check.problems = _read_all(folder, manifest, pool, tally)
+    check.problems = _read_all(check, manifest, pool, tally)
     return check
 
 
 def _read_all(
-    folder: Path, manifest: Manifest, pool: ThreadPoolExecutor, tally: _Tally
+    check: _Check, manifest: Manifest, pool: ThreadPoolExecutor, tally: _Tally
 ) -> Callable[[], list[str]]:
-    read = partial(_digest, tally=tally)
+    look: Callable[[Path, str, FileDigest], str | None]
+    if check.mirror is not None:
+        look = partial(_stored_damage, mirror=check.mirror, tally=tally)
+    else:
+        look = partial(file_damage, read=partial(_digest, tally=tally))
     tally.expect(sum(expected.size for expected in manifest.files.values()))
     jobs = [
-        pool.submit(file_damage, folder, name, expected, read)
-        for name, expected in manifest.files.items()
+        pool.submit(look, check.folder, name, expected) for name, expected in manifest.files.items()
     ]
     return lambda: [problem for job in jobs if (problem := job.result()) is not None]
+
+
+def _stored_damage(
+    folder: Path, name: str, expected: FileDigest, *, mirror: Mirror, tally: _Tally
+) -> str | None:
+    try:
+        found = mirror.digest(folder, name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    tally.add(found.size)
+    if found.size != expected.size:
+        return f"{name} has {found.size:,} bytes, {expected.size:,} were written"
+    return (
+        None
+        if found == expected
+        else f"{name} has other bytes than were written (checksum differs)"
+    )
 
 
 def _finish(check: _Check, pool: ThreadPoolExecutor, tally: _Tally) -> Verification | None:
@@ -190,7 +225,7 @@ def _finish(check: _Check, pool: ThreadPoolExecutor, tally: _Tally) -> Verificat
     if identity is None:
         return None  # Removed since it was listed.
     if identity != check.identity:
-        return _finish(_begin(check.folder, pool, tally), pool, tally)
+        return _finish(_begin(check.folder, pool, tally, check.mirror), pool, tally)
     return Verification(
         check.folder,
         tuple(problems),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lightning_sbckpt._finding.index import Entry, Identity, Row, read_index, write_index
 from lightning_sbckpt._finding.watch import Watch, watch
-from lightning_sbckpt._folder.layout import PARAMFILE_EXT, folder_names, read_folder
+from lightning_sbckpt._folder.layout import folder_names, paramfiles, read_folder
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.selection import Criterion, rank_checkpoints, shortlist
@@ -92,7 +92,7 @@ class _Known:
         _, meta, names = self.entry()
         if self._path is None:
             self._path = path = root / name
-            self._paramfiles = {name: path / f"{name}{PARAMFILE_EXT}" for name in names}
+            self._paramfiles = paramfiles(path, names)
             plain = (float, int, str, type(None))
             self._is_flat = all(isinstance(value, plain) for value in meta.values())
         copied = dict(meta) if self._is_flat else copy.deepcopy(meta)

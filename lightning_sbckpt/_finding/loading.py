@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_sbckpt._builtin_hooks import has_state, torch_recovery
-from lightning_sbckpt._folder.layout import is_checkpoint
+from lightning_sbckpt._disk.absent import bring
+from lightning_sbckpt._folder.layout import SHARDED_EXT, is_checkpoint
 from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._sharded.states import is_sharded
 from lightning_sbckpt._torchfile.reading import pickled_path, trusting_pickle
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
@@ -66,7 +68,7 @@ def first_sound(
     candidates: Iterable[Checkpoint],
     names: Collection[str],
     unreadable: Mapping[Path, str],
-    root: Path,
+    root: Path | str,
 ) -> Checkpoint | None:
     """Return the first candidate that is whole, stepping over others with a line each.
 
@@ -125,8 +127,11 @@ def load_into(
     with trusting_pickle(options.trust_pickle):
         for name, hook in hooks.items():
             path = checkpoint.paramfiles[name]
+            # Rank zero has looked at those of its own machine.
+            bring(checkpoint.path, [path.name, pickled_path(path).name])
             try:
-                hook(recoverables[name], path, end_of_epoch)
+                if hook is not torch_recovery or not _load_pieces(name, path, recoverables):
+                    hook(recoverables[name], path, end_of_epoch)
             except SBCheckpointError:
                 raise
             except Exception as error:
@@ -140,6 +145,19 @@ def load_into(
         checkpoint.path,
         time.perf_counter() - start,
     )
+
+
+def _load_pieces(name: str, path: Path, recoverables: Mapping[str, object]) -> bool:
+    """Load what is sharded, on the disk or here; return whether it was."""
+    obj = recoverables[name]
+    if path.suffix != SHARDED_EXT and not is_sharded(obj):
+        return False
+    from lightning_sbckpt._sharded.loading import load_sharded, load_whole
+
+    if path.suffix != SHARDED_EXT:
+        return load_whole(obj, path)
+    load_sharded(obj, path, recoverables)
+    return True
 
 
 def _find_hooks(

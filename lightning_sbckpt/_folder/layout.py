@@ -18,10 +18,11 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lightning_sbckpt._disk.absent import stored_files
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, annotated
 from lightning_sbckpt._torchfile.reading import PICKLED_SUFFIX
@@ -32,6 +33,8 @@ logger = logging.getLogger("lightning_sbckpt")
 
 CKPT_PREFIX = "CKPT"
 PARAMFILE_EXT = ".ckpt"
+SHARDED_EXT = ".dcp"
+"""Ends the name of the folder that stands for a file where every rank has written its own part."""
 
 _STAGING = ".staging+"
 _REMOVED = ".removed+"
@@ -56,6 +59,11 @@ def check_name(name: object, what: str) -> str:
         raise CheckpointNameError(
             f"{name!r} can't be the name of a recoverable: names that end in {PICKLED_SUFFIX} are "
             "those of the files of what only pickle can hold"
+        )
+    if what == "recoverable" and name.endswith(SHARDED_EXT):
+        raise CheckpointNameError(
+            f"{name!r} can't be the name of a recoverable: names that end in {SHARDED_EXT} are "
+            "those of folders of sharded states"
         )
     if len(name.encode()) > 200:
         raise CheckpointNameError(
@@ -265,11 +273,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         MetaError: Its meta can't be read.
     """
     meta, names = read_folder(folder)
-    return Checkpoint(folder, meta, {name: folder / f"{name}{PARAMFILE_EXT}" for name in names})
+    return Checkpoint(folder, meta, paramfiles(folder, names))
+
+
+def paramfiles(folder: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Return the paths of recoverables by their names, as `read_folder` gives them."""
+    return {
+        name.removesuffix(SHARDED_EXT): folder
+        / (name if name.endswith(SHARDED_EXT) else f"{name}{PARAMFILE_EXT}")
+        for name in names
+    }
 
 
 def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
     """Return the meta of a checkpoint folder, annotations over it, and its recoverables' names.
+
+    A name that ends in `SHARDED_EXT` is that of a folder of a sharded state.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint there.
@@ -277,7 +296,8 @@ def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
     """
     try:
         meta = read_meta(folder / META_NAME)
-        present = sorted(os.listdir(folder))
+        stored = {name.partition("/")[0] for name in stored_files(folder)}
+        present = sorted(stored.union(os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(
             f"{folder} is not a checkpoint: it has no readable {META_NAME}"
@@ -291,5 +311,5 @@ def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
     return meta, [
         name.removesuffix(PARAMFILE_EXT)
         for name in present
-        if name.endswith(PARAMFILE_EXT) and not name.endswith(pickled)
+        if name.endswith((PARAMFILE_EXT, SHARDED_EXT)) and not name.endswith(pickled)
     ]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from lightning_sbckpt._disk.absent import bring, discard, stored_files
 from lightning_sbckpt._disk.digests import read_digest, recent_digest
 from lightning_sbckpt._disk.regular import NotRegularError, open_regular, read_regular
 from lightning_sbckpt._disk.storage import FileDigest, digest_bytes
@@ -34,6 +35,9 @@ _WORTH_A_THREAD = 4 * 2**20
 _ZIP_START = b"PK\x03\x04"
 _CHECKSUM_KEY = "manifest-checksum"
 
+# Libyaml's, where there is one: a sharded model of many ranks has thousands of files.
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -45,7 +49,7 @@ class Manifest:
 
 def dump_manifest(manifest: Manifest) -> bytes:
     """Return the bytes of a `MANIFEST.yaml`."""
-    body = yaml.safe_dump(
+    body = yaml.dump(
         {
             "format": FORMAT_VERSION,
             "files": {
@@ -55,6 +59,7 @@ def dump_manifest(manifest: Manifest) -> bytes:
             "versions": _library_versions(),
             "lineage": dict(manifest.lineage),
         },
+        Dumper=_Dumper,
         sort_keys=False,
         default_flow_style=None,
         width=200,
@@ -120,11 +125,15 @@ def find_damage(
         names: Only these files, and what is in folders of these names, are read in full; the others
             are looked at for presence and size.
         recent: A file that was read in full just now, and is unchanged, need not be read again.
+
+    Raises:
+        RemoteError: A file is in a store, and can't be brought.
     """
     try:
         manifest = read_manifest(folder)
     except (MetaError, OSError) as error:
         return [str(error)]
+    bring(folder, names)
     if manifest is None:
         return _find_cut_off_files(folder, names)
     read = recent_digest if recent else read_digest
@@ -133,6 +142,10 @@ def find_damage(
     def look(name: str) -> None:
         wanted = read if _is_named(name, names) else None
         found[name] = file_damage(folder, name, manifest.files[name], wanted)
+        # What lies here may be a damaged copy of a sound file.
+        if found[name] is not None and wanted is not None and discard(folder, name):
+            bring(folder, [name])
+            found[name] = file_damage(folder, name, manifest.files[name], wanted)
 
     sizes = {name: described.size for name, described in manifest.files.items()}
     # The largest first, so that the threads end together.
@@ -164,7 +177,11 @@ def file_damage(
         if read is not None and read(path) != expected:
             return f"{name} has other bytes than were written (checksum differs)"
     except FileNotFoundError:
-        return f"{name} is missing"
+        stored = stored_files(folder).get(name) if read is None else None
+        if stored is None:
+            return f"{name} is missing"
+        if stored.size != expected.size:
+            return f"{name} has {stored.size:,} bytes, {expected.size:,} were written"
     except OSError as error:
         return f"{name} can't be read: {error.strerror or error}"
     return None

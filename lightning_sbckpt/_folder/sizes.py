@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from stat import S_ISREG
 
+from lightning_sbckpt._disk.absent import absent_files
 from lightning_sbckpt.meta import Checkpoint
 
 _BLOCK = 512  # What st_blocks counts in, whatever the blocks of the file system are.
@@ -23,7 +24,7 @@ def real_bytes(folder: Path) -> dict[Hashable, int]:
         folder: The folder of a checkpoint.
 
     Returns:
-        From (device, inode) to bytes.
+        From (device, inode) to bytes; of a file in a store, from folder and name.
 
     Example:
         >>> import tempfile
@@ -44,6 +45,8 @@ def real_bytes(folder: Path) -> dict[Hashable, int]:
                 # Not yet allocated by a file system that allocates late: the length is the promise.
                 size = stat.st_blocks * _BLOCK or stat.st_size
                 found[stat.st_dev, stat.st_ino] = size
+    for name, size in absent_files(folder).items():
+        found[str(folder), name] = size
     return found
 
 

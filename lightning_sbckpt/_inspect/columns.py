@@ -10,12 +10,14 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
+from lightning_sbckpt._disk.absent import absent_files
 from lightning_sbckpt._pictures.wording import say_duration, say_number, say_size, say_when
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
 _NO_METRICS = {"unixtime", "end-of-epoch", "epoch", "step", "global_step"}
 _BLOCK = 512  # What st_blocks counts in.
 _LONGEST_CELL = 40
+_NO_BLOCKS = {"st_blocks": 0}
 
 # What may be dropped where there is too little room: the highest goes first.
 _FIRST_METRIC = 2
@@ -188,6 +190,11 @@ def files_of(folder: Path) -> dict[str, os.stat_result] | None:
                 continue  # Removed meanwhile.
             if S_ISREG(stat.st_mode):
                 found[os.path.relpath(path, folder)] = stat
+    for name, size in absent_files(folder).items():
+        # In a store: of its own, and with no block here.
+        found[name] = os.stat_result(
+            (0, hash((folder, name)), -1, 1, 0, 0, size, 0, 0, 0), _NO_BLOCKS
+        )
     return found
 
 

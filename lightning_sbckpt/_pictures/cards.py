@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_sbckpt._disk.absent import absent_files
 from lightning_sbckpt._disk.regular import read_regular
 from lightning_sbckpt._pictures.wording import (
     say_duration,
@@ -146,6 +147,7 @@ def _files(path: Path, described: object) -> str:
         for file in sorted(path.rglob("*"))
         if file.is_file() and not file.is_symlink()
     }
+    found |= absent_files(path)
     if not path.is_dir():
         raise FileNotFoundError(path)
     written = described if isinstance(described, dict) else {}
@@ -192,7 +194,8 @@ def _age(unixtime: object) -> str:
 def _size(folder: Path) -> str:
     try:
         with os.scandir(folder) as entries:
-            return say_size(sum(entry.stat(follow_symlinks=False).st_size for entry in entries))
+            here = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+        return say_size(here + sum(absent_files(folder).values()))
     except OSError:
         return "gone"
 

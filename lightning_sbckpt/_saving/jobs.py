@@ -21,6 +21,7 @@ from lightning_sbckpt._folder.layout import PARAMFILE_EXT
 from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._saving.snapshot import Arena
+from lightning_sbckpt._sharded.states import sharded_states
 from lightning_sbckpt._torchfile.image import Image, storages_of
 from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt._torchfile.state import encode, say_what_is_pickled
@@ -41,6 +42,7 @@ class SaveJob:
         write: The hook: writes the file that it is given.
         on_every_rank: Whether every rank runs it, not rank zero alone.
         volatile: Whether the state may change before the next optimizer step.
+        sharded: Whether every rank has its own pieces of the state, and writes them.
     """
 
     name: str
@@ -49,6 +51,7 @@ class SaveJob:
     write: Callable[[Path], object]
     on_every_rank: bool
     volatile: bool
+    sharded: bool = False
 
     def take(self) -> object:
         """Return the state.
@@ -103,6 +106,7 @@ def save_jobs(
     """
     jobs: dict[str, SaveJob] = {}
     unknown: list[str] = []
+    sharded = sharded_states(recoverables)
     for name, obj in recoverables.items():
         hook = custom_hooks.get(name) or registry.saver(obj)
         if hook is None and has_state(obj):
@@ -112,10 +116,14 @@ def save_jobs(
             continue
         every_rank = name not in custom_hooks and registry.saves_on_every_rank(obj)
         state_of = STATE_OF.get(hook)
-        state = partial(state_of, obj) if state_of is not None else None
+        state: Callable[[], object] | None = None if state_of is None else partial(state_of, obj)
+        # Who has a hook of his own knows what to do with it.
+        in_pieces = hook is torch_save and name in sharded
+        if in_pieces:
+            state = sharded[name]
         volatile = bool(getattr(obj, "volatile", False))
         jobs[name] = SaveJob(
-            name, type(obj).__name__, state, partial(hook, obj), every_rank, volatile
+            name, type(obj).__name__, state, partial(hook, obj), every_rank, volatile, in_pieces
         )
     if unknown:
         raise HookError(

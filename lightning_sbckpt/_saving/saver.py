@@ -21,6 +21,7 @@ from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
+    RemoteError,
     RemovalError,
     SaveError,
 )
@@ -81,6 +82,8 @@ class Saver:
         skipped: How many saves were skipped since another was in flight.
         retake: Called when a copy that was hidden behind training came out wrong, if it should not
             simply be taken anew.
+        then_upload: Called with the folder of a checkpoint that is durable here, where that is only
+            half of the way.
     """
 
     def __init__(self, workshop: Workshop, policy: SavePolicy) -> None:
@@ -88,6 +91,7 @@ class Saver:
         self.failed = 0
         self.skipped = 0
         self.retake: Callable[[], object] | None = None
+        self.then_upload: Callable[[Path], object] | None = None
         self._workshop = workshop
         workshop.remove = self._take_away
         self._writer = Background("sbckpt-writer")
@@ -140,7 +144,7 @@ class Saver:
             self._wait_for_writer(world)
         try:
             return self._save(jobs, description, world, then)
-        except (SaveError, RemovalError) as error:
+        except (SaveError, RemovalError, RemoteError) as error:
             self._failed(error, world)
             return None
 
@@ -154,7 +158,7 @@ class Saver:
         save = Save(self._workshop, description)
         if self._mode == "sync":
             save.begin(jobs, world, copy="no")
-            checkpoint = decided_by_main(world, lambda: _completed(save, then))
+            checkpoint = decided_by_main(world, lambda: self._completed(save, then))
             return checkpoint if world.rank == 0 else None
         hide, self._hide_next = self._hide_next and self._mode == "overlap", True
         save.begin(jobs, world, copy="later" if hide else "now")
@@ -167,13 +171,21 @@ class Saver:
 
     def _complete(self, save: Save, then: Callable[[], object] | None) -> None:
         try:
-            _completed(save, then)
+            self._completed(save, then)
         except ChangedMeanwhileError:
             return  # Seen to by `before_update`.
         except Exception:
             # Now, while it is news; whoever waits gets it as an exception.
             logger.exception("saving in the background failed")
             raise
+
+    def _completed(self, save: Save, then: Callable[[], object] | None) -> Checkpoint:
+        checkpoint = save.complete()
+        if self.then_upload is not None:
+            self.then_upload(checkpoint.path)
+        if then is not None:
+            then()
+        return checkpoint
 
     def before_update(self, world: World) -> None:
         """Return when what is being saved may change; every rank calls this.
@@ -191,7 +203,7 @@ class Saver:
         elif again is not None:
             try:
                 again()
-            except (SaveError, RemovalError) as error:
+            except (SaveError, RemovalError, RemoteError) as error:
                 self._failed(error, world)
 
     def _end_hiding(self, world: World, instead: str) -> bool:
@@ -237,7 +249,7 @@ class Saver:
         try:
             if self.policy.mode != "sync":
                 decided_by_main(world, self._writer.wait)
-        except (SaveError, RemovalError) as error:
+        except (SaveError, RemovalError, RemoteError) as error:
             self._failed(error, world)
 
     def finish_here(self) -> None:
@@ -248,7 +260,7 @@ class Saver:
         with suppress(Exception):
             self._writer.wait()
 
-    def _failed(self, error: SaveError | RemovalError, world: World) -> None:
+    def _failed(self, error: SaveError | RemovalError | RemoteError, world: World) -> None:
         self.failed += 1
         if self.policy.on_error == "raise":
             raise error
@@ -294,13 +306,6 @@ class Saver:
     def wait_for_removals(self) -> None:
         """Return when the files of every removed checkpoint are gone."""
         self._remover.wait()
-
-
-def _completed(save: Save, then: Callable[[], object] | None) -> Checkpoint:
-    checkpoint = save.complete()
-    if then is not None:
-        then()
-    return checkpoint
 
 
 def _size(folder: Path) -> int:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage, digest, digest_bytes
 from lightning_sbckpt._folder.history import History
@@ -35,6 +35,7 @@ from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_mani
 from lightning_sbckpt._saving.jobs import Contents, SaveJob
 from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._saving.snapshot import Arena
+from lightning_sbckpt._sharded.states import differing_names, refuse_pieces, require_all_pieces
 from lightning_sbckpt._torchfile.templates import Templates
 from lightning_sbckpt._world import portable_error
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
@@ -115,6 +116,8 @@ class Save:
         self._staging = ExitStack()
         self._staged: Path | None = None
         self._contents: dict[str, Contents] = {}
+        self._sharded: dict[str, Mapping[str, object]] = {}
+        self._written: dict[str, FileDigest] = {}
         self._needed = 0
         self.late_copy: LateCopy | None = None
 
@@ -157,17 +160,31 @@ class Save:
             failure = error
         except Exception as error:
             failure = self._failure("can't take the state for the checkpoint", error)
-        failures = world.gather(
-            portable_error(failure, world.rank) if world.size > 1 and not main else failure
+        taken = world.gather(
+            (
+                portable_error(failure, world.rank) if world.size > 1 and not main else failure,
+                sorted(self._sharded),
+            )
         )
 
         # 3. Every rank learns the end of it.
-        first = next((error for error in failures or () if error is not None), None)
+        first = next((error for error, _ in taken or () if error is not None), None)
+        if first is None and taken is not None:
+            first = differing_names([names for _, names in taken])
         shared = world.broadcast(portable_error(first) if world.size > 1 else first)
         # A rank that failed itself raises its own exception, with its traceback.
         outcome = failure or (first if main else shared)
         if outcome is not None:
             raise outcome
+
+        # 4. Every rank writes its pieces of what no rank has as a whole.
+        if self._sharded:
+            from lightning_sbckpt._sharded.writing import write_sharded
+
+            sharded, self._sharded = self._sharded, {}
+            if copy != "no" and main:
+                _say_that_pieces_wait_for_nobody()
+            self._written = write_sharded(sharded, staged, world, self._workshop.storage)
 
     def _make_folder(self) -> Path:
         workshop = self._workshop
@@ -178,10 +195,17 @@ class Save:
         self, jobs: Mapping[str, SaveJob], staged: Path, *, main: bool, copy: Copying
     ) -> None:
         workshop = self._workshop
-        # The states first: a hook of the user may take its time, and there must be room for them.
+        # Those of which every rank has a piece before all others: to take some of them is a
+        # collective, which no rank may miss since something else has failed on it.
+        for name, job in jobs.items():
+            if job.sharded:
+                self._sharded[name] = cast("Mapping[str, object]", job.take())
+        jobs = {name: job for name, job in jobs.items() if not job.sharded}
+        # Then the states: a hook of the user may take its time, and there must be room for them.
         for name, job in jobs.items():
             if job.state is not None and (main or job.on_every_rank):
                 state = job.take()
+                refuse_pieces(name, state)
                 if main:
                     filename = f"{name}{PARAMFILE_EXT}"
                     contents = Contents.of(
@@ -254,7 +278,8 @@ class Save:
             if self.late_copy.known_changed:
                 raise _changed_meanwhile()
         links = self._workshop.links
-        files: dict[str, FileDigest] = {}
+        files = dict(self._written)
+        require_all_pieces(staged, files)
         for name, contents in self._contents.items():
             files[name] = contents.write(staged / name, storage, links)
         self._contents = {}
@@ -299,7 +324,7 @@ class Save:
         """Leave nothing behind."""
         if self.late_copy is not None:
             self.late_copy.wait()
-        self._contents = {}
+        self._contents, self._sharded = {}, {}
         self._staging.__exit__(type(error), error, error.__traceback__)
 
     def _failure(self, what: str, error: Exception) -> SaveError:
@@ -319,6 +344,18 @@ def _changed_meanwhile() -> ChangedMeanwhileError:
     return ChangedMeanwhileError(
         "tensors were written to while they were copied, before the optimizer's step"
     )
+
+
+_said: set[str] = set()
+
+
+def _say_that_pieces_wait_for_nobody() -> None:
+    if "pieces" not in _said:
+        _said.add("pieces")
+        logger.info(
+            "sharded states are written before training goes on, whatever save_mode is; all the "
+            "rest as it says"
+        )
 
 
 def _flush_written_by_hooks(

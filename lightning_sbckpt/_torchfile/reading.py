@@ -15,9 +15,10 @@ from typing import cast
 
 import torch
 
+from lightning_sbckpt._disk.absent import bring_file
 from lightning_sbckpt._torchfile.direct import live_state
 from lightning_sbckpt._torchfile.filling import read_owned
-from lightning_sbckpt.errors import DamagedCheckpointError, UntrustedPickleError
+from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 PICKLED_SUFFIX = "+pickled"
 TAG = "__lightning_sbckpt__"
@@ -67,8 +68,11 @@ def load_state(
         UntrustedPickleError: The file holds, or has beside it, pickled objects that are not
             trusted.
         DamagedCheckpointError: The file can't be read at all.
+        MismatchError: It is no file, but a folder that ranks have written.
     """
     path = Path(path)
+    _refuse_pieces(path)
+    bring_file(path, pickled_path(path))
     read = read_owned(path, grouped=grouped)
     state = _decode(read[0] if read else _torch_load(path, trust=_trusted.get()))
     beside = pickled_path(path)
@@ -96,6 +100,7 @@ def load_live_state(obj: object, path: Path) -> Mapping[str, object]:
         UntrustedPickleError: See `load_state`.
         DamagedCheckpointError: See `load_state`.
     """
+    bring_file(path, pickled_path(path))
     state = None if pickled_path(path).exists() else live_state(obj, path)
     return cast("Mapping[str, object]", load_state(path)) if state is None else state
 
@@ -109,12 +114,22 @@ def open_state(path: Path) -> object:
         UntrustedPickleError: See `load_state`.
         DamagedCheckpointError: See `load_state`.
     """
+    _refuse_pieces(Path(path))
+    bring_file(Path(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         # Whatever it is, reading it in full will say it, or will do.
         state = _torch_load(path, trust=False)
     return _decode(state)
+
+
+def _refuse_pieces(path: Path) -> None:
+    if path.suffix == ".dcp" and path.is_dir():
+        raise MismatchError(
+            f"{path} is a state that ranks have written in pieces, expected one file. Put it "
+            f"together first: lightning-sbckpt consolidate {path.parent}"
+        )
 
 
 def _torch_load(path: Path, *, trust: bool) -> object:

@@ -36,6 +36,7 @@ _COMMANDS = {
     "annotate": ("keeping", "Add metrics, a note or tags to a checkpoint."),
     "average": ("making", "Average checkpoints into a new one."),
     "export": ("making", "Write a checkpoint as a file of another format."),
+    "consolidate": ("consolidating", "Put together what many ranks wrote in pieces."),
     "selftest": ("checking", "Prove that your own run resumes exactly."),
     "completion": ("completing", "Print what makes a shell complete this command."),
 }
@@ -90,7 +91,7 @@ class _Commands(click.Group):
 def main(ctx: click.Context) -> None:
     """Look at the checkpoints of a folder, and look after them.
 
-    PATH is a local folder of checkpoints everywhere; CKPT is one of them: its path, or the folder
-    and the word best or newest, as in run/best.
+    PATH is a folder of checkpoints everywhere, or the URL of one such as s3://bucket/run; CKPT is
+    one of them: its path, or the folder and the word best or newest, as in run/best.
     """
     ctx.with_resource(log_to_terminal())

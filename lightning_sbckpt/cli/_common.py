@@ -5,7 +5,7 @@ Exit codes, for scripts:
     0  all right
     1  the answer is no: damage was found, nothing matches, two checkpoints differ
     2  wrong usage, or a path that is not what it should be
-    3  the disk refused, or another process is using the folder
+    3  the disk or the store refused, or another process is using the folder
 
 An error is one line on stderr.
 """
@@ -27,6 +27,7 @@ import click
 from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt.errors import (
     DamagedCheckpointError,
+    RemoteError,
     RemovalError,
     SaveError,
     SBCheckpointError,
@@ -57,7 +58,7 @@ REFUSED = 3
 
 EXIT_CODES = (
     "Exit codes: 0 all right; 1 the answer is no (damage, nothing matches, a difference); 2 wrong "
-    "usage or a wrong path; 3 the disk or another process refused."
+    "usage or a wrong path; 3 the disk, the store or another process refused."
 )
 
 logger = logging.getLogger("lightning_sbckpt")
@@ -82,7 +83,7 @@ def code_of(error: Exception) -> int:
     """Return the exit code for an exception of this package or of the system."""
     if isinstance(error, DamagedCheckpointError):
         return NO
-    if isinstance(error, (SaveError, RemovalError)):
+    if isinstance(error, (SaveError, RemovalError, RemoteError)):
         return REFUSED
     wrong_path = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
     return WRONG if isinstance(error, (SBCheckpointError, *wrong_path)) else REFUSED

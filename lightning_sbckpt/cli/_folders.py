@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +15,8 @@ from lightning_sbckpt._folder.layout import (
     is_checkpoint,
     read_checkpoint,
 )
+from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.cli._common import NO, REFUSED, Failure, collected_warnings, echo
 from lightning_sbckpt.cli._rules import best_by, run_rules
@@ -32,7 +34,7 @@ class Folder:
     """A folder of checkpoints, open for reading: nothing in it is made or changed.
 
     Attributes:
-        path: As it was given.
+        path: As it was given; of a URL, the local one.
         checkpointer: Looks into it.
         checkpoints: Those that can be read, newest first.
         remarks: What else was found, such as a checkpoint that can't be read; a line each.
@@ -43,6 +45,11 @@ class Folder:
     checkpoints: list[Checkpoint]
     remarks: list[str] = field(default_factory=list)
 
+    @property
+    def shown(self) -> str:
+        """What a person calls it: its URL, or its path."""
+        return self.checkpointer.url or str(self.path)
+
     def warn(self) -> None:
         """Print the remarks on stderr."""
         for remark in self.remarks:
@@ -51,36 +58,37 @@ class Folder:
 
 def open_folder(path: str | Path) -> Folder:
     """Return a folder of checkpoints, or end the command in one line that says what is there."""
-    path = Path(path)
-    refuse_url(path)
+    named, path = name_of(path), here(path)
     try:
         names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if is_url(named):
+            raise Failure(f"there are no checkpoints in {named}") from error
         what = "is no folder" if path.exists() else f"is not there{_close_path(path)}"
         raise Failure(f"{path} {what}: expected a folder of checkpoints") from error
     except OSError as error:
         raise Failure(f"{path} can't be read: {error.strerror or error}", REFUSED) from error
     if is_checkpoint(path):
+        above = named.rpartition("/")[0] if is_url(named) else path.parent
         raise Failure(
-            f"{path} is one checkpoint: expected the folder of all of them, {path.parent}. To look "
-            f"at one: lightning-sbckpt show {path}"
+            f"{named} is one checkpoint: expected the folder of all of them, {above}. To look "
+            f"at one: lightning-sbckpt show {named}"
         )
     if names and not any(name.startswith((CKPT_PREFIX, *_OURS)) for name in names):
         raise Failure(f"there are no checkpoints in {path}{_runs_below(path, names)}")
     checkpointer = Checkpointer(path, access="read")
-    with collected_warnings() as remarks:
+    with collected_warnings() as remarks, _looked_at_already(checkpointer, named):
         found = newest_first(checkpointer.list_checkpoints())
     return Folder(path, checkpointer, found, remarks)
 
 
-def refuse_url(path: str | Path) -> None:
-    """End the command if a path is the URL of an object store."""
-    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
-        url = re.sub(r":/+", "://", str(path), count=1)
-        raise Failure(
-            f"{url} is a URL: object stores are not there yet. Copy the folder to a local disk, "
-            "and name it there"
-        )
+def name_of(path: str | Path) -> str:
+    """Return what a user has named, as it was before it became a path."""
+    return normal_url(path) if is_url(path) and local_path(path) is None else str(path)
+
+
+def _looked_at_already(checkpointer: Checkpointer, named: str) -> AbstractContextManager[object]:
+    return checkpointer.as_known() if is_url(named) else nullcontext()
 
 
 def _close_path(path: Path) -> str:
@@ -120,13 +128,13 @@ def resolve(folder: Folder, which: str) -> Checkpoint:
     """
     if which == "newest":
         if not folder.checkpoints:
-            raise Failure(f"there are no checkpoints in {folder.path}", NO)
+            raise Failure(f"there are no checkpoints in {folder.shown}", NO)
         return folder.checkpoints[0]
     if which == "best":
         criterion = best_by(run_rules(folder.path).rules)
         if criterion is None:
             raise Failure(
-                f"what is best in {folder.path} is not known: no rule Best(...) was noted there. "
+                f"what is best in {folder.shown} is not known: no rule Best(...) was noted there. "
                 "Name the checkpoint, or find it with: lightning-sbckpt best PATH --min-key KEY"
             )
         return best_of(folder, criterion)
@@ -136,13 +144,15 @@ def resolve(folder: Folder, which: str) -> Checkpoint:
             return read_one(path)
     names = [ckpt.path.name for ckpt in folder.checkpoints]
     close = get_close_matches(which, names, n=2)
-    raise Failure(f"there is no checkpoint {which} in {folder.path}{_meant(close)}")
+    raise Failure(f"there is no checkpoint {which} in {folder.shown}{_meant(close)}")
 
 
 def locate(path: str | Path) -> tuple[Folder, Checkpoint]:
     """Return the checkpoint at a path, and its folder; its last part may be `best` or `newest`."""
-    path = Path(path)
-    refuse_url(path)
+    named = name_of(path)
+    if is_url(named):
+        return _locate_in_store(named)
+    path = here(path)
     if not is_checkpoint(path) and path.name not in ("best", "newest") and _has_runs(path):
         raise Failure(
             f"{path} is a folder of checkpoints: name one of them, such as {path / 'newest'}"
@@ -152,6 +162,14 @@ def locate(path: str | Path) -> tuple[Folder, Checkpoint]:
         return open_folder(path.parent), read_one(path)
     parent = open_folder(path.parent)
     return parent, resolve(parent, path.name)
+
+
+def _locate_in_store(url: str) -> tuple[Folder, Checkpoint]:
+    above, _, last = url.rpartition("/")
+    if last not in ("best", "newest") and not last.startswith(CKPT_PREFIX) and _has_runs(here(url)):
+        raise Failure(f"{url} is a folder of checkpoints: name one of them, such as {url}/newest")
+    parent = open_folder(above)
+    return parent, resolve(parent, last)
 
 
 def read_one(path: Path) -> Checkpoint:
@@ -170,7 +188,7 @@ def best_of(folder: Folder, criterion: Criterion, predicate: str | None = None) 
         require_key(criterion.key, folder.checkpoints)
     found = rank_checkpoints(folder.checkpoints, criterion, predicate, limit=1)
     if not found:
-        raise Failure(f"no checkpoint in {folder.path} is a candidate: {criterion.describe()}", NO)
+        raise Failure(f"no checkpoint in {folder.shown} is a candidate: {criterion.describe()}", NO)
     return found[0]
 
 

@@ -13,8 +13,10 @@ from typing import Any, NoReturn, cast
 
 import click
 
+from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.cli._common import printable, progress_bar
-from lightning_sbckpt.errors import SBCheckpointError
+from lightning_sbckpt.cli._folders import name_of
+from lightning_sbckpt.errors import RemoteError, SBCheckpointError
 from lightning_sbckpt.verify import Verification
 from lightning_sbckpt.verify import verify as verify_folder
 
@@ -65,10 +67,12 @@ def verify(path: Path, as_json: bool, workers: int) -> None:
             started = time.perf_counter()
             found = verify_folder(path, workers=workers, on_progress=progress_bar(stack))
             seconds = time.perf_counter() - started
+    except RemoteError:
+        raise
     except (SBCheckpointError, OSError) as error:
         _exit_for_no_checkpoints(str(error))
     if not found:
-        _exit_for_no_checkpoints(f"there are no checkpoints in {path}")
+        _exit_for_no_checkpoints(f"there are no checkpoints in {name_of(path)}")
     click.echo(_as_json(found) if as_json else _as_lines(found, seconds))
     damage = any(one.problems or one.annotation_problems for one in found)
     sys.exit(1 if damage else 0)
@@ -83,7 +87,7 @@ def _as_json(found: Sequence[Verification]) -> str:
     return json.dumps(
         [
             {
-                "path": str(one.path),
+                "path": said(one.path),
                 "status": one.status,
                 "problems": one.problems,
                 "annotation_problems": one.annotation_problems,

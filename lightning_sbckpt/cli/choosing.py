@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from lightning_sbckpt._inspect.columns import printable
+from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,
@@ -51,7 +52,7 @@ def best(
     folder.warn()
     criterion = importance(min_key=min_key, max_key=max_key)
     if criterion.key is None:
-        criterion = best_by(run_rules(path).rules) or criterion
+        criterion = best_by(run_rules(folder.path).rules) or criterion
     else:
         require_key(criterion.key, folder.checkpoints)
     candidates = rank_checkpoints(folder.checkpoints, criterion, where, None if sound else 1)
@@ -59,12 +60,12 @@ def best(
     if found is None:
         raise Failure(_why_none(folder, criterion, where, candidates), NO)
     if as_json:
-        print_json({"path": str(found.path), "by": criterion.describe(), "meta": found.meta})
+        print_json({"path": said(found.path), "by": criterion.describe(), "meta": found.meta})
     elif sys.stdout.isatty():
-        echo(printable(str(found.path)))
+        echo(printable(said(found.path)))
     else:
         # A script must get the path itself.
-        click.echo(str(found.path))
+        click.echo(said(found.path))
 
 
 def _first_sound(candidates: list[Checkpoint]) -> Checkpoint | None:
@@ -87,11 +88,11 @@ def _why_none(
     folder: Folder, criterion: Criterion, where: str | None, candidates: list[Checkpoint]
 ) -> str:
     if not folder.checkpoints:
-        return f"there are no checkpoints in {folder.path}"
+        return f"there are no checkpoints in {folder.shown}"
     if candidates:
-        return f"all {len(candidates)} candidates in {folder.path} are damaged"
+        return f"all {len(candidates)} candidates in {folder.shown} are damaged"
     fits = f" for which {where}" if where else ""
     return (
-        f"none of the {len(folder.checkpoints)} checkpoints in {folder.path} is a candidate"
+        f"none of the {len(folder.checkpoints)} checkpoints in {folder.shown} is a candidate"
         f"{fits} ({criterion.describe()})"
     )

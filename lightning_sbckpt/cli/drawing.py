@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import click
 
+from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, open_folder
 from lightning_sbckpt.report import report as write_report
@@ -41,7 +42,7 @@ def _drawing_options(command: F) -> F:
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="The picture, which ends in .png or .svg; by default PATH/plot.png.",
+    help="The picture, which ends in .png or .svg; by default PATH/plot.png; of a URL, plot.png.",
 )
 @_drawing_options
 @json_option
@@ -59,7 +60,7 @@ def plot(
     where the run was resumed are marked. Prints the path of the picture.
     """
     folder = _with_something_to_draw(path)
-    target = out or path / "plot.png"
+    target = out or (Path() if is_url(path) else path) / "plot.png"
     folder.checkpointer.plot(keys or None, min_key=min_key, max_key=max_key, path=target)
     _say_written(target, as_json=as_json)
 
@@ -70,7 +71,7 @@ def plot(
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="The page, by default PATH/report.html.",
+    help="The page, by default PATH/report.html; of a URL, report.html.",
 )
 @_drawing_options
 @click.option("--verify", is_flag=True, help="Read every byte of what is there to find damage.")
@@ -99,7 +100,7 @@ def _with_something_to_draw(path: Path) -> Folder:
     folder = open_folder(path)
     folder.warn()
     if not folder.checkpointer.timeline(with_lineage=False).lives:
-        raise Failure(f"there are no checkpoints in {path} yet: nothing was drawn", NO)
+        raise Failure(f"there are no checkpoints in {folder.shown} yet: nothing was drawn", NO)
     return folder
 
 

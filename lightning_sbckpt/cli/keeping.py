@@ -13,6 +13,7 @@ import yaml
 from lightning_sbckpt._folder.history import History
 from lightning_sbckpt._inspect.columns import freed_by, metric_keys, printable
 from lightning_sbckpt._pictures.wording import say_number, say_size
+from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
@@ -51,12 +52,12 @@ def prune(
     rules = chosen_rules(folder, **options)
     if rules.unknown:
         raise Failure(
-            f"nothing was removed from {path}: the rule {rules.unknown[0]} of the run can't be read "
+            f"nothing was removed from {folder.shown}: the rule {rules.unknown[0]} of the run can't be read "
             "back. Give all rules with --keep, --min-key or --max-key"
         )
     if not rules.rules:
         raise Failure(
-            f"nothing was removed from {path}: no rules were given, and the run noted none. Give "
+            f"nothing was removed from {folder.shown}: no rules were given, and the run noted none. Give "
             "them with --keep 'Best(\"val_loss\", 2)', --min-key or --max-key"
         )
     decisions, protected = careful_plan(folder, rules, all_runs=all_runs, also_newest=also_newest)
@@ -70,7 +71,7 @@ def prune(
     if as_json:
         print_json(
             {
-                "folder": str(path),
+                "folder": folder.shown,
                 "removed": yes,
                 "bytes_freed": freed,
                 "plan": [
@@ -147,7 +148,7 @@ def pin(ckpts: tuple[Path, ...], reason: str, as_json: bool) -> None:
             why = f": {printable(reason)}" if reason else ""
             echo(f"pinned {printable(found.path.name)}{why}")
     if as_json:
-        print_json([{"path": str(found.path), "pinned": True} for _, found in pinned])
+        print_json([{"path": said(found.path), "pinned": True} for _, found in pinned])
 
 
 @click.command()
@@ -164,7 +165,7 @@ def unpin(ckpts: tuple[Path, ...], as_json: bool) -> None:
             was = "unpinned" if found.meta.get("pinned") else "not pinned anyway:"
             echo(f"{was} {printable(found.path.name)}")
     if as_json:
-        print_json([{"path": str(found.path), "pinned": False} for _, found in pinned])
+        print_json([{"path": said(found.path), "pinned": False} for _, found in pinned])
 
 
 @click.command()
@@ -191,11 +192,11 @@ def annotate(
     folder, found = locate(ckpt)
     Curator(folder.path, access="shared").annotate(found, meta, note=note, tags=tags)
     if as_json:
-        print_json({"path": str(found.path), "meta": meta, "note": note, "tags": tags})
+        print_json({"path": said(found.path), "meta": meta, "note": note, "tags": tags})
         return
-    said = [f"{key} {say_number(value) or 'empty'}" for key, value in meta.items()]
-    said += ["a note"] * bool(note) + [f"tag {tag}" for tag in tags]
-    echo(f"annotated {printable(found.path.name)}: {printable(', '.join(said))}")
+    texts = [f"{key} {say_number(value) or 'empty'}" for key, value in meta.items()]
+    texts += ["a note"] * bool(note) + [f"tag {tag}" for tag in tags]
+    echo(f"annotated {printable(found.path.name)}: {printable(', '.join(texts))}")
 
 
 def _key_and_value(text: str) -> tuple[str, object]:

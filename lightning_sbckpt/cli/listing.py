@@ -16,6 +16,7 @@ from lightning_sbckpt._inspect.columns import (
     step_of,
 )
 from lightning_sbckpt._pictures.timeline import Life, build_timeline
+from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.cli._common import counted, echo, json_option, print_json, printable
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
 from lightning_sbckpt.cli._plan import chosen_rules, rule_options, standing
@@ -65,7 +66,7 @@ def ls(
     if as_json:
         print_json(
             {
-                "folder": str(path),
+                "folder": folder.shown,
                 "checkpoints": [
                     _as_json(ckpt, found.marks.get(ckpt.path, []), found.decisions.get(ckpt.path))
                     for ckpt in shown
@@ -75,9 +76,9 @@ def ls(
         )
         return
     if not folder.checkpoints:
-        echo(f"no checkpoints in {printable(str(path))}")
+        echo(f"no checkpoints in {printable(folder.shown)}")
     elif not shown:
-        echo(f"none of {counted(len(folder.checkpoints))} in {printable(str(path))} fits")
+        echo(f"none of {counted(len(folder.checkpoints))} in {printable(folder.shown)} fits")
     else:
         metrics = keys or metric_keys(shown, found.criterion.key)
         listing_of(shown, metrics=metrics, marks=found.marks, decisions=found.decisions).show()
@@ -127,7 +128,7 @@ def _as_json(ckpt: Checkpoint, marks: Sequence[str], decision: Decision | None) 
     size = size_of(ckpt)
     return {
         "name": ckpt.path.name,
-        "path": str(ckpt.path),
+        "path": said(ckpt.path),
         "unixtime": ckpt_recency(ckpt),
         "step": step_of(ckpt),
         "epoch": ckpt.meta.get("epoch"),
@@ -150,9 +151,9 @@ def _list_removed(folder: Folder, limit: int | None, as_json: bool) -> None:
     if as_json:
         print_json([_gone_as_json(life) for life in shown])
     elif not timeline.has_history:
-        echo(f"what was removed from {folder.path} is not known: it has no HISTORY.jsonl")
+        echo(f"what was removed from {folder.shown} is not known: it has no HISTORY.jsonl")
     elif not shown:
-        echo(f"nothing was removed from {printable(str(folder.path))}")
+        echo(f"nothing was removed from {printable(folder.shown)}")
     else:
         listing_of_gone(shown, now=time.time()).show()
         if len(shown) < len(gone):

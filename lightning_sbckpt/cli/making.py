@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.averaging import AVERAGED_FROM, save_average
 from lightning_sbckpt.cli._common import (
     NO,
@@ -139,9 +140,9 @@ def average(
         into or folder.path, sources, recoverables=recoverables, name=name, with_rest=with_rest
     )
     if as_json:
-        print_json({"path": str(saved.path), "meta": saved.meta})
+        print_json({"path": said(saved.path), "meta": saved.meta})
     else:
-        echo(str(saved.path))
+        echo(said(saved.path))
 
 
 def _chosen(
@@ -163,7 +164,7 @@ def _chosen(
             by_rules = best_by(run_rules(folder.path).rules)
             if by_rules is None:
                 raise Failure(
-                    f"what is best in {folder.path} is not known: no rule Best(...) was noted "
+                    f"what is best in {folder.shown} is not known: no rule Best(...) was noted "
                     "there. Say it with --min-key KEY or --max-key KEY"
                 )
             criterion = by_rules
@@ -172,7 +173,7 @@ def _chosen(
         assert best is not None
         found, wanted = rank_checkpoints(there, criterion, limit=best), best
     if not found:
-        raise Failure(f"there are no checkpoints to average in {folder.path}", NO)
+        raise Failure(f"there are no checkpoints to average in {folder.shown}", NO)
     if len(found) < wanted:
         echo(f"Warning: {wanted} were asked for, and there are {len(found)}", err=True)
     return found

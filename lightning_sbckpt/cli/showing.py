@@ -12,9 +12,13 @@ from typing import NamedTuple
 import click
 import torch
 
+from lightning_sbckpt._disk.absent import absent_files
+from lightning_sbckpt._folder.layout import SHARDED_EXT
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._inspect.columns import age_of, files_of, printable, size_of
 from lightning_sbckpt._pictures.wording import say_number, say_size, say_when
+from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import locate
 from lightning_sbckpt.errors import MetaError, SBCheckpointError
@@ -74,12 +78,12 @@ def show(ckpt: Path, keys: str | None, as_json: bool) -> None:
         lineage, remark = {}, str(error)
     contents = {name: _content(found, name, keys) for name in found.paramfiles}
     if keys is not None and not any(content.tensors for content in contents.values()):
-        raise Failure(f"no tensor in {found.path} has a name that fits {keys!r}", NO)
+        raise Failure(f"no tensor in {said(found.path)} has a name that fits {keys!r}", NO)
     files = files_of(found.path) or {}
     if as_json:
         print_json(
             {
-                "path": str(found.path),
+                "path": said(found.path),
                 "meta": found.meta,
                 "lineage": lineage,
                 "problem": remark,
@@ -108,7 +112,7 @@ def show(ckpt: Path, keys: str | None, as_json: bool) -> None:
 
 
 def _print_head(ckpt: Checkpoint, lineage: Mapping[str, object], remark: str | None) -> None:
-    echo(printable(str(ckpt.path)))
+    echo(printable(said(ckpt.path)))
     saved = f"{say_when(ckpt_recency(ckpt))}, {age_of(ckpt, time.time())}"
     echo(f"  saved {saved}; {size_of(ckpt) or 'gone'} on the disk")
     if remark is not None:
@@ -153,10 +157,14 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _content(ckpt: Checkpoint, name: str, pattern: str | None) -> _Content:
-    if ckpt.paramfiles[name].is_dir():
+    path = ckpt.paramfiles[name]
+    in_pieces = path.suffix == SHARDED_EXT
+    if path.is_dir() and not in_pieces:
         return _Content([])
+    if pattern is None and ckpt.paramfiles[name].name in absent_files(ckpt.path):
+        return _Content([], "in the store, not looked into; --keys '*' brings it here and does")
     try:
-        state = ckpt.open(name)
+        state = _outline_of_pieces(path) if in_pieces else ckpt.open(name)
     except (SBCheckpointError, OSError) as error:
         return _Content([], str(error))
     tensors = [
@@ -165,6 +173,16 @@ def _content(ckpt: Checkpoint, name: str, pattern: str | None) -> _Content:
         if pattern is None or fnmatchcase(where, pattern) or fnmatchcase(f"{name}/{where}", pattern)
     ]
     return _Content(tensors)
+
+
+def _outline_of_pieces(path: Path) -> object:
+    """Return a state that ranks have written in pieces, its tensors without their bytes."""
+    from lightning_sbckpt._sharded.reading import SavedShards
+
+    def without_bytes(_: str, saved: SavedTensor) -> torch.Tensor:
+        return torch.empty(saved.size, dtype=saved.dtype, device="meta")
+
+    return SavedShards(path).state(without_bytes)
 
 
 def _tensors(value: object, where: str) -> Iterator[tuple[str, torch.Tensor]]:

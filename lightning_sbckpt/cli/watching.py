@@ -53,7 +53,7 @@ def watch(path: Path, interval: float, once: bool, as_json: bool) -> None:
                     live.update(_picture(folder, last, console.width, console.height), refresh=True)
         else:
             if not as_json:
-                echo(f"{counted(len(folder.checkpoints))} in {printable(str(path))}")
+                echo(f"{counted(len(folder.checkpoints))} in {printable(folder.shown)}")
             for event in _events(folder, interval, once=once, all_at_first=as_json):
                 if event is not None:
                     _print_event(event, as_json)
@@ -65,7 +65,7 @@ def _print_once(folder: Folder) -> None:
     if folder.checkpoints:
         _listing(folder, folder.checkpoints).show()
     else:
-        echo(f"no checkpoints in {printable(str(folder.path))}")
+        echo(f"no checkpoints in {printable(folder.shown)}")
     for remark in folder.remarks:
         echo(remark)
 
@@ -84,7 +84,7 @@ def _picture(folder: Folder, last: str, width: int, height: int) -> Group:
     room = max(1, height - _OTHER_LINES)
     shown = folder.checkpoints[:room]
     head = Text(
-        f"{printable(str(folder.path))}: {counted(len(folder.checkpoints))}; Ctrl+C ends",
+        f"{printable(folder.shown)}: {counted(len(folder.checkpoints))}; Ctrl+C ends",
         style="dim",
     )
     if not shown:
@@ -116,7 +116,7 @@ def _events(
         known = now
         time.sleep(interval)
         if not folder.path.is_dir():
-            raise Failure(f"{folder.path} is gone: somebody removed or renamed it")
+            raise Failure(f"{folder.shown} is gone: somebody removed or renamed it")
         with collected_warnings():
             folder.checkpoints[:] = newest_first(folder.checkpointer.list_checkpoints())
 

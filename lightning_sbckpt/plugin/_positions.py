@@ -18,13 +18,9 @@ replay     anything else (iterable datasets above all): the batches are loaded a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
-from weakref import WeakMethod
-
-from torch.utils.data import IterableDataset
 
 from lightning_sbckpt._streams import to_bytes, to_tensors
 from lightning_sbckpt.plugin._iteration import (
@@ -33,55 +29,30 @@ from lightning_sbckpt.plugin._iteration import (
     Place,
     carries_data,
     draw_seed,
-    is_datapipe,
     is_plain,
-    is_standard,
     is_torchdata,
-    length,
     turn_to,
-    vars_of,
 )
+from lightning_sbckpt.plugin._loader_handle import LoaderHandle
 from lightning_sbckpt.plugin._loader_workers import (
-    StartWorker,
-    TagBatch,
-    WatchedIterable,
     WorkerState,
-    tagging,
 )
 from lightning_sbckpt.plugin._sampling import (
     DrawLog,
     Order,
-    WatchedSampler,
-    counters,
     is_well_known,
-    samplers_in,
-    samplers_state,
     set_samplers,
 )
 from lightning_sbckpt.rng import (
-    capture_rng,
-    generator_state,
-    generators_in,
-    install_generator,
     isolated_rng,
-    restore_rng,
 )
 from lightning_sbckpt.typing import Stateful
 
 __all__ = ["LoaderPosition"]
 
 
-class LoaderPosition:
+class LoaderPosition(LoaderHandle):
     """The position of one loader: begins its iterations, describes them, takes them up again."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-        self.latest: Iteration | None = None
-        self.notes: list[str] = []
-        self._baseline = counters(samplers_in(loader))
-        self._born: Place | None = None
-        self._sampler: WatchedSampler | None = None
-        self._start: dict[int, WorkerState] | None = None
 
     # -- iterating ------------------------------------------------------------------------------
 
@@ -112,18 +83,6 @@ class LoaderPosition:
         self.latest = None
         if self._sampler is not None:
             self._sampler.latest = None
-
-    def describe(self) -> dict[str, object]:
-        """Return what a loader must have in common with this one to be put where it is."""
-        loader = self.loader
-        batch_size = getattr(loader, "batch_size", None)
-        return {
-            "class": f"{type(loader).__module__}.{type(loader).__qualname__}",
-            "length": length(loader),
-            "batch_size": batch_size if isinstance(batch_size, int) else None,
-            "num_workers": int(getattr(loader, "num_workers", 0) or 0),
-            "samples": length(getattr(loader, "dataset", None)),
-        }
 
     def state(self, prefetched: int) -> dict[str, object]:
         """Return where the loader is, as plain values."""
@@ -240,175 +199,7 @@ class LoaderPosition:
         states = to_tensors(getattr(iteration.inner, "worker_states", {}))
         return {"own": own, "batch": iteration.last, "workers": states}
 
-    def _moment(self, *, rng: bool = True) -> Place:
-        moment: Place = {"rng": capture_rng()} if rng else {}
-        moment["generators"] = {
-            name: generator_state(generator) for name, generator in self._generators().items()
-        }
-        moment["samplers"] = samplers_state(self.loader, self._baseline)
-        return moment
-
-    def _set(self, moment: Place, *, samplers: bool = False) -> None:
-        restore_rng(moment["rng"])
-        self._set_generators(moment["generators"])
-        if samplers and "samplers" in moment:
-            set_samplers(self.loader, moment["samplers"], self._baseline, own_states=True)
-
-    def _generators(self) -> dict[str, Any]:
-        # What a persistent iterator holds is either reachable without it or torch's own business.
-        held = {name: value for name, value in vars_of(self.loader).items() if name != "_iterator"}
-        return dict(generators_in(held))
-
-    def _set_generators(self, states: Mapping[str, Any]) -> list[str]:
-        here = self._generators()
-        problems = []
-        for name, state in states.items():
-            # A dataset may be about to make its generator; a loader without one has none.
-            if name not in here and not name.startswith("dataset."):
-                problems.append(f"its random generator {name!r} is not there any more")
-            elif not install_generator(self.loader, name, state):
-                problems.append(f"its random generator {name!r} is gone, or of another kind now")
-        return problems
-
-    @contextmanager
-    def _as_if_nothing_happened(self) -> Iterator[None]:
-        before = self._moment()
-        numbers = counters(samplers_in(self.loader))
-        try:
-            yield
-        finally:
-            restore_rng(before["rng"])
-            self._set_generators(before["generators"])
-            set_samplers(self.loader, {"counters": numbers}, {}, own_states=False)
-
-    # -- what kind of loader it is --------------------------------------------------------------
-
-    def _mode(self) -> str:
-        loader = self.loader
-        if not is_standard(loader):
-            return "own" if isinstance(loader, Stateful) else "replay"
-        iterable = isinstance(loader.dataset, IterableDataset)
-        if is_torchdata(loader) and (iterable or isinstance(loader.dataset, Stateful)):
-            return "own"
-        return "replay" if iterable else "map"
-
-    def _has_workers(self) -> bool:
-        return is_standard(self.loader) and self.loader.num_workers > 0
-
-    def _persists(self) -> bool:
-        return self._has_workers() and bool(self.loader.persistent_workers)
-
-    # -- making iterators -----------------------------------------------------------------------
-
-    def _open(
-        self, states: Mapping[int, WorkerState], gate: object = None
-    ) -> tuple[Iterator[Any], bool]:
-        """Make the loader's own iterator, with what we need in its workers and its order.
-
-        Returns:
-            The iterator, and whether it is new: persistent workers keep theirs.
-        """
-        loader = self.loader
-        if not is_standard(loader):
-            return iter(loader), True
-        before = vars(loader).get("_iterator")
-        makes_new = not (self._persists() and before is not None)
-        swaps: dict[str, object] = {}
-        if makes_new:
-            swaps = self._swaps(states, gate)
-        # Only while the iterator is made, when it takes these over: who looks at the loader at any
-        # other time finds what the user put there.
-        kept = {name: vars(loader)[name] for name in swaps}
-        vars(loader).update(swaps)
-        try:
-            inner = iter(loader)
-        finally:
-            vars(loader).update(kept)
-        if makes_new and loader.num_workers:
-            tagging(inner, states)
-        return inner, inner is not before
-
-    def _swaps(self, states: Mapping[int, WorkerState], gate: object) -> dict[str, object]:
-        loader = self.loader
-        swaps: dict[str, object] = {}
-        iterable = isinstance(loader.dataset, IterableDataset)
-        if loader.num_workers:
-            swaps["collate_fn"] = TagBatch(loader.collate_fn)
-            swaps["worker_init_fn"] = StartWorker(loader.worker_init_fn, states)
-            if is_torchdata(loader):
-                # With rarer snapshots its workers would be behind the states that we know.
-                swaps["snapshot_every_n_steps"] = 1
-            elif iterable and loader.persistent_workers and not is_datapipe(loader.dataset):
-                swaps["dataset"] = WatchedIterable(loader.dataset)
-        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-        sampler = vars(loader)[name]
-        self._sampler = None
-        if gate is not None:
-            swaps[name] = gate
-        if not iterable and not is_well_known(sampler):
-            self._sampler = WatchedSampler(sampler, remember=self._ahead() + 3)
-            swaps.setdefault(name, self._sampler)
-        return swaps
-
-    def _ahead(self) -> int:
-        if not self._has_workers():
-            return 0
-        return int(self.loader.num_workers) * int(self.loader.prefetch_factor or 2)
-
-    def _iteration(self, inner: Iterator[object], place: Place, *, keeps_last: bool) -> Iteration:
-        mode = self._mode()
-        order = None if self._sampler is None else self._sampler.latest
-        log = None
-        if not self._has_workers() and (
-            mode == "replay" or (mode == "own" and not self._is_data_stateful(inner))
-        ):
-            log = DrawLog()
-        before_next: Callable[[Iteration], None] | None = None
-        if keeps_last and mode == "own":
-            before_next = _weakly(self._note_own)
-        elif keeps_last and mode == "map":
-            before_next = _weakly(self._note_moment)
-        iteration = Iteration(inner, place, log=log, order=order, before_next=before_next)
-        iteration.keeps_batch = keeps_last and mode == "own"
-        if mode == "map" and not self._has_workers():
-            iteration.on_first.append(_weakly(self._note_first))
-        return iteration
-
-    def _is_data_stateful(self, inner: Any) -> bool:
-        if not is_torchdata(self.loader):
-            return True
-        fetcher = getattr(inner, "_dataset_fetcher", None)
-        return isinstance(self.loader.dataset, Stateful) or isinstance(
-            getattr(fetcher, "dataset_iter", None), Stateful
-        )
-
-    def _note_first(self, iteration: Iteration) -> None:
-        iteration.place["first"] = self._moment()
-
-    def _note_moment(self, iteration: Iteration) -> None:
-        iteration.place["before_last"] = self._moment()
-
-    def _note_own(self, iteration: Iteration) -> None:
-        if iteration.yielded == 0 or not is_plain(iteration.last):
-            iteration.place["own_before"] = copy.deepcopy(self.loader.state_dict())
-            iteration.place["before_last"] = self._moment()
-
     # -- getting there --------------------------------------------------------------------------
-
-    def _compare(self, saved: Mapping[str, object]) -> None:
-        here = self.describe()
-        for name, said in (
-            ("class", "its class"),
-            ("length", "its length"),
-            ("batch_size", "its batch size"),
-            ("num_workers", "the number of its workers"),
-            ("samples", "the length of its dataset"),
-        ):
-            if saved.get(name) != here[name]:
-                self.notes.append(
-                    f"{said} was {saved.get(name)} and is {here[name]}, so the run goes on, but not "
-                    "bit for bit: an exact resume needs the same data in the same batches"
-                )
 
     def _resume_map(self, place: Place, *, keeps_last: bool) -> Iteration:
         loader, count = self.loader, place["yielded"]
@@ -567,19 +358,6 @@ class LoaderPosition:
                 iteration.ready.append(next(inner))
         self.notes.append(f"it went on from its own state, at batch {place['yielded']}")
         return iteration
-
-
-def _weakly(method: Callable[[Iteration], None]) -> Callable[[Iteration], None]:
-    # In a cycle of references, workers would wait for the garbage collector, which tears down
-    # their queues in any order: they then take many seconds to end.
-    reference = WeakMethod(method)
-
-    def call(iteration: Iteration) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(iteration)
-
-    return call
 
 
 def _order_state(order: Order | None, count: int) -> Place | None:

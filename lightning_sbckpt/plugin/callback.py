@@ -14,12 +14,13 @@ from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _options, exact
+from lightning_sbckpt.plugin import _compat, _compat_sharded, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import (
     FolderReader,
@@ -31,6 +32,7 @@ from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.io import FolderCheckpointIO
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
+from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import (
     Preemption,
     Watch,
@@ -43,6 +45,7 @@ from lightning_sbckpt.plugin.saving import Saving
 from lightning_sbckpt.plugin.schedule import (
     Schedule,
 )
+from lightning_sbckpt.plugin.spawned import hand_back_attributes
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.triggers import Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
@@ -57,7 +60,8 @@ class SBCheckpoint(LightningCheckpoint):
     checkpoint, between the same two batches, with the same data and random numbers before it.
 
     Args:
-        dirpath: The folder of the run's checkpoints; the same from start to start.
+        dirpath: The folder of the run's checkpoints, or a URL as `s3://bucket/run`; the same from
+            start to start.
         min_key: The metric whose lowest value is best.
         max_key: The metric whose highest value is best.
         importance_key: A function of a checkpoint whose highest result is best. At most one of the
@@ -101,6 +105,8 @@ class SBCheckpoint(LightningCheckpoint):
         meta: More keys for the meta, or a function of Trainer and module that returns them.
         split_model: Names of submodules that get a file of their own, with their own state_dict.
         trust_pickle: Read back state that only pickle can hold.
+        local_dir: Of a URL: the folder on this machine that checkpoints go through.
+        storage_options: Of a URL: what fsspec is to know beyond its own configuration.
 
     Attributes:
         best_model_path: The folder of the best checkpoint, for `trainer.test(ckpt_path="best")`.
@@ -154,9 +160,11 @@ class SBCheckpoint(LightningCheckpoint):
         meta: Meta | None = None,
         split_model: Sequence[str] = (),
         trust_pickle: bool = False,
+        local_dir: str | Path | None = None,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.dirpath = Path(dirpath)
+        self.dirpath = normal_url(dirpath) if is_url(dirpath) else Path(dirpath)
         self._best_by = _options.best_by(importance_key, max_key, min_key)
         self._rules = _options.retention_rules(self._best_by, num_to_keep, keep_recent, keep)
         self._ckpt_predicate = as_predicate(ckpt_predicate)
@@ -169,6 +177,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._preemption = as_preemption(preemption)
         self._when_in_use = _options.check_when_in_use(when_in_use)
         self._link_unchanged = link_unchanged
+        self._local_dir, self._storage_options = local_dir, storage_options
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
         self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
         self._gatherer = Gatherer(recoverables, meta, tuple(split_model))
@@ -213,6 +222,7 @@ class SBCheckpoint(LightningCheckpoint):
         inner = strategy.checkpoint_io
         strategy.checkpoint_io = FolderCheckpointIO(inner, self._reader)
         self._undo.append(lambda: setattr(strategy, "checkpoint_io", inner))
+        self._undo += attach(trainer, self._reader, self._adaptation.key_map)
         if stage != "fit" or _compat.is_dev_run(trainer):
             return
         others = [each for each in _compat.callbacks_of(trainer) if isinstance(each, SBCheckpoint)]
@@ -224,6 +234,8 @@ class SBCheckpoint(LightningCheckpoint):
             trust_pickle=self._trust_pickle,
             link_unchanged=self._link_unchanged,
             when_in_use=self._when_in_use,
+            local_dir=self._local_dir,
+            storage_options=self._storage_options,
         )
         self._run = Run(checkpointer, self._best_by, self._rules, self._ckpt_predicate)
         self._reset_progress()
@@ -261,7 +273,12 @@ class SBCheckpoint(LightningCheckpoint):
         if self._gatherer.split_model:
             divide_model(pl_module.state_dict(), self._gatherer.split_model)
         extra = self._gatherer.of_user(trainer)
-        if self._run.resumed_from is None:
+        # Strategies that shard the model restore after this, see `_adapt`.
+        if not _compat_sharded.restores_late(trainer.strategy):
+            self._load_own(trainer, extra)
+
+    def _load_own(self, trainer: Trainer, extra: dict[str, object]) -> None:
+        if self._run is None or self._run.resumed_from is None:
             return
         if self._resumption is not None:
             self._resumption.note_recoverables(extra)
@@ -380,7 +397,9 @@ class SBCheckpoint(LightningCheckpoint):
             if not decided_by_main(world, lambda: is_folder(given)):
                 self.resume_report = explicit_report(given)
                 return given
-            chosen: Checkpoint | None = read_checkpoint(Path(str(given)))
+            chosen: Checkpoint | None = read_checkpoint(
+                cast("Run", self._run).checkpointer.folder_of(str(given))
+            )
         elif self._resume:
             checkpointer = cast("Run", self._run).checkpointer
             chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
@@ -417,6 +436,8 @@ class SBCheckpoint(LightningCheckpoint):
             report.skipped += self._adaptation.adapt_model(
                 dump, trainer.lightning_module, report.checkpoint
             )
+        if _compat_sharded.restores_late(trainer.strategy):
+            self._load_own(trainer, self._gatherer.of_user(trainer))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -482,3 +503,4 @@ def _stage_of(trainer: Trainer) -> str:
 _compat.let_load_from_checkpoint_read(
     is_folder, lambda path, **options: FolderReader().read(path, **options)
 )
+hand_back_attributes(SBCheckpoint)

@@ -13,10 +13,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_sbckpt._folder.layout import PARAMFILE_EXT, is_checkpoint, read_checkpoint
+from lightning_sbckpt._folder.layout import (
+    CKPT_PREFIX,
+    PARAMFILE_EXT,
+    SHARDED_EXT,
+    is_checkpoint,
+    read_checkpoint,
+)
 from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._remote.urls import is_url
+from lightning_sbckpt._sharded.states import ShardedState
+from lightning_sbckpt._sharded.states import numbered as in_numbers
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
 from lightning_sbckpt.averaging import AVERAGED_FROM
 from lightning_sbckpt.errors import (
@@ -27,6 +38,7 @@ from lightning_sbckpt.errors import (
 )
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin.sharded import Pieces
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
@@ -85,8 +97,13 @@ class Part:
 
 
 def divide(
-    dump: Mapping[str, Any], trainer: Trainer | None, submodules: Iterable[str], position: object
-) -> dict[str, Part]:
+    dump: Mapping[str, Any],
+    trainer: Trainer | None,
+    submodules: Iterable[str],
+    position: object,
+    *,
+    in_pieces: bool = False,
+) -> dict[str, Part | ShardedState]:
     """Divide Lightning's dictionary into parts, by the name of their file.
 
     Args:
@@ -94,6 +111,7 @@ def divide(
         trainer: Whose checkpoint it is; None if that is not known.
         submodules: Dotted names of submodules that get a file of their own.
         position: What is needed to go on at this very place; goes with the loops.
+        in_pieces: Whether each rank has its own pieces of the model and the optimizers.
     """
     rest = dict(dump)
     parts: dict[str, Mapping[str, object]] = {}
@@ -105,6 +123,7 @@ def divide(
     ):
         for index, state in enumerate(states):
             parts[numbered(name, index)] = state
+    sharded = {name for name in parts if in_pieces and not name.startswith(SCHEDULER)}
     progress = {key: rest.pop(key) for key in _PROGRESS_KEYS if key in rest}
     parts[LOOPS] = {**progress, _OURS: {"position": position, "submodules": list(submodules)}}
     parts[CALLBACKS] = rest.pop("callbacks", {})
@@ -119,7 +138,11 @@ def divide(
         if owner is not None and key in rest:
             parts[name] = {key: rest.pop(key)}
     parts[EXTRAS] = rest
-    return {name: Part(state) for name, state in parts.items() if state or name == MODEL}
+    return {
+        name: ShardedState(state) if name in sharded else Part(state)
+        for name, state in parts.items()
+        if state or name == MODEL
+    }
 
 
 def divide_model(
@@ -162,7 +185,14 @@ def is_reserved(name: str) -> bool:
 
 def is_folder(path: object) -> bool:
     """Return whether a path is a checkpoint folder, ours or SpeechBrain's."""
-    return isinstance(path, (str, Path)) and "://" not in str(path) and is_checkpoint(Path(path))
+    if not isinstance(path, (str, Path)):
+        return False
+    if is_url(path):
+        # Any other URL is one for Lightning, and no store is asked about it.
+        name = str(path).rpartition("/")[2]
+        ours = name.startswith(CKPT_PREFIX) and not name.endswith(PARAMFILE_EXT)
+        return ours and is_checkpoint(here(path))
+    return is_checkpoint(Path(path))
 
 
 def is_resumable(checkpoint: Checkpoint) -> bool:
@@ -184,25 +214,27 @@ class FolderReader:
         unread: What the last folder read has that was not read, a sentence each.
         skip: Names of files to leave out. (The model and the optimizers are not left out here:
             Lightning wants to find something for each.)
+        pieces: Reads the model and the optimizers where each rank has its own pieces of them.
     """
 
     def __init__(self, *, trust_pickle: bool = False) -> None:
         self._trust_pickle = trust_pickle
         self.unread: list[str] = []
         self.skip: Collection[str] = ()
+        self.pieces: Pieces | None = None
 
     def read(self, folder: str | Path, *, weights_only: bool | None = None) -> dict[str, Any]:
         """Return Lightning's dictionary from a folder.
 
         Args:
-            folder: The checkpoint folder.
+            folder: The checkpoint folder, or its URL.
             weights_only: Lightning's argument; False is the user's word that pickle is trusted.
 
         Raises:
             CheckpointNotFoundError: There is no checkpoint, or none that a fit has written.
             DamagedCheckpointError: A file is not the one that was written.
         """
-        folder = Path(folder)
+        folder = here(folder)
         checkpoint = read_checkpoint(folder)
         if MODEL not in checkpoint.paramfiles:
             found = ", ".join(checkpoint.paramfiles) or "nothing"
@@ -211,7 +243,7 @@ class FolderReader:
                 f"{found}. Load it with lightning_sbckpt.Checkpointer"
             )
         # The search has read them all a moment ago, if there was one.
-        problems = find_damage(folder, recent=True)
+        problems = find_damage(folder, self._read_in_full(checkpoint), recent=True)
         if problems:
             raise DamagedCheckpointError(
                 f"{folder} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
@@ -227,7 +259,39 @@ class FolderReader:
         if path is None:
             return None
         with trusting_pickle(self._trust_pickle):
-            return load_state(path, missing_pickled=self.unread)
+            sharded = path.suffix == SHARDED_EXT
+            state = None if sharded else load_state(path, missing_pickled=self.unread)
+            if name == GRADIENTS and "ranks" not in (cast("dict[str, Any] | None", state) or {}):
+                # Of sharded parameters: by their names, and every rank takes what is its own.
+                ranks = dist.get_world_size() if dist.is_initialized() else 1
+                return {"ranks": [self._model(path, "")] * ranks}
+            return state
+
+    def _read_in_full(self, checkpoint: Checkpoint) -> Collection[str] | None:
+        if self.pieces is None or self.pieces.reads_every_byte:
+            return None
+        # What all ranks wrote one rank compares, and the others read what is theirs.
+        names = [path.name for path in checkpoint.paramfiles.values()]
+        return [name for name in names if not name.endswith(SHARDED_EXT)]
+
+    def _model(self, path: Path, prefix: str) -> dict[str, Any]:
+        if self.pieces is not None:
+            return self.pieces.model(path, prefix)
+        if path.suffix == SHARDED_EXT:
+            from lightning_sbckpt._sharded.reading import SavedShards
+
+            return SavedShards(path).state()
+        return cast("dict[str, Any]", load_state(path, missing_pickled=self.unread))
+
+    def _optimizer(self, path: Path, index: int) -> object:
+        if self.pieces is not None:
+            return self.pieces.optimizer(path, index)
+        if path.suffix == SHARDED_EXT:
+            from lightning_sbckpt._sharded.reading import SavedShards
+
+            return in_numbers(SavedShards(path).state())
+        # What becomes an optimizer's state is dropped with it.
+        return load_state(path, missing_pickled=self.unread, grouped=True)
 
     def _assemble(self, checkpoint: Checkpoint) -> dict[str, Any]:
         def read(name: str) -> dict[str, Any]:
@@ -242,9 +306,11 @@ class FolderReader:
         dump = dict(read(LOOPS) or nowhere)
         submodules = submodules_in(dump)
         dump.pop(_OURS, None)
-        state = read(MODEL)
+        state = self._model(checkpoint.paramfiles[MODEL], "")
         for submodule in submodules:
-            state.update({f"{submodule}.{key}": value for key, value in read(submodule).items()})
+            path = None if submodule in self.skip else checkpoint.paramfiles.get(submodule)
+            own = {} if path is None else self._model(path, f"{submodule}.")
+            state.update({f"{submodule}.{key}": value for key, value in own.items()})
         dump["state_dict"] = state
         dump["optimizer_states"] = self._numbered(checkpoint, OPTIMIZER)
         dump["lr_schedulers"] = self._numbered(checkpoint, SCHEDULER)
@@ -257,8 +323,11 @@ class FolderReader:
         states: list[Any] = []
         while (key := numbered(name, len(states))) in checkpoint.paramfiles:
             path = checkpoint.paramfiles[key]
-            # What becomes an optimizer's state is dropped with it.
-            states.append(load_state(path, missing_pickled=self.unread, grouped=True))
+            states.append(
+                self._optimizer(path, len(states))
+                if name == OPTIMIZER
+                else load_state(path, missing_pickled=self.unread, grouped=True)
+            )
         return states
 
 

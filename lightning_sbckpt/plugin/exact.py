@@ -16,9 +16,10 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin import _compat, _compat_logged
 from lightning_sbckpt.plugin.collect import GRADIENTS, LOADERS, METRICS, RNG, Part
 from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.ranks import pack, together
 from lightning_sbckpt.rng import capture_rng, restore_rng
 from lightning_sbckpt.typing import World
 
@@ -30,7 +31,7 @@ def capture(trainer: Trainer, tracker: LoaderTracker, *, within_epoch: bool) -> 
         RNG: capture_rng(),
         LOADERS: tracker.state(_compat.prefetched_batches(trainer)),
         METRICS: {
-            "logged": _compat.logged_state(trainer),
+            "logged": _compat_logged.logged_state(trainer),
             "torchmetrics": {name: metric_state(metric) for name, metric in metrics_in(module)},
         },
     }
@@ -101,7 +102,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
     module = trainer.lightning_module
     problems: list[str] = []
     if METRICS in state:
-        problems += _compat.restore_logged_state(trainer, state[METRICS]["logged"])
+        problems += _compat_logged.restore_logged_state(trainer, state[METRICS]["logged"])
         problems += _restore_metrics(module, state[METRICS]["torchmetrics"])
     if GRADIENTS in state:
         problems += _restore_gradients(module, state[GRADIENTS])
@@ -147,10 +148,13 @@ def _restore_gradients(module: LightningModule, gradients: Mapping[str, torch.Te
 
 
 def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
-    """Return the parts that hold every rank's state, by the name of their file."""
-    gathered = world.gather(dict(state)) or []
+    """Return the parts that hold every rank's state, by the name of their file; rank zero's only."""
+    if world.size == 1:
+        return {name: Part({"ranks": [one]}, volatile=True) for name, one in sorted(state.items())}
+    gathered = world.gather({name: pack(one) for name, one in state.items()}) or []
     names = {name for of_rank in gathered for name in of_rank}
+    nothing = pack(None)
     return {
-        name: Part({"ranks": [of_rank.get(name) for of_rank in gathered]}, volatile=True)
+        name: Part(together([of_rank.get(name, nothing) for of_rank in gathered]), volatile=True)
         for name in sorted(names)
     }

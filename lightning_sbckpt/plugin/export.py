@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from lightning_sbckpt._folder.layout import folder_for, read_checkpoint
+from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
@@ -72,7 +73,7 @@ def to_lightning(
         >>> to_lightning(saved, folder / "model.ckpt").remarks
         ('no fit can go on from it: the checkpoint has the weights, and not the state of a fit',)
     """
-    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
     reader = FolderReader(trust_pickle=trust_pickle)
     dump = reader.read(folder)
     remarks = _left_out(read_checkpoint(folder), reader)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_sbckpt._sharded.states import ShardedState, take_back_to_pieces
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import dump_meta, plain_meta
-from lightning_sbckpt.plugin import _compat, _options, exact
+from lightning_sbckpt.plugin import (
+    _compat,
+    _compat_logged,
+    _compat_loops,
+    _compat_sharded,
+    _options,
+    exact,
+)
 from lightning_sbckpt.plugin.adapt import classes_of
-from lightning_sbckpt.plugin.collect import divide
+from lightning_sbckpt.plugin.collect import GRADIENTS, divide
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.schedule import Place, place_of
 from lightning_sbckpt.triggers import Due
@@ -50,7 +59,7 @@ class Gatherer:
 
     def take_metrics(self, trainer: Trainer) -> None:
         """Take what was just computed for the weights of this moment."""
-        self._metrics = _compat.metrics_just_computed(trainer)
+        self._metrics = _compat_logged.metrics_just_computed(trainer)
         self._metrics_of = place_of(trainer)
 
     def has_metrics(self, trainer: Trainer) -> bool:
@@ -85,19 +94,23 @@ class Gatherer:
         validated_this_epoch: bool,
     ) -> dict[str, object]:
         """Return all that a checkpoint of this moment holds, by the names of its files."""
+        in_pieces = _compat_sharded.shards_by_dtensor(trainer.strategy)
+        if in_pieces:
+            take_back_to_pieces(trainer.lightning_module)
         state = exact.capture(trainer, tracker, within_epoch=within_epoch)
         position = {
             "within_epoch": within_epoch,
-            "loops": _compat.loop_state(trainer),
+            "loops": _compat_loops.loop_state(trainer),
             "validated_this_epoch": validated_this_epoch,
             "modes": exact.modes(trainer.lightning_module),
             "classes": classes_of(trainer),
         }
-        return {
-            **divide(_compat.dump_checkpoint(trainer), trainer, self.split_model, position),
-            **exact.parts_of_ranks(state, world),
-            **self.of_user(trainer),
-        }
+        with _compat_sharded.states_in_pieces(trainer) if in_pieces else nullcontext():
+            dump = _compat.dump_checkpoint(trainer)
+        found = divide(dump, trainer, self.split_model, position, in_pieces=in_pieces)
+        if in_pieces and GRADIENTS in state:
+            found[GRADIENTS] = ShardedState(state.pop(GRADIENTS))
+        return {**found, **exact.parts_of_ranks(state, world), **self.of_user(trainer)}
 
     def documents(self, trainer: Trainer) -> dict[str, str]:
         """Return the hyperparameters of module and datamodule as a file that people read."""

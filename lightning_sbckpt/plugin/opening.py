@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -11,28 +11,32 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
-from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin import _compat, _compat_sharded
 from lightning_sbckpt.typing import World
 
 
 def open_checkpointer(
-    dirpath: Path,
+    dirpath: Path | str,
     world: World,
     policy: SavePolicy,
     *,
     trust_pickle: bool,
     link_unchanged: bool,
     when_in_use: str,
+    local_dir: str | Path | None = None,
+    storage_options: Mapping[str, object] | None = None,
 ) -> Checkpointer:
     """Return the checkpointer of a run, to which the folder belongs from now on.
 
     Args:
-        dirpath: The folder.
+        dirpath: The folder, or its URL.
         world: The ranks.
         policy: How saves go on.
         trust_pickle: See `Checkpointer`.
         link_unchanged: See `Checkpointer`.
         when_in_use: If another process writes there: `"raise"`, or `"read"`.
+        local_dir: See `Checkpointer`.
+        storage_options: See `Checkpointer`.
 
     Raises:
         FolderInUseError: Another process writes there.
@@ -48,6 +52,8 @@ def open_checkpointer(
             when_busy=policy.when_busy,
             link_unchanged=link_unchanged,
             access=access,
+            local_dir=local_dir,
+            storage_options=storage_options,
         )
 
     checkpointer = opened("exclusive")
@@ -62,7 +68,7 @@ def open_checkpointer(
     return checkpointer
 
 
-def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path]) -> None:
+def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path | str]) -> None:
     """Refuse a Trainer with which no checkpoint would come about.
 
     Args:
@@ -78,9 +84,12 @@ def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path]) -> None:
             f"{', '.join(map(str, folders))}: one run has one place to resume from. Use one, with "
             "more rules in keep=[...]"
         )
-    if _compat.has_own_checkpoint_format(trainer.strategy):
+    strategy = trainer.strategy
+    if _compat_sharded.shards_by_dtensor(strategy):
+        return
+    if _compat.has_own_checkpoint_format(strategy):
         raise ConfigurationError(
-            f"{type(trainer.strategy).__name__} writes checkpoints in a format of its own, "
-            "which SBCheckpoint can't divide into files yet. Use Lightning's ModelCheckpoint "
-            "with it, or a strategy that holds the whole model on each rank"
+            f"{type(strategy).__name__} writes checkpoints in a format of its own, which "
+            "SBCheckpoint can't divide into files. Use ModelParallelStrategy to shard the model, a "
+            "strategy that holds the whole model on each rank, or Lightning's ModelCheckpoint"
         )

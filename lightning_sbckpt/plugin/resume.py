@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, exact
+from lightning_sbckpt.plugin import _compat, _compat_loops, exact
 from lightning_sbckpt.plugin.collect import (
     CALLBACKS,
     GRADIENTS,
@@ -26,6 +26,7 @@ from lightning_sbckpt.plugin.collect import (
     submodules_in,
 )
 from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
 
 _PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS)
 
@@ -112,7 +113,7 @@ class Resumption:
         self._done = done
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
         self.classes: Mapping[str, list[str]] = {}
-        self._loops: _compat.LoopResumption | None = None
+        self._loops: _compat_loops.LoopResumption | None = None
         self._state: dict[str, Any] = {}
         self.validated_this_epoch = False
         loops = reader.part(checkpoint, LOOPS)
@@ -142,7 +143,7 @@ class Resumption:
         self.validated_this_epoch = bool(position.get("validated_this_epoch"))
         if LOADERS in self._state:
             tracker.load(self._state[LOADERS])
-        self._loops = _compat.LoopResumption(
+        self._loops = _compat_loops.LoopResumption(
             trainer,
             within_epoch=within_epoch,
             progress=loops["loops"]["fit_loop"],
@@ -190,21 +191,21 @@ class Resumption:
             part = reader.part(checkpoint, name)
             if part is None:
                 continue
-            ranks = part["ranks"]
-            if len(ranks) != size:
+            saved_by = number_of_ranks(part)
+            if saved_by != size:
                 self.report.skipped.append(
-                    f"{name} (saved by {_ranks(len(ranks))}, this run has {size}: every rank has its "
+                    f"{name} (saved by {_ranks(saved_by)}, this run has {size}: every rank has its "
                     "own, so the run goes on, but not bit for bit)"
                 )
                 if name == LOADERS and not checkpoint.meta.get("end-of-epoch"):
                     self.report.notes.append(
                         "the batches of this epoch are counted on from where "
-                        f"{_ranks(len(ranks))} left them, while its data comes from the beginning: "
+                        f"{_ranks(saved_by)} left them, while its data comes from the beginning: "
                         "some samples come twice in it and some not at all. From the next epoch on "
                         "it is as ever"
                     )
-            elif ranks[rank] is not None:
-                self._state[name] = ranks[rank]
+            elif (mine := state_of_rank(part, rank)) is not None:
+                self._state[name] = mine
                 self.report.restored.append(name)
 
     def _finish(self, within_epoch: bool, modes: Mapping[str, list[str]]) -> None:

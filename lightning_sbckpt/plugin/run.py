@@ -140,6 +140,11 @@ class Run:
         return decided_by_main(self.checkpointer.world, lambda: self._standing(how_many))
 
     def _standing(self, how_many: int) -> Standing:
+        # Of one's own run it is known, and training must not wait for a store to say it again.
+        with self.checkpointer.as_known():
+            return self._standing_as_known(how_many)
+
+    def _standing_as_known(self, how_many: int) -> Standing:
         newest = self.checkpointer.find_checkpoint(ckpt_predicate=self.is_own)
         best = self.checkpointer.find_checkpoints(
             **self._best_by.keys, ckpt_predicate=self.is_own, max_num_checkpoints=how_many
@@ -154,6 +159,10 @@ class Run:
 
     def prune(self) -> None:
         """Delete what no rule keeps, of this run's own checkpoints only; rank zero alone does."""
+        with self.checkpointer.one_look():
+            self._prune()
+
+    def _prune(self) -> None:
         protected = [
             (ckpt, "another run wrote it")
             for ckpt in self.checkpointer.list_checkpoints()

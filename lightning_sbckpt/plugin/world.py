@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
+from lightning_sbckpt._world import TorchDistributed
+
 T = TypeVar("T")
 
 
@@ -44,9 +46,7 @@ class TrainerWorld:
         """Return every rank's `obj`, in order, on rank zero, and None elsewhere."""
         if self.size == 1:
             return [obj]
-        objects: list[T] = [obj] * self.size
-        dist.all_gather_object(objects, obj)
-        return objects if self.rank == 0 else None
+        return TorchDistributed().gather(obj)
 
     def highest(self, numbers: Sequence[float]) -> list[float]:
         """Return the highest of each number over the ranks; it costs one small collective."""

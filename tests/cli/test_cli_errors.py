@@ -49,12 +49,14 @@ class TestWrongPaths:
         assert f"is one checkpoint: expected the folder of all of them, {run}" in line
         assert "lightning-sbckpt show" in line
 
-    @pytest.mark.parametrize("url", ["s3://bucket/run", "gs://a/b", "file:///tmp/x"])
-    def test_a_url_is_said_to_be_for_later(self, command, url, call):
-        """Written as it was given."""
-        assert f"{url.replace(':///', '://')} is a URL: object stores are not there yet" in line_of(
-            call(command, url, code=2)
-        )
+    @pytest.mark.parametrize("url", ["nosuch://bucket/run", "memory://empty/run"])
+    def test_a_url_with_no_run_is_said_as_it_was_given(
+        self, command, url, call, tmp_path, monkeypatch
+    ):
+        """And nothing is made for it on this machine."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert url in line_of(call(command, url, code=2))
+        assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,382 @@
+"""A folder of checkpoints on a remote store: what is there, and how one comes and goes.
+
+Object stores have no rename. A checkpoint is there for every reader when its `CKPT.yaml` is, so
+that is put last, after all others were found to have arrived; and a removal takes it away first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from threading import Event
+from typing import TypeVar
+
+import xxhash
+
+from lightning_sbckpt._disk.storage import FileDigest
+from lightning_sbckpt._folder.layout import CKPT_PREFIX
+from lightning_sbckpt._remote.listing import RemoteFile, absent, list_files
+from lightning_sbckpt._remote.retries import Retries, patiently, said
+from lightning_sbckpt._remote.stores import Store
+from lightning_sbckpt._remote.streams import (
+    Sender,
+    give_up_parts,
+    in_parallel,
+    is_on_its_way,
+    put_whole,
+    read_blocks,
+)
+from lightning_sbckpt._remote.urls import normal_url
+from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
+from lightning_sbckpt.meta import META_NAME
+
+__all__ = ["RemoteFile", "RemoteFolder", "Retries"]
+
+logger = logging.getLogger("lightning_sbckpt")
+
+T = TypeVar("T")
+
+_SMALL = 16 * 2**20
+_DAY = 24 * 3600.0
+# For tidying up after a failure: the store that just failed is not waited for again.
+_ONCE = Retries(attempts=1)
+
+
+class RemoteFolder:
+    """The checkpoints below one URL.
+
+    It may be used from several threads, and after a fork. Every operation tries again what failed
+    for a reason that passes, and raises `RemoteError` when that did not help.
+
+    Args:
+        url: Of the folder, as `s3://bucket/run`.
+        retries: How often and how long.
+        storage_options: For fsspec's filesystem, beyond what its configuration says.
+
+    Raises:
+        ConfigurationError: It is no URL, or one with a password in it.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        retries: Retries | None = None,
+        storage_options: Mapping[str, object] | None = None,
+    ) -> None:
+        self.url = normal_url(url)
+        self.retries = retries or Retries()
+        self._store = Store(self.url, storage_options)
+
+    def __repr__(self) -> str:
+        return f"RemoteFolder({self.url!r})"
+
+    def check(self) -> None:
+        """Find out whether the folder can be listed; it need not exist, its bucket must.
+
+        Raises:
+            MissingDependencyError: The library for the scheme is not installed.
+            ConfigurationError: The scheme is unknown.
+            RemoteError: It can't be reached, may not be listed, or there is no such bucket.
+        """
+
+        def look() -> None:
+            with self._store.use() as filesystem:
+                filesystem.ls(self._store.path(), detail=False)
+
+        try:
+            patiently(look, self.retries, f"list {self.url}")
+        except FileNotFoundError as error:
+            absent(self._store, error)
+
+    def listing(self) -> dict[str, dict[str, RemoteFile]]:
+        """Return the checkpoints that are there, with their files by the name inside each.
+
+        A folder counts if its name starts with `CKPT` and it has a `CKPT.yaml`. A folder that does
+        not exist yet has none.
+
+        Raises:
+            RemoteError: It can't be listed; what is there is unknown then, and not nothing.
+        """
+        return {
+            name: {file: found for file, found in files.items() if not is_on_its_way(file)}
+            for name, files in self._folders().items()
+            if META_NAME in files
+        }
+
+    def read(self, name: str, file: str, most: int = _SMALL) -> bytes:
+        """Return the bytes of a small file of a checkpoint, or with no name, of the run's folder.
+
+        Raises:
+            CheckpointNotFoundError: It isn't there.
+            RemoteError: It can't be read, or has more than `most` bytes.
+        """
+        doing = f"read {self._shown(name, file)}"
+
+        def get() -> bytes:
+            with self._store.use() as filesystem:
+                path = self._store.path(name, file)
+                # No range of an empty file can be asked for.
+                size: int = filesystem.info(path)["size"]
+                if size > most:
+                    raise RemoteError(f"can't {doing}: it has {size:,} bytes, more than {most:,}")
+                data: bytes = filesystem.cat_file(path)
+            return data
+
+        return self._try(get, doing)
+
+    def write(self, name: str, file: str, data: bytes) -> None:
+        """Put one small file in one step: a reader sees the old or the new; names as in `read`.
+
+        Raises:
+            RemoteError: It can't be put.
+        """
+        path = self._store.path(name, file)
+        self._try(lambda: put_whole(self._store, path, data), f"write {self._shown(name, file)}")
+
+    def fetch(self, name: str, file: str, target: Path) -> None:
+        """Bring one file here, durably; `target` is there when it is whole.
+
+        Raises:
+            CheckpointNotFoundError: It isn't there, or was removed meanwhile.
+            RemoteError: It can't be read, or was replaced meanwhile.
+            OSError: It can't be written here.
+        """
+        beside = target.with_name(f"{target.name}.part")
+        try:
+            with beside.open("wb", buffering=0) as stream:
+                for block in self._blocks(name, file, "fetch"):
+                    left = memoryview(block)
+                    while left:
+                        left = left[stream.write(left) :]
+                os.fsync(stream.fileno())
+            beside.replace(target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def digest(self, name: str, file: str) -> FileDigest:
+        """Return size and checksum of a file, read in full and kept nowhere.
+
+        Raises:
+            CheckpointNotFoundError: It isn't there, or was removed meanwhile.
+            RemoteError: It can't be read, or was replaced meanwhile.
+        """
+        hasher = xxhash.xxh3_128()
+        size = 0
+        for block in self._blocks(name, file, "read"):
+            hasher.update(block)
+            size += len(block)
+        return FileDigest(size, hasher.hexdigest())
+
+    def publish(
+        self,
+        local: Path,
+        name: str,
+        *,
+        progress: Callable[[int], object] | None = None,
+        skip: Collection[str] = (),
+        copies: Mapping[str, str] | None = None,
+    ) -> None:
+        """Put a checkpoint there from a local folder, in place of one of that name.
+
+        Args:
+            local: The folder. Its `CKPT.yaml` is put when all else is there.
+            name: The checkpoint's.
+            progress: Is told how many bytes more have arrived, by several threads.
+            skip: Files of the folder that stay here.
+            copies: Files that another checkpoint there has with the same content, and its name; the
+                store copies them itself if it can.
+
+        Raises:
+            RemoteError: It can't be put. Nothing of it is visible; what had arrived was removed as
+                far as the store still answered, and is swept later otherwise.
+            OSError: A local file can't be read, or is no regular file.
+        """
+        files = sorted(set(_files_below(local)) - set(skip))
+        if META_NAME not in files:
+            raise CheckpointNotFoundError(
+                f"{local} is not uploaded to {self.url}: it is no checkpoint, since it has no "
+                f"{META_NAME}"
+            )
+        # What is there of that name: the one that is replaced, or what a dying upload left.
+        self._clear(name, self.retries)
+        sender = Sender(self._store, self.retries, progress)
+        sizes: dict[str, int] = {}
+
+        def put(file: str) -> None:
+            if copies and file in copies and self._copied(name, file, copies[file]):
+                sizes[file] = (local / file).stat().st_size
+                return
+            path = self._store.path(name, file)
+            sizes[file] = sender.put(local / file, path, f"upload {self._shown(name, file)}")
+
+        files.remove(META_NAME)
+        try:
+            in_parallel(put, files, sender.stop)
+            self._compare(name, sizes)
+        except BaseException:
+            self._tidy(name)
+            raise
+        # If the answer to this is lost, the file may still come to be: the others must stay then,
+        # since it would be a checkpoint without them.
+        put(META_NAME)
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint: it stops being one at once, then its files go.
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+            RemoteError: It can't be removed.
+        """
+        if META_NAME not in self._files(name, self.retries):
+            raise CheckpointNotFoundError(
+                f"{self._shown(name)} can't be removed: there is no checkpoint of that name"
+            )
+        self._clear(name, self.retries)
+
+    def sweep(self, older_than_seconds: float = _DAY) -> list[str]:
+        """Remove what uploads and removals that died have left; return the names.
+
+        That is every folder without a `CKPT.yaml` whose youngest file is older than that. A younger
+        one may be an upload of another process.
+
+        Raises:
+            RemoteError: The store can't be reached.
+        """
+        before = time.time() - older_than_seconds
+        swept = []
+        for name, files in self._folders().items():
+            times = [found.modified for found in files.values()]
+            # A store that doesn't say how old something is keeps it.
+            if META_NAME in files or not all(at is not None and at < before for at in times):
+                continue
+            self._clear(name, self.retries)
+            logger.info(f"removed {self._shown(name)}: an upload or a removal that did not end")
+            swept.append(name)
+        give_up_parts(self._store, before)
+        return swept
+
+    def _copied(self, name: str, file: str, other: str) -> bool:
+        """Let the store copy a file from another checkpoint; return whether it did."""
+        if not self._store.of_objects:
+            return False
+        try:
+            with self._store.use() as filesystem:
+                filesystem.cp_file(self._store.path(other, file), self._store.path(name, file))
+        except Exception as error:
+            logger.debug(f"{self._shown(other, file)} is uploaded, not copied: {said(error)}")
+            return False
+        return True
+
+    def _blocks(self, name: str, file: str, verb: str) -> Iterator[bytes]:
+        """Give the bytes of a file, all of one version of it."""
+        doing = f"{verb} {self._shown(name, file)}"
+        try:
+            before = self._info(name, file, doing)
+            path = self._store.path(name, file)
+            yield from read_blocks(self._store, path, before.size, self.retries, doing)
+            after = self._info(name, file, doing)
+        except FileNotFoundError as error:
+            raise self._not_there(doing, error) from error
+        if after.tag != before.tag:
+            raise RemoteError(
+                f"can't {doing}: it was replaced by another while it was read. Read it again"
+            )
+
+    def _info(self, name: str, file: str, doing: str) -> RemoteFile:
+        def look() -> RemoteFile:
+            with self._store.use() as filesystem:
+                return RemoteFile.of(filesystem.info(self._store.path(name, file)))
+
+        return patiently(look, self.retries, doing)
+
+    def _folders(self) -> dict[str, dict[str, RemoteFile]]:
+        found: dict[str, dict[str, RemoteFile]] = {}
+        for path, file in list_files(self._store, self.retries).items():
+            name, _, inner = path.partition("/")
+            if inner and name.startswith(CKPT_PREFIX):
+                found.setdefault(name, {})[inner] = file
+        return found
+
+    def _files(self, name: str, retries: Retries) -> dict[str, RemoteFile]:
+        return list_files(self._store, retries, name)
+
+    def _compare(self, name: str, sizes: Mapping[str, int]) -> None:
+        """Find out whether all that was sent has arrived, by one listing."""
+        there = {file: found.size for file, found in self._files(name, self.retries).items()}
+        wrong = [
+            f"{file} has {there.get(file, 'no')} bytes, expected {size}"
+            for file, size in sizes.items()
+            if there.get(file) != size
+        ]
+        if wrong:
+            raise RemoteError(
+                f"{self._shown(name)} did not arrive as it was sent: {'; '.join(wrong[:5])}. Another "
+                "process may be writing there: give every run a URL of its own"
+            )
+
+    def _tidy(self, name: str) -> None:
+        try:
+            self._clear(name, _ONCE)
+        except Exception as error:
+            logger.info(f"left the files of an upload that failed for a later sweep: {said(error)}")
+
+    def _clear(self, name: str, retries: Retries) -> None:
+        """Remove all that is there of a checkpoint, its `CKPT.yaml` first."""
+        files = sorted(self._files(name, retries))
+        doing = f"remove {self._shown(name)}"
+
+        def remove(file: str) -> None:
+            def once() -> None:
+                with self._store.use() as filesystem:
+                    filesystem.rm_file(self._store.path(name, file))
+
+            with suppress(FileNotFoundError):
+                patiently(once, retries, doing)
+
+        if META_NAME in files:
+            remove(META_NAME)
+            files.remove(META_NAME)
+        in_parallel(remove, files, Event())
+        self._remove_folders(name, files)
+
+    def _remove_folders(self, name: str, files: Collection[str]) -> None:
+        """Remove the folders that are empty now, on stores that have folders."""
+        if self._store.of_objects:
+            return
+        inner = {file.rpartition("/")[0] for file in files if "/" in file}
+        deepest_first = sorted(inner, key=lambda folder: -folder.count("/"))
+        for folder in [*(f"{name}/{folder}" for folder in deepest_first), name]:
+            with suppress(Exception), self._store.use() as filesystem:
+                filesystem.rmdir(self._store.path(folder))
+
+    def _shown(self, *parts: str) -> str:
+        return "/".join([self.url, *filter(None, parts)])
+
+    def _try(self, work: Callable[[], T], doing: str) -> T:
+        try:
+            return patiently(work, self.retries, doing)
+        except FileNotFoundError as error:
+            raise self._not_there(doing, error) from error
+
+    def _not_there(self, doing: str, error: FileNotFoundError) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(
+            f"can't {doing}: it is not there, or was removed meanwhile ({said(error)})"
+        )
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Give the relative names of all files; what is neither file nor folder fails when it is read."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            yield (Path(parent) / name).relative_to(folder).as_posix()

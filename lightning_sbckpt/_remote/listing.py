@@ -1,0 +1,145 @@
+"""What a store says is there: files below a folder, with sizes, tags and times."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, NoReturn
+
+from lightning_sbckpt._remote.retries import Retries, patiently, said
+from lightning_sbckpt._remote.stores import Store
+from lightning_sbckpt.errors import RemoteError
+
+# Under these names the libraries of the stores give what changes with the content, best first.
+_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "modified", "created", "LastModified")
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\\]")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on a store.
+
+    Attributes:
+        size: In bytes.
+        tag: Differs when the content does: a checksum, or a time where the store has none.
+        modified: When it was put there, in seconds since 1970, or None where the store doesn't say.
+    """
+
+    size: int
+    tag: str
+    modified: float | None = None
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> RemoteFile:
+        """Return what one of fsspec's descriptions says."""
+        tag = next((info[key] for key in _TAGS if info.get(key)), "")
+        seconds = _seconds(tag)
+        modified = next((_seconds(info[key]) for key in _TIMES if info.get(key)), None)
+        text = str(tag).strip('"') if seconds is None else f"{seconds:.6f}"
+        return cls(int(info.get("size") or 0), text, modified)
+
+
+def list_files(store: Store, retries: Retries, below: str = "") -> dict[str, RemoteFile]:
+    """Return the files below the folder of a store, or below a folder in it, by relative name.
+
+    A name that would lead out of the folder is left out. A folder that isn't there has no files.
+
+    Raises:
+        RemoteError: They can't be listed, or the bucket does not exist.
+    """
+    root = store.path(below) if below else store.path()
+    shown = f"{store.url}/{below}" if below else store.url
+
+    def look() -> dict[str, Any]:
+        with store.use() as filesystem:
+            filesystem.invalidate_cache()
+            if store.listed_at_once:
+                found: dict[str, Any] = filesystem.find(root, detail=True)
+                return found
+            return dict(_walk(filesystem, root))
+
+    try:
+        found = patiently(look, retries, f"list {shown}")
+    except FileNotFoundError as error:
+        absent(store, error)
+        return {}
+    start = f"{root.strip('/')}/"
+    # The consoles of some stores mark a folder by an empty object whose name ends in a slash.
+    files = [path for path in found if not path.endswith("/") and _is_file(found[path])]
+    names = {path.strip("/").removeprefix(start): path for path in files}
+    return {
+        name: RemoteFile.of(found[path])
+        for name, path in names.items()
+        if _stays_inside(name) and path.strip("/").startswith(start)
+    }
+
+
+def absent(store: Store, error: FileNotFoundError) -> None:
+    """Return if a folder merely isn't there yet.
+
+    Raises:
+        RemoteError: Its bucket isn't there either. Seen as empty, a run would start from scratch.
+    """
+    if store.scheme == "memory" or not store.of_objects:
+        return
+    codes = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
+    if any(
+        isinstance(code, dict) and code["Error"].get("Code") == "NoSuchBucket" for code in codes
+    ):
+        _no_container(store, error)
+    if store.is_s3:
+        return
+    try:
+        with store.use() as filesystem:
+            filesystem.ls(store.container, detail=False)
+    except FileNotFoundError as missing:
+        _no_container(store, missing)
+    except Exception:
+        # Who may not list the whole bucket is not told whether it is there.
+        return
+
+
+def _no_container(store: Store, error: Exception) -> NoReturn:
+    raise RemoteError(
+        f"{store.url} can't be used: there is no bucket {store.container!r} ({said(error)}). Check "
+        "the URL and the endpoint, or create the bucket"
+    ) from error
+
+
+def _walk(filesystem: Any, folder: str) -> Iterator[tuple[str, Any]]:
+    # fsspec's own walk takes a folder that can't be listed for one without files.
+    for info in filesystem.ls(folder, detail=True):
+        if info["type"] == "file":
+            yield info["name"], info
+        elif info["type"] == "directory" and info["name"].rstrip("/") != folder.rstrip("/"):
+            try:
+                inner = list(_walk(filesystem, info["name"].rstrip("/")))
+            except FileNotFoundError:
+                continue  # Somebody removed it meanwhile.
+            yield from inner
+
+
+def _is_file(info: Mapping[str, Any]) -> bool:
+    return bool(info.get("type", "file") == "file")
+
+
+def _stays_inside(name: str) -> bool:
+    parts = name.split("/")
+    return not any(part in ("", ".", "..") or _FORBIDDEN.search(part) for part in parts)
+
+
+def _seconds(value: object) -> float | None:
+    if isinstance(value, datetime):
+        aware = value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+        return aware.timestamp()
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return _seconds(datetime.fromisoformat(value.replace("Z", "+00:00")))
+        except ValueError:
+            return None
+    return None

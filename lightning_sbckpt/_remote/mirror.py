@@ -1,0 +1,352 @@
+"""The local mirror of a folder of checkpoints in a store: what every other part works on.
+
+A save goes to the mirror first, as to any folder, and is uploaded then. A checkpoint of the store
+has its small files here from the first look on, and large ones as soon as somebody reads them. What
+is here and has no record (`_disk/absent.py`) is still to be uploaded.
+
+Whoever changes the mirror by what the store says holds a lock, for two processes may look at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from lightning_sbckpt._disk.absent import (
+    RECORDS_NAME,
+    Stored,
+    dump_record,
+    identity,
+    record_path,
+    stored_files,
+)
+from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
+from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
+from lightning_sbckpt._folder.history import HISTORY_NAME
+from lightning_sbckpt._folder.layout import (
+    is_checkpoint,
+    list_folders,
+    publish,
+    staging,
+    unpublish,
+)
+from lightning_sbckpt._folder.manifest import MANIFEST_NAME
+from lightning_sbckpt._remote.folder import RemoteFile, RemoteFolder
+from lightning_sbckpt._remote.turns import turn
+from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
+from lightning_sbckpt.meta import META_NAME
+
+logger = logging.getLogger("lightning_sbckpt")
+
+# Small files that are always here; nothing else is read without being asked for.
+_SMALL_SUFFIX = ".yaml"
+_MOST_SMALL = 16 * 2**20
+_AT_ONCE = 8
+# Another process may be reading thousands of small files.
+_PATIENCE = 300.0
+
+Files = Mapping[str, RemoteFile]
+
+
+class Mirror:
+    """A local folder that holds what there is in a store, as far as it is wanted here.
+
+    Args:
+        url: Of the folder of all checkpoints.
+        root: The local folder; made when there is something to put there.
+        remote: The store.
+    """
+
+    def __init__(self, url: str, root: Path, remote: RemoteFolder) -> None:
+        self.url = url
+        self.root = root
+        self.remote = remote
+        self._storage = LocalStorage()
+        self._looks = threading.local()
+        self._has_history = False
+
+    # ------------------------------------------------------------------ looking
+
+    def refresh(self) -> None:
+        """Let the folder hold what the store holds now.
+
+        Raises:
+            RemoteError: The store can't be asked.
+        """
+        if getattr(self._looks, "done", False):
+            return
+        if not self.root.is_dir():
+            if not self.remote.listing():
+                return
+            self.make()
+        with self._alone():
+            # Before the store is asked: what comes into it meanwhile is not taken for gone.
+            before = [folder for folder in list_folders(self.root) if stored_files(folder)]
+            listing = self.remote.listing()
+            for folder in before:
+                if folder.name not in listing:
+                    self._drop(folder)
+            new = [name for name, files in listing.items() if not self._agrees(name, files)]
+            if new:
+                with ThreadPoolExecutor(min(_AT_ONCE, len(new))) as pool:
+                    list(pool.map(lambda name: self._take_over(name, listing[name]), new))
+            self._take_history()
+        if hasattr(self._looks, "done"):
+            self._looks.done = True
+
+    def open(self) -> None:
+        """Make sure that the store can be used, and let the folder hold what it holds.
+
+        Raises:
+            RemoteError: It can't be reached, or refuses.
+        """
+        self.remote.check()
+        self.make()
+        self.refresh()
+
+    def require(self, name: str) -> Path:
+        """Return where a checkpoint is that another rank has seen, and make sure of it.
+
+        Raises:
+            RemoteError: The store can't be asked.
+        """
+        if not is_checkpoint(self.root / name):
+            self.refresh()
+        return self.root / name
+
+    @contextmanager
+    def one_look(self, *, known: bool = False) -> Iterator[None]:
+        """Ask the store at most once inside the block, in this thread; not at all if it is known."""
+        if hasattr(self._looks, "done"):
+            yield
+            return
+        self._looks.done = known
+        try:
+            yield
+        finally:
+            del self._looks.done
+
+    def make(self) -> None:
+        """Make the folder, and note in it what it is a mirror of."""
+        place = self.root / RECORDS_NAME
+        self._storage.make_dirs(place)
+        note = place / REMOTE_NAME
+        data = dump_note(self.url)
+        if not note.exists() or note.read_bytes() != data:
+            _put(note, data, flushed=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with turn(self.root / RECORDS_NAME / ".lock", _PATIENCE):
+            yield
+
+    def _agrees(self, name: str, files: Files) -> bool:
+        """Return whether a checkpoint here is that of the store; make it so where that is cheap."""
+        folder = self.root / name
+        here = is_checkpoint(folder)
+        stored = stored_files(folder) if here else {}
+        if not here:
+            return False
+        if not stored:
+            # Uploaded by a process that died before it could note it, or still to be uploaded.
+            if self._is_same(name, files):
+                self.note(folder, files)
+            return True
+        changed = {
+            file
+            for file in {*files, *stored}
+            if file not in files
+            or file not in stored
+            or files[file].size != stored[file].size
+            or files[file].tag != stored[file].tag
+        }
+        if changed - {ANNOTATIONS_NAME}:
+            unknown = all(file in stored and not stored[file].tag for file in changed & {*files})
+            if not (unknown and self._is_same(name, files)):
+                return False
+        if ANNOTATIONS_NAME in changed:
+            self._take_annotations(folder, files)
+        if changed:
+            self.note(folder, files)
+        return True
+
+    def _is_same(self, name: str, files: Files) -> bool:
+        """Return whether a checkpoint of the store was written by the same save as the one here."""
+        proof = MANIFEST_NAME if MANIFEST_NAME in files else META_NAME
+        try:
+            return self.remote.read(name, proof) == (self.root / name / proof).read_bytes()
+        except FileNotFoundError:
+            return False
+
+    def _take_annotations(self, folder: Path, files: Files) -> None:
+        path = folder / ANNOTATIONS_NAME
+        if ANNOTATIONS_NAME not in files:
+            self._storage.remove_file(path)
+            return
+        with suppress(FileNotFoundError):
+            _put(path, self.remote.read(folder.name, ANNOTATIONS_NAME))
+
+    def _take_history(self) -> None:
+        if self._has_history:
+            return
+        path = self.root / HISTORY_NAME
+        try:
+            data = self.remote.read("", HISTORY_NAME)
+            # Only grows; what is longer here is still to be uploaded.
+            if len(data) > (path.stat().st_size if path.exists() else 0):
+                self._storage.replace(path, data)
+        except FileNotFoundError:
+            pass  # Nothing has happened yet.
+        except (RemoteError, OSError) as error:
+            logger.debug("going on without the history of %s: %s", self.url, error)
+        self._has_history = True
+
+    def _take_over(self, name: str, files: Files) -> None:
+        folder = self.root / name
+        small = [file for file in files if is_small(file, files[file].size)]
+        with ExitStack() as stack:
+            staged = stack.enter_context(staging(self.root, self._storage))
+            try:
+                for file in small:
+                    data = self.remote.read(name, file, most=_MOST_SMALL)
+                    self._storage.write(staged / file, data)
+            except FileNotFoundError:
+                # Removed since the store was listed.
+                self._storage.remove_tree(staged)
+                return
+            if not folder.exists():
+                # Before it is seen, so that nobody takes it for a checkpoint without large files.
+                self._write_record(folder, identity(staged), files)
+            replaced = publish(staged, folder, self._storage, replace=True)
+        self.note(folder, files)
+        if replaced is not None:
+            self._storage.remove_tree(replaced)
+
+    def _drop(self, folder: Path) -> None:
+        with suppress(CheckpointNotFoundError, FileNotFoundError):
+            self._storage.remove_tree(unpublish(folder, self._storage))
+        record_path(folder).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ records
+
+    def note(self, folder: Path, files: Files) -> None:
+        """Note what a checkpoint has in the store."""
+        self._write_record(folder, identity(folder), files)
+        # Who remembers the folder is to read it again.
+        with suppress(OSError):
+            os.utime(folder)
+
+    def _write_record(self, folder: Path, of: list[int] | None, files: Files) -> None:
+        stored = {name: Stored(file.size, file.tag) for name, file in files.items()}
+        _put(record_path(folder), dump_record(of, stored))
+
+    # ------------------------------------------------------------------ single files
+
+    def fetch(self, folder: Path, names: Collection[str]) -> None:
+        """Bring files of a checkpoint; one that the store lost stays away."""
+        with turn(self.root / RECORDS_NAME / f"{folder.name}.lock", _PATIENCE * 12):
+            for name in names:
+                target = folder / name
+                if target.exists() or not folder.is_dir():
+                    continue  # Another process was faster, or the checkpoint is gone.
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    self.remote.fetch(folder.name, name, target)
+
+    def digest(self, folder: Path, name: str) -> FileDigest:
+        """Return size and hash of a file in the store, which is read in full and not kept."""
+        return self.remote.digest(folder.name, name)
+
+    @contextmanager
+    def removing(self, name: str) -> Iterator[None]:
+        """Remove a checkpoint from the store; inside the block it is to be removed here.
+
+        Raises:
+            RemoteError: The store refuses, or can't be asked.
+        """
+        with self._alone():
+            with suppress(CheckpointNotFoundError):  # It was never uploaded, or is gone already.
+                self.remote.remove(name)
+            yield
+            record_path(self.root / name).unlink(missing_ok=True)
+
+    def annotate(self, folder: Path, change: Callable[[], object]) -> None:
+        """Change what is said of a checkpoint here, and in the store; or in neither.
+
+        Args:
+            folder: The checkpoint. What is said of one still to be uploaded goes along with it.
+            change: Changes it here.
+
+        Raises:
+            RemoteError: The store refuses, or can't be asked.
+        """
+        self.refresh()
+        path = folder / ANNOTATIONS_NAME
+        before = path.read_bytes() if path.exists() else None
+        change()
+        try:
+            self.push_annotations(folder)
+        except BaseException:
+            if before is None:
+                self._storage.remove_file(path)
+            else:
+                self._storage.replace(path, before)
+            raise
+
+    def push_annotations(self, folder: Path) -> None:
+        """Upload what is said of a checkpoint, if the rest of it is there.
+
+        Raises:
+            RemoteError: The store refuses, or can't be asked.
+        """
+        stored = stored_files(folder)
+        if not stored:
+            return
+        data = (folder / ANNOTATIONS_NAME).read_bytes()
+        self.remote.write(folder.name, ANNOTATIONS_NAME, data)
+        files = {name: RemoteFile(file.size, file.tag) for name, file in stored.items()}
+        self.note(folder, {**files, ANNOTATIONS_NAME: RemoteFile(len(data), "")})
+
+
+REMOTE_NAME = "REMOTE.yaml"
+
+
+def dump_note(url: str) -> bytes:
+    """Return the text that says what a folder is a mirror of."""
+    return f"# This folder is a copy of what is there; it may be removed.\nurl: {url}\n".encode()
+
+
+def local_files(folder: Path) -> dict[str, int]:
+    """Return the sizes of the files of a checkpoint folder, by name."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+def _put(path: Path, data: bytes, *, flushed: bool = False) -> None:
+    """Give a file new content in one step, whoever else does the same at that instant."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with beside.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            # A record that a power cut takes is written again at the next look.
+            if flushed:
+                os.fsync(stream.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def is_small(name: str, size: int) -> bool:
+    """Return whether a file is one of those that are always here."""
+    return "/" not in name and name.endswith(_SMALL_SUFFIX) and size <= _MOST_SMALL

@@ -1,0 +1,133 @@
+"""From what a user names, a path or a URL, to the local folder in which everything happens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from lightning_sbckpt._disk.absent import RECORDS_NAME, fetch_by
+from lightning_sbckpt._disk.regular import read_regular
+from lightning_sbckpt._folder.layout import CKPT_PREFIX, folder_names
+from lightning_sbckpt._remote.folder import RemoteFolder
+from lightning_sbckpt._remote.mirror import REMOTE_NAME, Mirror
+from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
+from lightning_sbckpt.errors import ConfigurationError, MetaError
+from lightning_sbckpt.meta import parse_yaml
+
+# What is needed to open a store is not written to the disk, so it is known to this process alone.
+_remotes: dict[str, RemoteFolder] = {}
+
+
+def place_of(
+    path: str | os.PathLike[str],
+    local_dir: str | os.PathLike[str] | None = None,
+    storage_options: Mapping[str, object] | None = None,
+) -> tuple[Path, Mirror | None]:
+    """Return the local folder of all checkpoints, and the mirror that it is, if it is one.
+
+    Args:
+        path: A path or a URL.
+        local_dir: Where the mirror of a URL is to be.
+        storage_options: For the store, see fsspec.
+
+    Raises:
+        ConfigurationError: The other arguments are for URLs, and this is none; or the folder for the
+            mirror holds something else.
+    """
+    local = local_path(path)
+    if local is not None:
+        if local_dir is not None or storage_options is not None:
+            name = "local_dir" if local_dir is not None else "storage_options"
+            raise ConfigurationError(
+                f"{name} is for the URL of a store, and {os.fspath(path)!r} is a folder on this "
+                "machine: leave it out"
+            )
+        url = _mirrored(local)
+        return local, None if url is None else Mirror(url, local, _remote(url))
+    url = normal_url(path)
+    root = default_dir(url) if local_dir is None else Path(local_dir).expanduser()
+    _refuse_other_use(root, url)
+    return root, Mirror(url, root, _remote(url, storage_options))
+
+
+def here(path: str | os.PathLike[str]) -> Path:
+    """Return the local folder of a run or of a checkpoint; of a URL after a look at the store.
+
+    Raises:
+        RemoteError: The store can't be asked.
+    """
+    local = local_path(path)
+    if local is not None:
+        return local
+    above, _, last = normal_url(path).rpartition("/")
+    if not last.startswith(CKPT_PREFIX):
+        root, mirror = place_of(path)
+        last = ""
+    else:
+        root, mirror = place_of(above)
+    assert mirror is not None
+    mirror.refresh()
+    return root / last
+
+
+def mirror_at(root: Path) -> Mirror | None:
+    """Return the mirror that a local folder is, or None if it is none."""
+    url = _mirrored(root)
+    return None if url is None else Mirror(url, root, _remote(url))
+
+
+def said(path: Path) -> str:
+    """Return the URL of a folder or checkpoint in a mirror, or the path of any other."""
+    for root, name in ((path, ""), (path.parent, f"/{path.name}")):
+        url = _mirrored(root)
+        if url is not None:
+            return url + name
+    return str(path)
+
+
+def default_dir(url: str) -> Path:
+    """Return where the mirror of a URL is, unless the user says it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url.rpartition("/")[2])
+    mark = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return Path(cache).expanduser() / "lightning-sbckpt" / f"{name[:80]}-{mark}"
+
+
+def _mirrored(root: Path) -> str | None:
+    try:
+        data = read_regular(root / RECORDS_NAME / REMOTE_NAME, 2**16)
+        url = parse_yaml(data, root / RECORDS_NAME / REMOTE_NAME).get("url")
+    except (OSError, MetaError):
+        return None
+    return url if isinstance(url, str) and is_url(url) else None
+
+
+def _refuse_other_use(root: Path, url: str) -> None:
+    there = _mirrored(root)
+    if there is not None and there != url:
+        raise ConfigurationError(
+            f"{root} can't hold the copies of {url}: it holds those of {there}. Give local_dir a "
+            "folder of its own"
+        )
+    if there is None and folder_names(root):
+        raise ConfigurationError(
+            f"{root} can't hold the copies of {url}: there are checkpoints in it already that are "
+            "not from there. Give local_dir an empty folder, or one that is not there yet"
+        )
+
+
+def _remote(url: str, options: Mapping[str, object] | None = None) -> RemoteFolder:
+    if options is not None or url not in _remotes:
+        _remotes[url] = RemoteFolder(url, storage_options=options)
+    return _remotes[url]
+
+
+def _fetch(folder: Path, names: Collection[str]) -> None:
+    mirror = mirror_at(folder.parent)
+    if mirror is not None:
+        mirror.fetch(folder, names)
+
+
+fetch_by(_fetch)

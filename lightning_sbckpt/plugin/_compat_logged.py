@@ -1,0 +1,118 @@
+"""What Lightning has logged so far, which has no public interface: taken, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torchmetrics import Metric
+
+
+def metrics_just_computed(trainer: Trainer) -> dict[str, Any]:
+    """Return the epoch-level metrics of the loop that is ending now, and no older ones.
+
+    `trainer.callback_metrics` also holds what earlier loops left there.
+    """
+    return dict(trainer._logger_connector.metrics["callback"])
+
+
+def logged_state(trainer: Trainer) -> dict[str, object]:
+    """Return what has been logged in this epoch so far and is not yet a metric.
+
+    These are the entries of the training loop's `_ResultCollection` and three dictionaries of the
+    logger connector, none of which Lightning saves.
+    """
+    connector = trainer._logger_connector
+    results = trainer.fit_loop.epoch_loop._results
+    return {
+        "results": {key: _result_state(metric) for key, metric in results.items()},
+        "callback_metrics": dict(connector._callback_metrics),
+        "logged_metrics": dict(connector._logged_metrics),
+        "progress_bar_metrics": dict(connector._progress_bar_metrics),
+        "first_loop_iter": connector._first_loop_iter,
+        "current_fx": connector._current_fx,
+    }
+
+
+def restore_logged_state(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
+    """Put back what `logged_state` returned; return what could not be, a sentence each."""
+    from lightning.pytorch.trainer.connectors.logger_connector.result import (
+        _Metadata,
+        _ResultMetric,
+        _Sync,
+    )
+
+    connector = trainer._logger_connector
+    module = trainer.lightning_module
+    results = trainer.fit_loop.epoch_loop._results
+    problems: list[str] = []
+    for key, saved in state["results"].items():
+        meta = _Metadata(**saved["meta"])
+        sync = dict(saved["sync"])
+        meta.sync = _Sync(
+            fn=trainer.strategy.reduce,
+            _should=sync["should"],
+            rank_zero_only=sync["rank_zero_only"],
+            _op=sync["op"],
+        )
+        metric = _ResultMetric(meta, saved["is_tensor"])
+        if saved["is_tensor"]:
+            for name, value in saved["values"].items():
+                setattr(metric, name, _to(value, trainer.strategy.root_device))
+        else:
+            attribute = saved["meta"]["metric_attribute"]
+            found = _attribute(module, attribute)
+            if not isinstance(found, Metric):
+                problems.append(
+                    f"the value logged as {meta.name!r} so far: the module has no metric {attribute!r}"
+                )
+                continue
+            metric.value = found
+        metric._forward_cache = _to(saved["forward_cache"], trainer.strategy.root_device)
+        metric._update_count = saved["update_count"]
+        metric.has_reset = saved["has_reset"]
+        results[key] = metric
+    for name in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
+        setattr(connector, f"_{name}", dict(state[name]))
+    connector._first_loop_iter = state["first_loop_iter"]
+    connector._current_fx = state["current_fx"]
+    return problems
+
+
+def _result_state(metric: Any) -> dict[str, object]:
+    meta, sync = metric.meta, metric.meta.sync
+    names = ("value", "cumulated_batch_size") if metric.is_tensor else ()
+    return {
+        "is_tensor": metric.is_tensor,
+        "has_reset": metric.has_reset,
+        "update_count": metric._update_count,
+        "forward_cache": metric._forward_cache if torch.is_tensor(metric._forward_cache) else None,
+        "values": {name: getattr(metric, name) for name in names if hasattr(metric, name)},
+        "meta": {
+            "fx": meta.fx,
+            "name": meta.name,
+            "prog_bar": meta.prog_bar,
+            "logger": meta.logger,
+            "on_step": meta.on_step,
+            "on_epoch": meta.on_epoch,
+            "reduce_fx": meta.reduce_fx.__name__,
+            "enable_graph": meta.enable_graph,
+            "add_dataloader_idx": meta.add_dataloader_idx,
+            "dataloader_idx": meta.dataloader_idx,
+            "metric_attribute": meta.metric_attribute,
+        },
+        "sync": {"should": sync._should, "rank_zero_only": sync.rank_zero_only, "op": sync._op},
+    }
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _attribute(module: LightningModule, name: str | None) -> object:
+    found: object = module
+    for part in (name or "").split("."):
+        found = getattr(found, part, None) if found is not None else None
+    return found

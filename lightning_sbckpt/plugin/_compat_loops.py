@@ -1,0 +1,178 @@
+"""Lightning's loops, whose places have no public interface: taken, and gone back to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, cast
+
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fetchers import _DataFetcher
+
+from lightning_sbckpt.plugin._compat import Undo, wrap
+
+
+def loop_state(trainer: Trainer) -> dict[str, object]:
+    """Return what the loops need beyond what Lightning saves of them."""
+    fit_loop = trainer.fit_loop
+    combined = fit_loop._combined_loader
+    iterator = getattr(combined, "_iterator", None)
+    return {
+        "should_stop": trainer.should_stop,
+        "train_reload_epoch": _finite(fit_loop._last_train_dl_reload_epoch),
+        "val_reload_epoch": _finite(fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch),
+        "fetched": getattr(fit_loop._data_fetcher, "fetched", 0),
+        "combined_index": getattr(iterator, "_idx", 0),
+        "combined_consumed": list(getattr(iterator, "_consumed", ())),
+    }
+
+
+def _finite(number: float) -> float | None:
+    return None if number == float("-inf") else number
+
+
+class LoopResumption:
+    """Takes the fit loop to the place it was saved at, once, whatever the release would do.
+
+    Lightning's own restart logic differs from release to release, and is made for saves inside its
+    hooks. Here the place is always between two batches or between two epochs, so there is
+    nothing to guess: the progress counters are put back as they were, the hooks that ran
+    before the save are not run again, and the ones that come after it are.
+
+    Args:
+        trainer: About to fit.
+        within_epoch: Whether the save was between two batches of an epoch.
+        progress: Lightning's own state of the fit loop.
+        extra: What `loop_state` returned.
+        before_batches: Called when the loaders have to be positioned, within an epoch only.
+        finish: Called last, just before training goes on.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        within_epoch: bool,
+        progress: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        before_batches: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
+        self._trainer = trainer
+        self._within_epoch = within_epoch
+        self._progress = dict(progress)
+        self._extra = extra
+        self._before_batches = before_batches
+        self._finish = finish
+        self._undo: list[Undo] = []
+        fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        self._max_steps = epoch_loop.max_steps
+        # Lightning skips the sanity check of a run that resumes within an epoch; between two it
+        # would run one, over loaders that are not yet where they were.
+        self._sanity_steps = trainer.num_sanity_val_steps
+        trainer.num_sanity_val_steps = 0
+        for loop, key in (
+            (fit_loop, "train_reload_epoch"),
+            (epoch_loop.val_loop, "val_reload_epoch"),
+        ):
+            self._undo.append(wrap(loop, "setup_data", partial(self._make_loaders, key)))
+        if within_epoch:
+            # An epoch that stopped at max_steps has its end still before it: `_FitLoop.run` must
+            # not take the limit as a reason to do nothing at all.
+            epoch_loop.max_steps = -1
+            self._undo.append(wrap(fit_loop, "on_advance_start", self._enter_epoch))
+            self._undo.append(wrap(epoch_loop, "reset", self._keep_progress))
+            self._undo.append(wrap(epoch_loop, "on_run_start", self._enter_batches))
+        else:
+            trainer.should_stop = extra["should_stop"]
+            self._undo.append(wrap(fit_loop, "on_advance_start", self._start_next_epoch))
+
+    def cancel(self) -> None:
+        """Leave the loops as Lightning made them."""
+        self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+        self._trainer.num_sanity_val_steps = self._sanity_steps
+        while self._undo:
+            self._undo.pop()()
+
+    def _make_loaders(self, key: str, original: Callable[..., Any]) -> None:
+        """Have the loaders made as in the epoch they were made in, which a user's hook may ask."""
+        progress = self._trainer.fit_loop.epoch_progress.current
+        now, then = progress.completed, self._extra[key]
+        progress.completed = now if then is None else then
+        try:
+            original()
+        finally:
+            progress.completed = now
+
+    def _start_next_epoch(self, original: Callable[..., Any]) -> None:
+        self.cancel()
+        self._restore_progress()
+        self._finish()
+        original()
+
+    def _enter_epoch(self, original: Callable[..., Any]) -> None:
+        fit_loop = cast("Any", self._trainer.fit_loop)
+        fit_loop.epoch_loop.max_steps = self._max_steps
+        self._restore_progress()
+        for loader in fit_loop._combined_loader.flattened:
+            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+
+    def _keep_progress(self, original: Callable[..., Any]) -> None:
+        """Do not count the epoch's batches from zero."""
+
+    def _enter_batches(self, original: Callable[..., Any], data_fetcher: Any) -> None:
+        fit_loop = cast("Any", self._trainer.fit_loop)
+        self.cancel()
+        self._before_batches()
+        # A fetcher of loaders without length takes a batch at once, but only after several loaders
+        # in turn know which of them had already come to their end.
+        ahead, data_fetcher.prefetch_batches = getattr(data_fetcher, "prefetch_batches", 0), 0
+        iter(data_fetcher)
+        data_fetcher.prefetch_batches = ahead
+        iterator = fit_loop._combined_loader._iterator
+        iterator._idx = self._extra["combined_index"]
+        if self._extra["combined_consumed"]:
+            iterator._consumed = list(self._extra["combined_consumed"])
+        if ahead and data_fetcher.length is None:
+            with suppress(StopIteration):
+                data_fetcher.batches += [_DataFetcher.__next__(data_fetcher) for _ in range(ahead)]
+        # While "restarting", no release makes the loaders' iterators anew in here.
+        fit_loop.epoch_loop._restarting = True
+        original(data_fetcher)
+        data_fetcher.fetched = self._extra["fetched"]
+        if data_fetcher.length is not None:
+            data_fetcher.done = data_fetcher.fetched >= data_fetcher.length
+        self._clear_flags()
+        self._trainer.should_stop = self._extra["should_stop"]
+        self._finish()
+
+    def _restore_progress(self) -> None:
+        fit_loop = self._trainer.fit_loop
+        for prefix, loop in _loops(fit_loop, ""):
+            loop._load_from_state_dict(self._progress, prefix)
+        for owner, name, key in (
+            (fit_loop, "_last_train_dl_reload_epoch", "train_reload_epoch"),
+            (fit_loop.epoch_loop.val_loop, "_last_val_dl_reload_epoch", "val_reload_epoch"),
+        ):
+            if self._extra[key] is not None:
+                setattr(owner, name, self._extra[key])
+        self._clear_flags()
+
+    def _clear_flags(self) -> None:
+        for _, loop in _loops(self._trainer.fit_loop, ""):
+            loop._restarting = False
+            loop._loaded_from_state_dict = False
+            loop._resuming_from_checkpoint = False  # since 2.5.3
+            if hasattr(loop, "reset_restart_stage"):  # since 2.5.0
+                loop.reset_restart_stage()
+
+
+def _loops(loop: Any, prefix: str) -> list[tuple[str, Any]]:
+    """Return a loop and those inside it, each with the prefix of its keys in the state."""
+    found = [(prefix, loop)]
+    for name, child in vars(loop).items():
+        if hasattr(child, "_load_from_state_dict"):
+            found += _loops(child, f"{prefix}{name}.")
+    return found

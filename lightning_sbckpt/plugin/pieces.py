@@ -1,0 +1,43 @@
+"""Joining a run whose strategy shards the model: its states are taken and restored in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_sbckpt.plugin import _compat_sharded
+from lightning_sbckpt.plugin._compat import Undo
+from lightning_sbckpt.plugin.collect import FolderReader, is_folder
+from lightning_sbckpt.plugin.sharded import Pieces
+
+
+def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -> list[Undo]:
+    """Have a strategy that shards the model read folders, each rank what is its own.
+
+    Args:
+        trainer: About to set up its strategy.
+        reader: Reads folders.
+        key_map: See `Pieces`.
+
+    Returns:
+        What undoes it; nothing if the strategy holds the whole model on each rank.
+    """
+    if not _compat_sharded.shards_by_dtensor(trainer.strategy):
+        return []
+    pieces = Pieces(trainer, key_map)
+
+    def read(path: str | Path, **options: Any) -> dict[str, Any]:
+        pieces.wants_optimizers = True
+        try:
+            return reader.read(path, **options)
+        finally:
+            pieces.wants_optimizers = False
+
+    def detach() -> None:
+        reader.pieces = None
+
+    reader.pieces = pieces
+    return [detach, *_compat_sharded.read_folders(trainer.strategy, is_folder, read, pieces.load)]
