@@ -176,6 +176,8 @@ def _decode(value: object) -> object:
 
 
 def _decode_tagged(fields: dict[str, object]) -> object:
+    if fields[TAG] == "no bytes":
+        return b""
     if fields[TAG] == "path":
         return Path(str(fields["path"]))
     import numpy as np

@@ -1,7 +1,7 @@
 """State as a file that `torch.load(..., weights_only=True)` reads, and what can't be in one.
 
 A state (what `state_dict()` returns, say) is written as it is wherever torch's tensors-only
-unpickler takes it. numpy arrays, numpy scalars and paths are written as small dictionaries of plain
+unpickler takes it. numpy arrays, numpy scalars, paths and empty bytes are written as small dictionaries of plain
 things and become themselves again when read here. Whatever is left only pickle can hold: it goes
 into a file of its own beside the first, `<name>+pickled.ckpt`, which is read only under
 `trusting_pickle`.
@@ -92,6 +92,9 @@ def _rewrite(value: object) -> object:
         return kind(_rewrite(item) for item in cast("list[object]", value))
     if kind.__module__ == "numpy":
         return _rewrite_numpy(value)
+    if kind is bytes and not value:
+        # Pickled as a call of `bytes`, which torch doesn't take.
+        return {TAG: "no bytes"}
     if isinstance(value, PurePath):
         return {TAG: "path", "path": str(value)}
     return value
