@@ -15,7 +15,7 @@ from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
 SHARE = {
     *("base", "save_mode async", "save_mode overlap"),
-    *random.Random(20).sample(sorted(exact_cells.CELLS), 9),
+    *random.Random(20).sample(sorted(exact_cells.CELLS), 4),
 }
 
 
