@@ -77,7 +77,7 @@ def find_by_environment(server: S3Server, cache: Path, monkeypatch: pytest.Monke
 
 def impatient(url: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a store that does not answer be given up soon."""
-    soon = Retries(attempts=4, first_delay=0.2)
+    soon = Retries(attempts=2, first_delay=0.05)
     made = lambda url, *, storage_options=None: RemoteFolder(  # noqa: E731
         url, retries=soon, storage_options=storage_options or options
     )

@@ -7,6 +7,7 @@ import uuid
 
 import pytest
 
+from lightning_sbckpt._remote import places
 from lightning_sbckpt._remote.folder import RemoteFolder, Retries
 from remote._s3_server import MISSING, S3Server
 
@@ -50,6 +51,12 @@ def folder(place):
     url, options = place
     retries = Retries(attempts=3, first_delay=0.05)
     return RemoteFolder(url, retries=retries, storage_options=options)
+
+
+@pytest.fixture(autouse=True)
+def _no_store_is_known(monkeypatch):
+    """How a URL is opened is known to a process for good; the server of another test is gone."""
+    monkeypatch.setattr(places, "_remotes", {})
 
 
 @pytest.fixture(autouse=True)
