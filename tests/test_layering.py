@@ -156,6 +156,7 @@ ORDER = (
     "plugin.exact",
     "plugin.resume",
     "plugin.run",
+    "plugin.continuing",
     "plugin.schedule",
     "plugin._options",
     "plugin.gather",

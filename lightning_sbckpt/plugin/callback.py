@@ -13,38 +13,24 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._saving.saver import SavePolicy
-from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_sharded, _options, exact
+from lightning_sbckpt.plugin import _compat, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation
-from lightning_sbckpt.plugin.collect import (
-    FolderReader,
-    divide_model,
-    is_folder,
-    is_resumable,
-)
+from lightning_sbckpt.plugin.collect import FolderReader, divide_model, is_folder
+from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.io import FolderCheckpointIO
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
 from lightning_sbckpt.plugin.pieces import attach
-from lightning_sbckpt.plugin.preemption import (
-    Preemption,
-    Watch,
-    as_preemption,
-    requeued_if_newer,
-)
-from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
+from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
+from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.saving import Saving
-from lightning_sbckpt.plugin.schedule import (
-    Schedule,
-)
+from lightning_sbckpt.plugin.schedule import Schedule
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.triggers import Trigger
@@ -196,7 +182,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._reader = FolderReader(trust_pickle=trust_pickle)
         self._tracker: LoaderTracker | None = None
         self._undo: list[_compat.Undo] = []
-        self._resumption: Resumption | None = None
+        self._beginning: Beginning | None = None
         self._reset_progress()
 
     def _reset_progress(self) -> None:
@@ -255,13 +241,22 @@ class SBCheckpoint(LightningCheckpoint):
             self._watch,
             lambda: self._announce(trainer),
         )
+        self._beginning = beginning = Beginning(
+            trainer,
+            self._run,
+            self._reader,
+            self._tracker,
+            self._adaptation,
+            own=lambda: self._gatherer.of_user(trainer),
+            optional=self._optional,
+            searches=self._resume,
+            went_on=lambda validated: self._schedule.resumed(
+                trainer, validated_this_epoch=validated
+            ),
+        )
         self._undo += [
             self._tracker.detach,
-            _compat.provide_resume_path(
-                trainer,
-                lambda path: self._resume_path(trainer, path),
-                lambda dump: self._adapt(trainer, dump),
-            ),
+            _compat.provide_resume_path(trainer, self._resume_path, beginning.adapt),
             _compat.between_batches(trainer, lambda: saving.after_batch(trainer)),
             _compat.between_epochs(trainer, lambda: saving.after_epoch(trainer)),
         ]
@@ -272,29 +267,7 @@ class SBCheckpoint(LightningCheckpoint):
             return
         if self._gatherer.split_model:
             divide_model(pl_module.state_dict(), self._gatherer.split_model)
-        extra = self._gatherer.of_user(trainer)
-        # Strategies that shard the model restore after this, see `_adapt`.
-        if not _compat_sharded.restores_late(trainer.strategy):
-            self._load_own(trainer, extra)
-
-    def _load_own(self, trainer: Trainer, extra: dict[str, object]) -> None:
-        if self._run is None or self._run.resumed_from is None:
-            return
-        if self._resumption is not None:
-            self._resumption.note_recoverables(extra)
-            self._resumption.report.skipped += self._adaptation.adapt_optimizers(
-                _compat.loaded_checkpoint(trainer),
-                self._resumption.classes,
-                trainer,
-                self._resumption.report.checkpoint,
-            )
-        extra = {name: obj for name, obj in extra.items() if name not in self._adaptation.skip}
-        if extra:
-            checkpointer = self._run.checkpointer
-            for name, obj in extra.items():
-                checkpointer.add_recoverable(name, obj, optional_load=name in self._optional)
-            checkpointer.load_checkpoint(self._run.resumed_from)
-            checkpointer.recoverables = {}
+        cast("Beginning", self._beginning).load_own()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell at the first fit, not after the crash, what will not resume exactly."""
@@ -368,9 +341,9 @@ class SBCheckpoint(LightningCheckpoint):
         self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        if self._resumption is not None:
-            self._resumption.cancel()
-            self._resumption = None
+        if self._beginning is not None:
+            self._beginning.cancel()
+            self._beginning = None
         while self._undo:
             self._undo.pop()()
         self._reader.skip = ()
@@ -378,83 +351,21 @@ class SBCheckpoint(LightningCheckpoint):
         if self._run is not None:
             self._run.checkpointer.release()
 
-    # ------------------------------------------------------------------ resuming
-
-    def _resume_path(self, trainer: Trainer, given: object) -> object:
-        self.resume_report = None
-        world = cast("Run", self._run).checkpointer.world
-        if self._resume and given is not None and given == _compat.hpc_checkpoint(trainer):
-            checkpointer = cast("Run", self._run).checkpointer
-            ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
-            given = requeued_if_newer(str(given), ours, world)
-        if given is not None and given != "":
-            if self._resume:
-                rank_zero_info(
-                    f"SBCheckpoint: ckpt_path={str(given)!r} was given, so {self.dirpath} is not "
-                    "searched for a checkpoint to resume from"
-                )
-            # What the others see of a shared disk may be older.
-            if not decided_by_main(world, lambda: is_folder(given)):
-                self.resume_report = explicit_report(given)
-                return given
-            chosen: Checkpoint | None = read_checkpoint(
-                cast("Run", self._run).checkpointer.folder_of(str(given))
-            )
-        elif self._resume:
-            checkpointer = cast("Run", self._run).checkpointer
-            chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
-        else:
-            return given
-        if chosen is None:
-            rank_zero_info(f"SBCheckpoint: no checkpoint in {self.dirpath}, the run begins anew")
-            return given
-        self._go_on_from(trainer, chosen)
-        return str(chosen.path)
-
-    def _go_on_from(self, trainer: Trainer, chosen: Checkpoint) -> None:
-        run = cast("Run", self._run)
-        run.go_on_from(chosen)
-        world = run.checkpointer.world
-        self._resumption = Resumption(
-            trainer,
-            chosen,
-            self._reader,
-            cast("LoaderTracker", self._tracker),
-            rank=world.rank,
-            size=world.size,
-            skip=self._adaptation.skip,
-            done=lambda report: self._went_on(trainer, report),
-        )
-        self.resume_report = self._resumption.report
-        self._schedule.resumes_at(int(cast("int", chosen.meta.get("global_step", 0))))
-        rank_zero_info(f"SBCheckpoint: {self.resume_report.headline()}")
-        self._set_paths(run)
-
-    def _adapt(self, trainer: Trainer, dump: dict[str, Any]) -> None:
-        if self._resumption is not None:
-            report = self._resumption.report
-            report.skipped += self._adaptation.adapt_model(
-                dump, trainer.lightning_module, report.checkpoint
-            )
-        if _compat_sharded.restores_late(trainer.strategy):
-            self._load_own(trainer, self._gatherer.of_user(trainer))
+    def _resume_path(self, given: object) -> object:
+        beginning, run = cast("Beginning", self._beginning), cast("Run", self._run)
+        path = beginning.path(given)
+        self.resume_report = beginning.report
+        if run.resumed_from is not None:
+            self._schedule.resumes_at(int(cast("int", run.resumed_from.meta.get("global_step", 0))))
+            self._set_paths(run)
+        return path
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note which callbacks find their state in the checkpoint, and which don't."""
-        if self._resumption is not None:
-            self._resumption.note_callbacks(checkpoint.get("callbacks", {}))
-            self._resumption.report.skipped += [
-                f"{unread} (only pickle can hold it: pass trust_pickle=True)"
-                for unread in self._reader.unread
-            ]
-
-    def _went_on(self, trainer: Trainer, report: ResumeReport) -> None:
-        resumption = cast("Resumption", self._resumption)
-        self._resumption = None
-        self._schedule.resumed(trainer, validated_this_epoch=resumption.validated_this_epoch)
-        rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
+        if self._beginning is not None:
+            self._beginning.note_callbacks(checkpoint.get("callbacks", {}))
 
     # ------------------------------------------------------------------ keeping and choosing
 

@@ -1,0 +1,177 @@
+"""Where a fit begins: at a checkpoint that was chosen or given, or anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin import _compat, _compat_sharded
+from lightning_sbckpt.plugin.adapt import Adaptation
+from lightning_sbckpt.plugin.collect import FolderReader, is_folder, is_resumable
+from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.preemption import requeued_if_newer
+from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
+from lightning_sbckpt.plugin.run import Run
+
+
+class Beginning:
+    """Finds the checkpoint that a fit goes on from, and sees to it until the first batch.
+
+    Args:
+        trainer: About to fit.
+        run: Its checkpoints.
+        reader: Reads folders.
+        tracker: Positions the loaders.
+        adaptation: What of a checkpoint is not taken as it is.
+        own: Gives the user's recoverables, by name.
+        optional: Those of them that a checkpoint may lack.
+        searches: Whether a checkpoint is looked for if none is given.
+        went_on: Called when training is about to go on; is told whether the epoch had been
+            validated before the save.
+
+    Attributes:
+        report: What is known of the resume so far; None if the run begins anew.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: Run,
+        reader: FolderReader,
+        tracker: LoaderTracker,
+        adaptation: Adaptation,
+        *,
+        own: Callable[[], Mapping[str, object]],
+        optional: Sequence[str],
+        searches: bool,
+        went_on: Callable[[bool], object],
+    ) -> None:
+        self.report: ResumeReport | None = None
+        self._trainer = trainer
+        self._run = run
+        self._reader = reader
+        self._tracker = tracker
+        self._adaptation = adaptation
+        self._own = own
+        self._optional = optional
+        self._searches = searches
+        self._went_on = went_on
+        self._resumption: Resumption | None = None
+
+    def path(self, given: object) -> object:
+        """Return where Lightning is to restore from.
+
+        Args:
+            given: What `fit` was given as `ckpt_path`, or the checkpoint of a requeued SLURM job.
+        """
+        self.report = None
+        checkpointer = self._run.checkpointer
+        world = checkpointer.world
+        if self._searches and given is not None and given == _compat.hpc_checkpoint(self._trainer):
+            ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+            given = requeued_if_newer(str(given), ours, world)
+        if given is not None and given != "":
+            if self._searches:
+                rank_zero_info(
+                    f"SBCheckpoint: ckpt_path={str(given)!r} was given, so {self._where} is not "
+                    "searched for a checkpoint to resume from"
+                )
+            # What the others see of a shared disk may be older.
+            if not decided_by_main(world, lambda: is_folder(given)):
+                self.report = explicit_report(given)
+                return given
+            chosen: Checkpoint | None = read_checkpoint(checkpointer.folder_of(str(given)))
+        elif self._searches:
+            chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+        else:
+            return given
+        if chosen is None:
+            rank_zero_info(f"SBCheckpoint: no checkpoint in {self._where}, the run begins anew")
+            return given
+        self._go_on_from(chosen)
+        return str(chosen.path)
+
+    def _go_on_from(self, chosen: Checkpoint) -> None:
+        self._run.go_on_from(chosen)
+        world = self._run.checkpointer.world
+        self._resumption = resumption = Resumption(
+            self._trainer,
+            chosen,
+            self._reader,
+            self._tracker,
+            rank=world.rank,
+            size=world.size,
+            skip=self._adaptation.skip,
+            done=lambda report: self._ready(resumption, report),
+        )
+        self.report = resumption.report
+        rank_zero_info(f"SBCheckpoint: {self.report.headline()}")
+
+    def load_own(self) -> None:
+        """Load the user's recoverables, which all exist by now; refuse their names at once."""
+        own = self._own()
+        # Strategies that shard the model restore after this, see `adapt`.
+        if not _compat_sharded.restores_late(self._trainer.strategy):
+            self._load(own)
+
+    def adapt(self, dump: dict[str, Any]) -> None:
+        """Change what is about to be restored to what is wanted of it."""
+        if self._resumption is not None:
+            report = self._resumption.report
+            report.skipped += self._adaptation.adapt_model(
+                dump,
+                self._reader.own_state(self._trainer.lightning_module),
+                report.checkpoint,
+                strict=self._trainer.lightning_module.strict_loading,
+            )
+        if _compat_sharded.restores_late(self._trainer.strategy):
+            self._load(self._own())
+
+    def _load(self, own: Mapping[str, object]) -> None:
+        if self._run.resumed_from is None:
+            return
+        if self._resumption is not None:
+            self._resumption.note_recoverables(own)
+            self._resumption.report.skipped += self._adaptation.adapt_optimizers(
+                _compat.loaded_checkpoint(self._trainer),
+                self._resumption.classes,
+                self._trainer,
+                self._resumption.report.checkpoint,
+            )
+        wanted = {name: obj for name, obj in own.items() if name not in self._adaptation.skip}
+        if wanted:
+            checkpointer = self._run.checkpointer
+            for name, obj in wanted.items():
+                checkpointer.add_recoverable(name, obj, optional_load=name in self._optional)
+            checkpointer.load_checkpoint(self._run.resumed_from)
+            checkpointer.recoverables = {}
+
+    def note_callbacks(self, saved: Mapping[str, object]) -> None:
+        """Note which callbacks find their state in the checkpoint, and which don't."""
+        if self._resumption is not None:
+            self._resumption.note_callbacks(saved)
+            self._resumption.report.skipped += [
+                f"{unread} (only pickle can hold it: pass trust_pickle=True)"
+                for unread in self._reader.unread
+            ]
+
+    def cancel(self) -> None:
+        """Give up: the fit ends, perhaps before its first batch."""
+        if self._resumption is not None:
+            self._resumption.cancel()
+            self._resumption = None
+
+    def _ready(self, resumption: Resumption, report: ResumeReport) -> None:
+        self._resumption = None
+        self._went_on(resumption.validated_this_epoch)
+        rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
+
+    @property
+    def _where(self) -> object:
+        return self._run.checkpointer.url or self._run.checkpointer.checkpoints_dir
