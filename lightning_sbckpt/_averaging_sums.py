@@ -9,6 +9,7 @@ from typing import TypeAlias, TypeGuard
 
 import torch
 
+from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 
 StateDict: TypeAlias = "Mapping[str, object]"
@@ -78,6 +79,7 @@ def _add(total: StateDict, state: StateDict) -> None:
         term = state[key]
         if _is_averaged(value, key) and isinstance(term, torch.Tensor):
             value.add_(term.to(device=value.device, dtype=value.dtype))
+            moved(term.nbytes)
 
 
 def _is_averaged(value: object, key: str) -> TypeGuard[torch.Tensor]:
@@ -89,6 +91,7 @@ def _is_averaged(value: object, key: str) -> TypeGuard[torch.Tensor]:
 def _start(value: object) -> object:
     if not isinstance(value, torch.Tensor):
         return value
+    moved(value.nbytes)
     narrow = value.is_floating_point() and value.element_size() <= _NARROW
     return value.detach().to(torch.float32) if narrow else value.detach().clone()
 

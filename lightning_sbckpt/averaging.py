@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import inspect
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TypeAlias, TypeVar, overload
 
 from lightning_sbckpt._averaging_sums import StateDict, average, numbered
 from lightning_sbckpt._disk.absent import bring, bring_file
-from lightning_sbckpt._finding.loading import require_sound
+from lightning_sbckpt._disk.progress import Progress, Tally
+from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
+from lightning_sbckpt._folder.copies import copy_paramfile
 from lightning_sbckpt._folder.layout import PARAMFILE_EXT, folder_for, read_checkpoint
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._torchfile.reading import load_state, open_state, pickled_path
@@ -139,6 +140,7 @@ def save_average(
     name: str | None = None,
     meta: Mapping[str, object] | None = None,
     with_rest: bool = False,
+    on_progress: Progress | None = None,
 ) -> Checkpoint:
     """Save the average of several checkpoints as a checkpoint.
 
@@ -159,6 +161,8 @@ def save_average(
         name: Its own name; by default one with the time.
         meta: More keys for its meta.
         with_rest: Copy the other files of the newest source, the hyperparameters among them.
+        on_progress: Called now and then with the bytes read and written so far and all bytes that
+            there are to read and to write.
 
     Returns:
         The new checkpoint.
@@ -182,12 +186,21 @@ def save_average(
     sources = [read_checkpoint(_folder(source)) for source in checkpoints]
     newest = max(sources, key=ckpt_recency, default=None)
     files = () if newest is None or not with_rest else newest.paramfiles
-    for source in sources:
-        # Of the newest one everything is read that is copied.
-        require_sound(source, [*recoverables, *(files if source is newest else ())])
-    averages = {
-        part: _Average(average_checkpoints(sources, part, _open_if_plain)) for part in recoverables
-    }
+    # Of the newest one everything is read that is copied.
+    checked = [
+        (source, [*recoverables, *(files if source is newest else ())]) for source in sources
+    ]
+    sizes = {part: sum(bytes_of(source, [part]) for source in sources) for part in recoverables}
+    saving = _bytes_to_save(newest, recoverables, files)
+    checking = [bytes_to_check(*each) for each in checked]
+    tally = Tally(on_progress, sum(checking) + sum(sizes.values()) + saving)
+    for each, size in zip(checked, checking, strict=True):
+        with tally.part(size):
+            require_sound(*each)
+    averages = {}
+    for part, size in sizes.items():
+        with tally.part(size):
+            averages[part] = _Average(average_checkpoints(sources, part, _open_if_plain))
     if newest is None or not averages:
         raise ConfigurationError(
             "Nothing to average: no checkpoints or no recoverables were given. Check the filter "
@@ -203,13 +216,15 @@ def save_average(
         own_name = _free_name(root, name)
         for part in files:
             if part not in averages:
-                checkpointer.add_recoverable(part, newest.paramfiles[part], custom_save_hook=_copy)
+                file = newest.paramfiles[part]
+                checkpointer.add_recoverable(part, file, custom_save_hook=copy_paramfile)
         checkpointer.lineage = {AVERAGED_FROM: [source.path.name for source in sources]}
-        saved = checkpointer.save_checkpoint(
-            {**_where_from(sources, newest), **(meta or {})},
-            bool(newest.meta.get("end-of-epoch", True)),
-            own_name,
-        )
+        with tally.part(saving):
+            saved = checkpointer.save_checkpoint(
+                {**_where_from(sources, newest), **(meta or {})},
+                bool(newest.meta.get("end-of-epoch", True)),
+                own_name,
+            )
         assert saved is not None  # There is one process, and no background.
         checkpointer.pin(saved, f"the average of {len(sources)} checkpoints")
     return read_checkpoint(saved.path)
@@ -230,6 +245,16 @@ class _Average:
 
 def _folder(source: Source) -> Path:
     return here(source) if isinstance(source, (str, os.PathLike)) else Path(source.path)
+
+
+def _bytes_to_save(
+    newest: Checkpoint | None, averaged: Sequence[str], files: Collection[str]
+) -> int:
+    if newest is None:
+        return 0
+    # What is copied is written, and read for its checksum.
+    copied = [name for name in files if name not in averaged]
+    return bytes_of(newest, averaged) + 2 * bytes_of(newest, copied)
 
 
 def _open_if_plain(path: Path) -> StateDict:
@@ -264,16 +289,6 @@ def _free_name(root: Path, name: str | None) -> str:
     stamp = time.strftime("average+%Y-%m-%d+%H-%M-%S")
     names = (f"{stamp}+{number:02d}" for number in count())
     return next(free for free in names if not folder_for(root, free, 0.0).exists())
-
-
-def _copy(source: object, path: Path) -> None:
-    file = Path(str(source))
-    if file.is_dir():
-        shutil.copytree(file, path)
-        return
-    shutil.copyfile(file, path)
-    if pickled_path(file).exists():
-        shutil.copyfile(pickled_path(file), pickled_path(path))
 
 
 def _paramfiles(checkpoints: Iterable[Source], name: str) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +13,9 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 import torch
 
-from lightning_sbckpt._finding.loading import require_sound
+from lightning_sbckpt._disk.progress import Progress, Tally
+from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
+from lightning_sbckpt._folder.copies import copy_paramfile
 from lightning_sbckpt._folder.layout import (
     CKPT_PREFIX,
     SHARDED_EXT,
@@ -25,7 +26,6 @@ from lightning_sbckpt._folder.layout import (
 from lightning_sbckpt._folder.manifest import MANIFEST_NAME, read_manifest
 from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt._sharded.states import numbered
-from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt._world import SingleProcess
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError
@@ -49,6 +49,7 @@ def consolidate(
     to: str | os.PathLike[str] | None = None,
     *,
     name: str | None = None,
+    on_progress: Progress | None = None,
 ) -> Checkpoint:
     """Save what ranks have written in pieces as a checkpoint of plain files.
 
@@ -69,6 +70,8 @@ def consolidate(
         checkpoint: The checkpoint, or its folder.
         to: The folder that the new one goes to; by default the one that the old one is in.
         name: Its own name; by default that of the old one and `+whole`.
+        on_progress: Called now and then with the bytes read and written so far and all bytes that
+            there are to read and to write.
 
     Returns:
         The new checkpoint.
@@ -96,7 +99,12 @@ def consolidate(
             f"{source.path} has nothing to consolidate: no state in it is sharded (a folder that "
             f"ends in {SHARDED_EXT}); it has {', '.join(source.paramfiles) or 'no recoverables'}"
         )
-    require_sound(source, ())
+    checking = bytes_to_check(source, ())
+    # What is in pieces is read and written; what is copied is written, and read for its checksum.
+    saving = 2 * bytes_of(source, source.paramfiles)
+    tally = Tally(on_progress, checking + saving)
+    with tally.part(checking):
+        require_sound(source, ())
     root = source.path.parent if to is None else Path(to)
     name = name or f"{source.path.name.removeprefix(CKPT_PREFIX).removeprefix('+')}+whole"
     target = folder_for(root, check_name(name, "checkpoint"), 0.0)
@@ -113,15 +121,16 @@ def consolidate(
                 whole = _Whole(path, cast("BinaryIO", scratch))
                 checkpointer.add_recoverable(part, whole)
             else:
-                checkpointer.add_recoverable(part, path, custom_save_hook=_copy)
+                checkpointer.add_recoverable(part, path, custom_save_hook=copy_paramfile)
         checkpointer.lineage = {CONSOLIDATED_FROM: source.path.name, "reason": "consolidated"}
         checkpointer.documents = _documents(source)
         meta = read_meta(source.path / META_NAME)
         # So that it is never the newest of the two.
         earlier = {"unixtime": ckpt_recency(source) - _TICK} if ckpt_recency(source) > 0 else {}
-        saved = checkpointer.save_checkpoint(
-            {**meta, **earlier}, bool(meta.get("end-of-epoch", True)), name
-        )
+        with tally.part(saving):
+            saved = checkpointer.save_checkpoint(
+                {**meta, **earlier}, bool(meta.get("end-of-epoch", True)), name
+            )
         assert saved is not None  # There is one process, and no background.
         checkpointer.pin(saved, f"consolidated from {source.path.name}")
         checkpointer.recoverables = {}
@@ -171,16 +180,6 @@ class _Whole:
 
 def _bytes_of(saved: SavedTensor) -> int:
     return math.prod(saved.size) * saved.dtype.itemsize
-
-
-def _copy(source: object, path: Path) -> None:
-    file = Path(str(source))
-    if file.is_dir():
-        shutil.copytree(file, path)
-        return
-    shutil.copyfile(file, path)
-    if pickled_path(file).exists():
-        shutil.copyfile(pickled_path(file), pickled_path(path))
 
 
 def _documents(source: Checkpoint) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -19,14 +19,13 @@ from lightning_sbckpt._difference.files import (
     path_size,
 )
 from lightning_sbckpt._disk.absent import bring_file
+from lightning_sbckpt._disk.progress import Progress
 from lightning_sbckpt._folder.manifest import Manifest, read_manifest
 from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt.errors import MetaError, MismatchError
 from lightning_sbckpt.meta import Checkpoint
 
 __all__ = ["Difference", "FileDifference", "FormChange", "TensorChange", "ValueChange", "diff"]
-
-Progress = Callable[[int, int], object]
 
 # When it was saved says nothing about what was saved.
 _NO_DIFFERENCE = ("unixtime",)

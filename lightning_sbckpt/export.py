@@ -8,20 +8,23 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
+from lightning_sbckpt._disk.progress import Progress, Tally, moved
 from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding.loading import require_sound
+from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt._torchfile.writing import write_torch
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MismatchError,
@@ -31,7 +34,7 @@ from lightning_sbckpt.errors import (
 )
 from lightning_sbckpt.meta import Checkpoint
 
-__all__ = ["Exported", "publish_file", "to_safetensors", "to_state_dict"]
+__all__ = ["Exported", "bytes_to_export", "publish_file", "to_safetensors", "to_state_dict"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -62,6 +65,7 @@ def to_state_dict(
     *,
     overwrite: bool = False,
     trust_pickle: bool = False,
+    on_progress: Progress | None = None,
 ) -> Exported:
     """Write the state of one recoverable as a torch file, for `torch.load` and nothing else.
 
@@ -71,6 +75,8 @@ def to_state_dict(
         name: Which recoverable.
         overwrite: Replace a file that is there.
         trust_pickle: Read state that only pickle can hold.
+        on_progress: Called now and then with the bytes read and written so far and all bytes that
+            there are to read and to write.
 
     Returns:
         The file.
@@ -91,8 +97,12 @@ def to_state_dict(
         >>> torch.load(exported.path, weights_only=True)["weight"].shape
         torch.Size([1, 2])
     """
-    state = _read(checkpoint, name, trust_pickle=trust_pickle)
-    path = publish_file(path, lambda target: torch.save(state, target), overwrite=overwrite)
+    source = _source(checkpoint, name)
+    size = bytes_of(source, [name])
+    tally = Tally(on_progress, bytes_to_export(source, [name]))
+    state = _read(source, name, tally, trust_pickle=trust_pickle)
+    with tally.part(2 * size):
+        path = publish_file(path, partial(write_torch, state), overwrite=overwrite)
     return _said(Exported(path))
 
 
@@ -103,6 +113,7 @@ def to_safetensors(
     keys: str | Sequence[str] | None = None,
     *,
     overwrite: bool = False,
+    on_progress: Progress | None = None,
 ) -> Exported:
     """Write the tensors of one recoverable as a safetensors file.
 
@@ -117,6 +128,8 @@ def to_safetensors(
         keys: Write only the tensors whose names fit this pattern, or one of these, such as
             `"encoder.*"`.
         overwrite: Replace a file that is there.
+        on_progress: Called now and then with the bytes read and written so far and all bytes that
+            there are to read and to write.
 
     Returns:
         The file, with a remark for each shared tensor.
@@ -146,8 +159,11 @@ def to_safetensors(
             f"can't write {path}: the library safetensors is not installed. Install it with: "
             "pip install 'lightning-sbckpt[export]'"
         ) from error
-    where = f"{_folder(checkpoint)}, recoverable {name!r}"
-    tensors = _tensors(_read(checkpoint, name), keys, where)
+    source = _source(checkpoint, name)
+    size = bytes_of(source, [name])
+    tally = Tally(on_progress, bytes_to_export(source, [name]))
+    where = f"{source.path}, recoverable {name!r}"
+    tensors = _tensors(_read(source, name, tally), keys, where)
     written, shared, remarks = _without_sharing(tensors)
     metadata = {"format": "pt", **shared}
 
@@ -158,13 +174,17 @@ def to_safetensors(
             save_file(written, target, metadata)
             # The library makes a file that nobody else may read.
             target.chmod(mode)
+            # The library does not tell while it writes.
+            moved(size)
         except (ValueError, KeyError, TypeError) as error:
             raise MismatchError(
                 f"{where}, can't be written as safetensors: {error}. Leave such tensors out with "
                 "keys=..., or write a torch file"
             ) from error
 
-    return _said(Exported(publish_file(path, write, overwrite=overwrite), tuple(remarks)))
+    with tally.part(2 * size):
+        path = publish_file(path, write, overwrite=overwrite)
+    return _said(Exported(path, tuple(remarks)))
 
 
 def publish_file(
@@ -235,20 +255,28 @@ def _there(path: Path) -> ConfigurationError:
     )
 
 
-def _folder(checkpoint: Source) -> Path:
-    return checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
+def bytes_to_export(source: Checkpoint, names: Collection[str]) -> int:
+    """Return how many bytes are read and written to export recoverables of a checkpoint."""
+    # Read, written, and read again to see that it is what was to be written.
+    return bytes_to_check(source, names) + 3 * bytes_of(source, names)
 
 
-def _read(checkpoint: Source, name: str, *, trust_pickle: bool = False) -> object:
-    found = read_checkpoint(_folder(checkpoint))
+def _source(checkpoint: Source, name: str) -> Checkpoint:
+    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
+    found = read_checkpoint(folder)
     if name not in found.paramfiles:
         raise MismatchError(
             f"{found.path} has no recoverable {name!r} to export; it has: "
             f"{', '.join(map(repr, found.paramfiles)) or 'none'}"
         )
-    require_sound(found, [name])
-    with trusting_pickle(trust_pickle):
-        return load_state(found.paramfiles[name])
+    return found
+
+
+def _read(source: Checkpoint, name: str, tally: Tally, *, trust_pickle: bool = False) -> object:
+    with tally.part(bytes_to_check(source, [name])):
+        require_sound(source, [name])
+    with tally.part(bytes_of(source, [name])), trusting_pickle(trust_pickle):
+        return load_state(source.paramfiles[name])
 
 
 def _tensors(

@@ -1,7 +1,7 @@
-"""Parameter transfer: files collected from local folders, loaded into chosen objects.
+"""Parameter transfer: files collected from folders and stores, loaded into chosen objects.
 
-Nothing is downloaded here. Files from a hub or a web server are to be downloaded with the tools
-made for it, and the folder is then the source.
+Files from a hub or a web server are to be downloaded with the tools made for it, and the folder is
+then the source.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 from uuid import uuid4
 
 from lightning_sbckpt._builtin_hooks import has_state, torch_parameter_transfer, torch_recovery
 from lightning_sbckpt._folder.layout import PARAMFILE_EXT, check_name
+from lightning_sbckpt._remote.places import bring_file
+from lightning_sbckpt._remote.urls import local_path, normal_url
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -33,7 +36,8 @@ logger = logging.getLogger("lightning_sbckpt")
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Condition: TypeAlias = "bool | Callable[[], bool]"
 
-_URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+:/")
+# What is behind these has versions, redirections and tokens of its own.
+_NOT_STORES = ("http", "https", "hf")
 
 
 class Pretrainer:
@@ -45,13 +49,14 @@ class Pretrainer:
 
     Args:
         collect_in: The folder to collect the files in, as `<name>.ckpt`; None loads them from
-            where they are.
+            where they are, which files of a store can't be.
         loadables: From names to the objects to load.
-        paths: From names to files. A name without one is looked for as `<name>.ckpt` in the
+        paths: From names to files, here or in a store (`s3://bucket/run/CKPT+x/model.ckpt`). A name without one is looked for as `<name>.ckpt` in the
             default source of `collect_files`.
         custom_hooks: From names to hooks `(obj, path)` that take precedence.
         conditions: From names to whether the object is to be loaded: a value, or a function
             without arguments that is asked each time.
+        storage_options: How the stores of URLs are opened, as for a `Checkpointer`.
 
     Example:
         >>> import tempfile, torch
@@ -72,7 +77,10 @@ class Pretrainer:
         paths: Mapping[str, PathLike] | None = None,
         custom_hooks: Mapping[str, TransferHook] | None = None,
         conditions: Mapping[str, Condition] | None = None,
+        *,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
+        self._storage_options = storage_options
         self.loadables: dict[str, object] = {}
         self.paths: dict[str, PathLike] = {}
         self.custom_hooks: dict[str, TransferHook] = {}
@@ -164,19 +172,22 @@ class Pretrainer:
 
         A collected file is a hard link where the file system allows one, and else a copy, never a
         symbolic link, so that the folder can be moved; it is for reading, since writing into a
-        hard link changes the source. A file that is in its place stays as it is. Every process of a distributed run may collect into the same folder.
+        hard link changes the source. A file that is in its place stays as it is; one of a store is
+        brought anew at each call. Every process of a distributed run may collect into the same
+        folder; from a store, let one collect and the others call `load_collected` after it.
 
         Args:
-            default_source: The folder of the files `<name>.ckpt` for names without a path; may be
-                a checkpoint.
+            default_source: The folder of the files `<name>.ckpt` for names without a path, here or
+                in a store; may be a checkpoint.
 
         Returns:
             From names to the files that will be loaded.
 
         Raises:
             ConfigurationError: An object has neither a path nor a default source.
-            CheckpointNotFoundError: A file is not there, or its source is not a local folder; the
-                message lists every such file, and nothing has been collected.
+            CheckpointNotFoundError: Files are not there, or their sources can't be used; the message
+                lists all that are here, or all of stores, and nothing has been collected.
+            RemoteError: A store can't be asked; nothing has been collected.
 
         Example:
             >>> Pretrainer(loadables={"model": {}}).collect_files()
@@ -192,6 +203,7 @@ class Pretrainer:
                 "collect_files(default_source=<folder>)."
             )
         sources: dict[str, Path] = {}
+        urls: dict[str, str] = {}
         problems: list[str] = []
         for name in names:
             folder, filename = (
@@ -199,22 +211,39 @@ class Pretrainer:
                 if name in self.paths or default_source is None
                 else (os.fspath(default_source), name + PARAMFILE_EXT)
             )
-            sources[name] = Path(folder, filename)
-            problem = _unusable(folder, sources[name])
+            here = local_path(folder)
+            if here is None:
+                urls[name] = f"{folder}/{filename}"
+                problem = _unusable_url(folder, self.collect_in)
+            else:
+                sources[name] = here / filename
+                problem = _unusable(str(here), sources[name])
             if problem is not None:
                 problems.append(f"{name!r}: {problem}")
-        if problems:
-            raise CheckpointNotFoundError(
-                "Cannot collect the files to load:\n  " + "\n  ".join(problems)
-            )
+        _raise_all(problems)
         if self.collect_in is not None:
             self.collect_in.mkdir(parents=True, exist_ok=True)
-            for name, source in sources.items():
-                target = self.collect_in / (name + PARAMFILE_EXT)
-                _bring(source, target)
-                sources[name] = target
-        self._collected.update(sources)
-        return sources
+            with TemporaryDirectory(prefix=".collecting-", dir=self.collect_in) as staged:
+                brought = self._bring_urls(urls, Path(staged))
+                for name, source in (sources | brought).items():
+                    target = self.collect_in / (name + PARAMFILE_EXT)
+                    _bring(source, target)
+                    sources[name] = target
+        collected = {name: sources[name] for name in names}
+        self._collected.update(collected)
+        return collected
+
+    def _bring_urls(self, urls: Mapping[str, str], folder: Path) -> dict[str, Path]:
+        brought: dict[str, Path] = {}
+        problems: list[str] = []
+        for name, url in urls.items():
+            brought[name] = folder / (name + PARAMFILE_EXT)
+            try:
+                bring_file(url, brought[name], self._storage_options)
+            except CheckpointNotFoundError:
+                problems.append(f"{name!r}: there is no file {normal_url(url)}")
+        _raise_all(problems)
+        return brought
 
     def load_collected(self) -> None:
         """Load every object from its collected file.
@@ -280,13 +309,30 @@ class Pretrainer:
         return lambda obj, path: loader(obj, path, False)
 
 
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        raise CheckpointNotFoundError(
+            "Cannot collect the files to load:\n  " + "\n  ".join(problems)
+        )
+
+
+def _unusable_url(folder: str, collect_in: Path | None) -> str | None:
+    """Return why a file can't be collected from a URL, or None."""
+    if normal_url(folder).partition("://")[0] in _NOT_STORES:
+        return (
+            f"{folder} is a URL of the web or of a hub, expected a folder or a store, such as "
+            "s3://. Download the file first and give the folder it is in"
+        )
+    if collect_in is None:
+        return (
+            f"{folder} is in a store, and there is no folder here to bring the file to: give "
+            "collect_in"
+        )
+    return None
+
+
 def _unusable(folder: str, file: Path) -> str | None:
     """Return why a file can't be collected from a folder, or None."""
-    if _URL.match(folder):
-        return (
-            f"{folder} is a URL, expected a local folder. Download the file first and give the "
-            "folder it is in"
-        )
     if file.is_file():
         return None
     if Path(folder).is_dir():

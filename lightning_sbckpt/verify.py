@@ -15,6 +15,7 @@ from typing import Literal
 import xxhash
 
 from lightning_sbckpt._disk.absent import stored_files
+from lightning_sbckpt._disk.progress import Progress
 from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
@@ -35,9 +36,6 @@ from lightning_sbckpt.meta import META_NAME, read_meta
 __all__ = ["Verification", "verify"]
 
 _CHUNK = 8 * 2**20
-
-# Called with the bytes read so far and the bytes there are; from several threads, one at a time.
-Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
@@ -206,10 +204,9 @@ def _stored_damage(
     folder: Path, name: str, expected: FileDigest, *, mirror: Mirror, tally: _Tally
 ) -> str | None:
     try:
-        found = mirror.digest(folder, name)
+        found = mirror.digest(folder, name, tally.add)
     except FileNotFoundError:
         return f"{name} is missing"
-    tally.add(found.size)
     if found.size != expected.size:
         return f"{name} has {found.size:,} bytes, {expected.size:,} were written"
     return (

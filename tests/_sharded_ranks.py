@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import queue
 import time
@@ -13,24 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from _processes import context
 from torch import nn
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.storage import LocalStorage
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    [
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.fsdp",
-        "torch._dynamo",
-        "lightning_sbckpt",
-        # All tests of a session have one server.
-        "lightning.pytorch",
-        "lightning_sbckpt.plugin.selftest",
-        "torchmetrics.classification",
-    ]
-)
 
 # A failure must reach the other rank as a message; waiting for a timeout would take longer.
 SECONDS = 20

@@ -262,7 +262,10 @@ def test_a_file_that_holds_no_state_dict_is_refused_by_name(tmp_path):
         (lambda path: weights(0.0, seen=str(path)[-10:]), "model.ckpt"),
         (lambda path, map_location=None: weights(0.0, seen=map_location), "cpu"),
         (lambda path, **options: weights(0.0, seen=options["map_location"]), "cpu"),
-        (torch.load, None),
+        # Of the user, with the defaults that older releases warn of.
+        pytest.param(
+            torch.load, None, marks=pytest.mark.filterwarnings("ignore:You are using `torch.load`")
+        ),
     ],
 )
 def test_a_loader_is_called_the_way_it_can_be(loader, seen, three):

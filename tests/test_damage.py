@@ -322,4 +322,5 @@ def test_the_manifest_lists_every_file_with_size_and_checksum(three):
     for name, found in fields["files"].items():
         data = (three[0].path / name).read_bytes()
         assert found == {"size": len(data), "xxh3-128": xxhash.xxh3_128_hexdigest(data)}
-    assert fields["versions"]["torch"] == torch.__version__
+    # Some builds say more of themselves than their package does.
+    assert fields["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,6 +22,8 @@ from pathlib import Path
 import pytest
 from _counts import count
 from _disk_model import Chance, Disk, Everything, NamesOnly, Nothing, ObservedStorage
+from _processes import context
+from _releases import needs_torch
 from _scenario import (
     FURNITURE,
     SAVE_MODES,
@@ -56,10 +57,6 @@ ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES)
 
 # Which share of the operations the tests that are not marked slow go through: every n-th.
 SHARE = {mode: 1 if mode == "sync" else 3 for mode in SAVE_MODES}
-
-# Children start from a server process that has torch loaded already.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "lightning_sbckpt"])
 
 modes = pytest.mark.parametrize("mode", SAVE_MODES)
 # The opening of the folder, which sweeps it, and then each step.
@@ -159,6 +156,7 @@ def count_part(states, part, mode, folder):
 class TestTheCount:
     """Which operations there are."""
 
+    @needs_torch("2.6", "torch.serialization.skip_data, by which files are linked,")
     @modes
     def test_the_scenario_does_exactly_the_operations_known_here(self, memory, mode):
         """By kind; and what it saves and removes is what its steps say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import pickle
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _releases import needs_torch
 from _torch_files import (
     by_torch,
     checksums,
@@ -27,11 +29,15 @@ from hypothesis import strategies as st
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.blocks import BLOCK
+from lightning_sbckpt._saving.jobs import _by_torch
 from lightning_sbckpt._torchfile.image import LARGE, make_template, storages_of
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
 from lightning_sbckpt._torchfile.state import encode
 from lightning_sbckpt._torchfile.templates import describe
 from lightning_sbckpt.errors import SaveError
+
+# Files are put together here; without, each is written by torch itself.
+needs_images = needs_torch("2.6", "torch.serialization.skip_data")
 
 DTYPES = [
     torch.float32,
@@ -148,6 +154,7 @@ def bytes_by_torch(state):
     return stream.getvalue()
 
 
+@needs_images
 class TestEveryStateAgainstTorch:
     """Drawn states, written by the file writer and by `torch.save`."""
 
@@ -328,6 +335,7 @@ class TestEverySpecialThing:
         ]
 
 
+@needs_images
 class TestSizesAndCounts:
     """Where storages are copied in one way or another, and where there are very many."""
 
@@ -439,7 +447,7 @@ class TestOtherReleasesOfTorch:
         """Torch before 2.6: the same file as `torch.save` makes, by `torch.save`."""
         if not described:
             state["huge"] = 2**100
-        monkeypatch.delattr(torch.serialization, "skip_data")
+        monkeypatch.delattr(torch.serialization, "skip_data", raising=False)
         contents = contents_of(state)["model.ckpt"]
         assert contents.source is None
         assert contents.size >= 12 * 4 + 30 * 8
@@ -447,6 +455,20 @@ class TestOtherReleasesOfTorch:
         assert checksums(path.read_bytes())["data/0"] != 0
         theirs = torch.load(by_torch(state, tmp_path / "torch"), weights_only=True)
         assert form_of(torch.load(path, weights_only=True)) == form_of(theirs)
+
+    def test_a_full_disk_is_told_in_its_own_words(self, tmp_path, monkeypatch):
+        """Where torch writes, which complains of a position when it closes its archive."""
+        written_so_far = []
+
+        def write(stream, data):
+            written_so_far.append(len(memoryview(data).cast("B")))
+            if sum(written_so_far) > 500:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return written_so_far[-1]
+
+        monkeypatch.setattr("lightning_sbckpt._torchfile.writing._Counted.write", write)
+        with pytest.raises(OSError, match="No space left on device"):
+            _by_torch({"a": torch.zeros(1000)}, tmp_path / "model.ckpt")
 
     @pytest.mark.parametrize("wrong", ["longer", "shorter", "one less", "one more", "split"])
     def test_holes_of_other_sizes_make_torch_write(self, state, tmp_path, monkeypatch, wrong):
@@ -490,6 +512,7 @@ class TestOtherReleasesOfTorch:
         )
         assert make_template(state) is None
 
+    @needs_images
     def test_records_in_the_order_of_words_are_filled_by_their_names(
         self, state, tmp_path, monkeypatch
     ):
@@ -509,6 +532,7 @@ class TestOtherReleasesOfTorch:
         found = storages_of({"a": [shared, empty], "b": shared[1:], "c": shared.untyped_storage()})
         assert [storage.nbytes() for storage in found] == [12, 0]
 
+    @needs_images
     def test_a_copy_holds_no_second_one_of_the_state(self, tmp_path):
         """A template is bytes around holes: its size doesn't grow with the tensors."""
         template, storages = make_template({"a": torch.zeros(10_000_000)})

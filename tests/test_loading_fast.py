@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer, torch_parameter_transfer
 from lightning_sbckpt._builtin_hooks import torch_recovery
@@ -162,12 +163,18 @@ OTHER = {
     "set": {1, 2},
     "device": torch.device("cpu"),
 }
+TAKEN_SINCE = {
+    "bytes": needs_torch("2.5", "tensors-only loading of bytes"),
+    "set": needs_torch("2.6", "tensors-only loading of sets"),
+}
 
 
 class TestWhatIsLeftToTorch:
     """What isn't known is read by torch, with the same result as ever."""
 
-    @pytest.mark.parametrize("kind", OTHER)
+    @pytest.mark.parametrize(
+        "kind", [pytest.param(kind, marks=TAKEN_SINCE.get(kind, ())) for kind in OTHER]
+    )
     def test_it_is_told_apart_and_read(self, tmp_path, kind):
         """One such thing among others is enough."""
         file = saved(tmp_path, {"it": OTHER[kind], "plain": torch.ones(2)})
@@ -202,6 +209,7 @@ class TestWhatIsLeftToTorch:
         rewritten(file, "data/0", lambda data: data, zipfile.ZIP_DEFLATED)
         assert read_owned(file) is None
 
+    @needs_torch("2.5", "torch.serialization.safe_globals")
     def test_a_class_of_the_users(self, tmp_path):
         """Even if torch is told to trust it: it may look at bytes that aren't there yet."""
         file = saved(tmp_path, {"a": Custom()})
@@ -436,8 +444,10 @@ class TestLiveModules:
             part.weight.fill_(1)
         file = saved(tmp_path, target.state_dict())
         if kind == "hook":
-            part.register_load_state_dict_pre_hook(
-                lambda module, state, prefix, *_: kept.append(state[f"{prefix}weight"])
+            # By this name in every release.
+            part._register_load_state_dict_pre_hook(
+                lambda _module, state, prefix, *_: kept.append(state[f"{prefix}weight"]),
+                with_module=True,
             )
         torch_recovery(target, file, True)
         with torch.no_grad():
@@ -480,11 +490,13 @@ OPTIMIZERS = {
     "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
     "NAdam": torch.optim.NAdam,
     "ASGD": torch.optim.ASGD,
-    "Adafactor": torch.optim.Adafactor,
+    "Adafactor": lambda p: torch.optim.Adafactor(p),  # noqa: PLW0108 - not in every release
     "LBFGS": torch.optim.LBFGS,
     "capturable": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-3), capturable=False),
     "fused": lambda p: torch.optim.Adam(p, fused=True),
 }
+
+NEEDS = {"Adafactor": needs_torch("2.5", "torch.optim.Adafactor")}
 
 
 def stepped(make, target, steps=2):
@@ -501,7 +513,10 @@ class TestLiveOptimizers:
     """An optimizer's state is what torch makes of the same file."""
 
     @pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
-    @pytest.mark.parametrize("kind", OPTIMIZERS)
+    @pytest.mark.parametrize(
+        "kind",
+        [pytest.param(kind, marks=NEEDS.get(kind, ())) for kind in OPTIMIZERS],
+    )
     def test_it_goes_on_as_the_saved_one(self, tmp_path, kind, begun):
         """Of every kind, new or in the middle of another training."""
         file = saved(tmp_path, stepped(OPTIMIZERS[kind], module()).state_dict())

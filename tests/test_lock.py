@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -17,15 +16,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from _processes import context
 
 from lightning_sbckpt._folder import lock as lock_module
 from lightning_sbckpt._folder import owner
 from lightning_sbckpt._folder.lock import LOCK_NAME, FolderLock
 from lightning_sbckpt.errors import FolderInUseError, SaveError
-
-# A server that forks the children: quick, and they inherit nothing of this process.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["lightning_sbckpt._folder.lock"])
 
 
 def hold(folder, pipe, fork=False, shared=False, lockf=None):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _processes import context
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.storage import LocalStorage
@@ -24,8 +24,6 @@ from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt.errors import SaveError
 
 # Children start from a server process that has torch loaded already.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "lightning_sbckpt"])
 
 
 class Number:

@@ -8,7 +8,6 @@ rename from there could not go unnoticed.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -21,14 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 from _counts import count
+from _processes import context
 from _scenario import FURNITURE, SAVE_MODES
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._folder.manifest import find_damage
-
-# Children start from a server process that has torch loaded already.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "lightning_sbckpt"])
 
 KEPT = 2
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 
 import pytest
 import torch
 from _counts import count
+from _processes import context
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt.verify import verify
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "lightning_sbckpt"])
 
 SECONDS = 4
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from _lives import small_run
+from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt.errors import CheckpointNotFoundError, SaveError, SelectionError
@@ -151,6 +152,7 @@ def test_an_average_is_told_with_its_sources(tmp_path):
     assert rows == [{"average": "CKPT+mean", "of": "CKPT+a, CKPT+b"}]
 
 
+@needs_torch("2.6", "torch.serialization.skip_data, by which files are linked,")
 def test_bytes_that_are_shared_are_counted_once(tmp_path):
     """Each checkpoint says what would be free if it alone went."""
     frozen = torch.nn.Linear(300, 300)

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from _releases import needs_torch
 from _sharded_ranks import make, plain_model, run, same, sharded_model, train, whole
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -15,6 +16,8 @@ from lightning_sbckpt._folder.manifest import find_damage, read_manifest
 from lightning_sbckpt._sharded.states import ShardedState, optimizer_state
 from lightning_sbckpt._world import SingleProcess
 from lightning_sbckpt.errors import DamagedCheckpointError
+
+pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")
 
 
 def entries(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _releases import needs_torch
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
@@ -17,6 +18,8 @@ from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._sharded.contents import read_contents
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
+
+pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")
 
 
 class Dangerous:

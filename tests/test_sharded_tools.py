@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from _releases import needs_torch
 from _sharded_ranks import make, plain_model, run, same, train, whole
 
 from lightning_sbckpt import Checkpointer, average_checkpoints
@@ -19,6 +20,8 @@ from lightning_sbckpt.difference import diff
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError, MismatchError
 from lightning_sbckpt.export import to_safetensors
 from lightning_sbckpt.verify import verify
+
+pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")
 
 
 def save(folder, rank):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _releases import needs_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -169,6 +170,7 @@ class TestPlainState:
         """Of their type, although torch refuses them in a tensors-only file."""
         assert same(there_and_back(tmp_path, (scalar,)), (scalar,))
 
+    @needs_torch("2.6", "tensors-only loading of bytes and of complex numbers")
     def test_plain_things_and_containers_keep_their_types(self, tmp_path):
         """Nested in each other, the order of keys kept."""
         state = {
@@ -220,6 +222,7 @@ class TestPlainState:
         assert state["inner"] is inner and len(inner) == 3
         assert isinstance(inner[0], np.ndarray) and inner[2] == Opaque("o")
 
+    @needs_torch("2.6", "tensors-only loading of bytes and of complex numbers")
     @given(
         state=st.recursive(
             st.none()

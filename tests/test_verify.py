@@ -18,7 +18,7 @@ from lightning_sbckpt import verify as verify_module
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
 from lightning_sbckpt._folder.annotations import annotate
 from lightning_sbckpt._folder.manifest import Manifest, dump_manifest
-from lightning_sbckpt.cli import _common
+from lightning_sbckpt.cli import _bars
 from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.verify import verify
 
@@ -216,7 +216,7 @@ class TestProgress:
         monkeypatch.setenv("TERM", "xterm")
         for patience, shown in ((100.0, False), (-1.0, True)):
             with ExitStack() as stack:
-                tell = _common.progress_bar(stack, patience)
+                tell = _bars.progress_bar(stack, "verifying", patience)
                 tell(10, 1000)
                 tell(500, 1000)
             text = capsys.readouterr().err
@@ -226,7 +226,7 @@ class TestProgress:
         """In a log file it would be noise."""
         monkeypatch.delenv("FORCE_COLOR", raising=False)
         with ExitStack() as stack:
-            _common.progress_bar(stack, -1.0)(10, 1000)
+            _bars.progress_bar(stack, "verifying", -1.0)(10, 1000)
         assert capsys.readouterr().err == ""
 
 

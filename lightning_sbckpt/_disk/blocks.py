@@ -25,6 +25,8 @@ from typing import Protocol
 
 import xxhash
 
+from lightning_sbckpt._disk.progress import moved
+
 ALIGNMENT = 4096
 BLOCK = 4 * 2**20
 # Of bytes that only have to be written. In a thread beside a loop that holds the interpreter's lock,
@@ -123,6 +125,7 @@ def _write_small(path: Path, source: Source) -> str:
     source.fill(0, memoryview(data))
     with path.open("r+b", buffering=0) as stream:
         _write_all(stream.fileno(), memoryview(data), 0)
+    moved(source.size)
     return source.checksum or xxhash.xxh3_128_hexdigest(data)
 
 
@@ -146,7 +149,9 @@ class _Writing:
     def _from_memory(self, whole: memoryview, source: Source) -> str:
         checksum = source.checksum or xxhash.xxh3_128_hexdigest(whole[: source.size])
         for start in range(0, source.size, _LONG_BLOCK):
-            self._put(whole[start : min(start + _LONG_BLOCK, len(whole))], start)
+            end = min(start + _LONG_BLOCK, len(whole))
+            self._put(whole[start:end], start)
+            moved(end - start)
         return checksum
 
     def _through_buffers(self, source: Source) -> str:
@@ -170,6 +175,7 @@ class _Writing:
                     source.fill(start, block[:length])
                     hasher.update(block[:length])
                     filled.put((buffer, block, start))
+                    moved(length)
             except BaseException as error:
                 # An interrupt, say: what is filled need not be written any more.
                 failed.append(error)

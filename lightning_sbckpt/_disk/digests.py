@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import xxhash
 
+from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._disk.storage import FileDigest
 
@@ -53,6 +54,7 @@ def read_digest(path: Path) -> FileDigest:
         while count := stream.readinto(block):  # type: ignore[attr-defined]
             hasher.update(block[:count])
             size += count
+            moved(count)
         after = os.fstat(stream.fileno())
     digest = FileDigest(size, hasher.hexdigest())
     key = (after.st_dev, after.st_ino)
@@ -79,6 +81,7 @@ def recent_digest(path: Path) -> FileDigest:
         and known.identity == _identity(found)
         and time.monotonic() - known.at < _WINDOW_SECONDS
     ):
+        moved(found.st_size)
         return known.digest
     return read_digest(path)
 

@@ -18,6 +18,7 @@ from typing import Literal
 import xxhash
 
 from lightning_sbckpt._disk.blocks import Source, write_source
+from lightning_sbckpt._disk.progress import moved
 
 _CHUNK = 2**18
 
@@ -196,6 +197,7 @@ def digest(path: Path) -> FileDigest:
         while count := stream.readinto(buffer):
             hasher.update(buffer[:count])
             size += count
+            moved(count)
     return FileDigest(size, hasher.hexdigest())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -42,5 +43,6 @@ def run_all(work: Callable[[T], object], items: Iterable[T], *, most: int) -> No
         take()
         return
     with ThreadPoolExecutor(threads, "sbckpt-read") as pool:
-        for future in [pool.submit(take) for _ in range(threads)]:
+        # What is known to the caller's context is known to them: who counts the bytes, say.
+        for future in [pool.submit(copy_context().run, take) for _ in range(threads)]:
             future.result()

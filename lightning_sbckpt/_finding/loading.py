@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_sbckpt._builtin_hooks import has_state, torch_recovery
-from lightning_sbckpt._disk.absent import bring
+from lightning_sbckpt._disk.absent import bring, stored_files
 from lightning_sbckpt._folder.layout import SHARDED_EXT, is_checkpoint
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._folder.manifest import find_damage, read_manifest
 from lightning_sbckpt._sharded.states import is_sharded
 from lightning_sbckpt._torchfile.reading import pickled_path, trusting_pickle
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
     HookError,
+    MetaError,
     MismatchError,
     SBCheckpointError,
 )
@@ -45,9 +46,43 @@ def damage_of(ckpt: Checkpoint, names: Collection[str], *, recent: bool = False)
     if not names:
         # Whoever loads it will do so by other means: every file counts.
         return find_damage(ckpt.path, recent=recent)
+    return find_damage(ckpt.path, {META_NAME, *_files_of(ckpt, names)}, recent=recent)
+
+
+def _files_of(ckpt: Checkpoint, names: Collection[str]) -> set[str]:
     paths = [ckpt.paramfiles[name] for name in names if name in ckpt.paramfiles]
-    files = {META_NAME, *(p.name for p in paths), *(pickled_path(p).name for p in paths)}
-    return find_damage(ckpt.path, files, recent=recent)
+    return {path.name for path in paths} | {pickled_path(path).name for path in paths}
+
+
+def bytes_of(ckpt: Checkpoint, names: Collection[str]) -> int:
+    """Return how many bytes the files of these recoverables have, here or in a store."""
+    files = _files_of(ckpt, names)
+    sizes = _described(ckpt) or {
+        **{name: stored.size for name, stored in stored_files(ckpt.path).items()},
+        **{
+            path.relative_to(ckpt.path).as_posix(): path.stat().st_size
+            for path in ckpt.path.rglob("*")
+            if path.is_file()
+        },
+    }
+    return sum(size for name, size in sizes.items() if name.partition("/")[0] in files)
+
+
+def bytes_to_check(ckpt: Checkpoint, names: Collection[str]) -> int:
+    """Return how many bytes `require_sound` reads; none of what nobody described."""
+    sizes = _described(ckpt)
+    files = {META_NAME, *_files_of(ckpt, names)} if names else None
+    return sum(
+        size for name, size in sizes.items() if files is None or name.partition("/")[0] in files
+    )
+
+
+def _described(ckpt: Checkpoint) -> dict[str, int]:
+    try:
+        manifest = read_manifest(ckpt.path)
+    except (MetaError, OSError):
+        return {}  # Whoever checks it will say so.
+    return {} if manifest is None else {n: file.size for n, file in manifest.files.items()}
 
 
 def require_sound(ckpt: Checkpoint, names: Collection[str]) -> None:

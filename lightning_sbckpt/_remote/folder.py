@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import xxhash
 
+from lightning_sbckpt._disk.progress import Told
 from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._folder.layout import CKPT_PREFIX
 from lightning_sbckpt._remote.listing import RemoteFile, absent, list_files
@@ -70,7 +71,9 @@ class RemoteFolder:
     ) -> None:
         self.url = normal_url(url)
         self.retries = retries or Retries()
-        self._store = Store(self.url, storage_options)
+        self.options = dict(storage_options or {})
+        self.answered = False  # Whether the store has been listed by these options.
+        self._store = Store(self.url, self.options)
 
     def __repr__(self) -> str:
         return f"RemoteFolder({self.url!r})"
@@ -92,6 +95,7 @@ class RemoteFolder:
             patiently(look, self.retries, f"list {self.url}")
         except FileNotFoundError as error:
             absent(self._store, error)
+        self.answered = True
 
     def listing(self) -> dict[str, dict[str, RemoteFile]]:
         """Return the checkpoints that are there, with their files by the name inside each.
@@ -138,8 +142,14 @@ class RemoteFolder:
         path = self._store.path(name, file)
         self._try(lambda: put_whole(self._store, path, data), f"write {self._shown(name, file)}")
 
-    def fetch(self, name: str, file: str, target: Path) -> None:
+    def fetch(self, name: str, file: str, target: Path, told: Told | None = None) -> None:
         """Bring one file here, durably; `target` is there when it is whole.
+
+        Args:
+            name: The checkpoint's.
+            file: The file's in it.
+            target: Where it is to be.
+            told: Is told how many bytes more have come.
 
         Raises:
             CheckpointNotFoundError: It isn't there, or was removed meanwhile.
@@ -153,6 +163,8 @@ class RemoteFolder:
                     left = memoryview(block)
                     while left:
                         left = left[stream.write(left) :]
+                    if told is not None:
+                        told(len(block))
                 os.fsync(stream.fileno())
             beside.replace(target)
         except BaseException:
@@ -164,8 +176,8 @@ class RemoteFolder:
         finally:
             os.close(descriptor)
 
-    def digest(self, name: str, file: str) -> FileDigest:
-        """Return size and checksum of a file, read in full and kept nowhere.
+    def digest(self, name: str, file: str, told: Told | None = None) -> FileDigest:
+        """Return size and checksum of a file, read in full and kept nowhere; arguments as in `fetch`.
 
         Raises:
             CheckpointNotFoundError: It isn't there, or was removed meanwhile.
@@ -176,6 +188,8 @@ class RemoteFolder:
         for block in self._blocks(name, file, "read"):
             hasher.update(block)
             size += len(block)
+            if told is not None:
+                told(len(block))
         return FileDigest(size, hasher.hexdigest())
 
     def publish(
@@ -183,7 +197,7 @@ class RemoteFolder:
         local: Path,
         name: str,
         *,
-        progress: Callable[[int], object] | None = None,
+        progress: Told | None = None,
         skip: Collection[str] = (),
         copies: Mapping[str, str] | None = None,
     ) -> None:
@@ -192,7 +206,8 @@ class RemoteFolder:
         Args:
             local: The folder. Its `CKPT.yaml` is put when all else is there.
             name: The checkpoint's.
-            progress: Is told how many bytes more have arrived, by several threads.
+            progress: Is told how many bytes more have arrived, by several threads; fewer, if they have
+                to be sent again.
             skip: Files of the folder that stay here.
             copies: Files that another checkpoint there has with the same content, and its name; the
                 store copies them itself if it can.
@@ -302,7 +317,9 @@ class RemoteFolder:
 
     def _folders(self) -> dict[str, dict[str, RemoteFile]]:
         found: dict[str, dict[str, RemoteFile]] = {}
-        for path, file in list_files(self._store, self.retries).items():
+        there = list_files(self._store, self.retries)
+        self.answered = True
+        for path, file in there.items():
             name, _, inner = path.partition("/")
             if inner and name.startswith(CKPT_PREFIX):
                 found.setdefault(name, {})[inner] = file

@@ -26,6 +26,7 @@ from lightning_sbckpt._disk.absent import (
     record_path,
     stored_files,
 )
+from lightning_sbckpt._disk.progress import Told, announced
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
 from lightning_sbckpt._folder.history import HISTORY_NAME
@@ -82,20 +83,19 @@ class Mirror:
         if getattr(self._looks, "done", False):
             return
         if not self.root.is_dir():
-            if not self.remote.listing():
+            if not self._listing():
                 return
             self.make()
         with self._alone():
             # Before the store is asked: what comes into it meanwhile is not taken for gone.
             before = [folder for folder in list_folders(self.root) if stored_files(folder)]
-            listing = self.remote.listing()
+            listing = self._listing()
             for folder in before:
                 if folder.name not in listing:
                     self._drop(folder)
             new = [name for name, files in listing.items() if not self._agrees(name, files)]
             if new:
-                with ThreadPoolExecutor(min(_AT_ONCE, len(new))) as pool:
-                    list(pool.map(lambda name: self._take_over(name, listing[name]), new))
+                self._take_over_all({name: listing[name] for name in new})
             self._take_history()
         if hasattr(self._looks, "done"):
             self._looks.done = True
@@ -207,15 +207,28 @@ class Mirror:
             logger.debug("going on without the history of %s: %s", self.url, error)
         self._has_history = True
 
-    def _take_over(self, name: str, files: Files) -> None:
+    def _listing(self) -> Mapping[str, Files]:
+        with announced(f"listing {self.url}"):
+            return self.remote.listing()
+
+    def _take_over_all(self, new: Mapping[str, Files]) -> None:
+        small = [_small_sizes(files) for files in new.values()]
+        size = sum(sum(sizes.values()) for sizes in small)
+        with (
+            announced(f"downloading what is new in {self.url}", size) as told,
+            ThreadPoolExecutor(min(_AT_ONCE, len(new))) as pool,
+        ):
+            list(pool.map(lambda name: self._take_over(name, new[name], told), new))
+
+    def _take_over(self, name: str, files: Files, told: Told) -> None:
         folder = self.root / name
-        small = [file for file in files if is_small(file, files[file].size)]
         with ExitStack() as stack:
             staged = stack.enter_context(staging(self.root, self._storage))
             try:
-                for file in small:
+                for file in _small_sizes(files):
                     data = self.remote.read(name, file, most=_MOST_SMALL)
                     self._storage.write(staged / file, data)
+                    told(len(data))
             except FileNotFoundError:
                 # Removed since the store was listed.
                 self._storage.remove_tree(staged)
@@ -250,18 +263,25 @@ class Mirror:
 
     def fetch(self, folder: Path, names: Collection[str]) -> None:
         """Bring files of a checkpoint; one that the store lost stays away."""
-        with turn(self.root / RECORDS_NAME / f"{folder.name}.lock", _PATIENCE * 12):
+        stored = stored_files(folder)
+        sizes = {name: stored[name].size for name in names if name in stored}
+        what = "/".join([folder.name, *(names if len(names) == 1 else ())])
+        with (
+            announced(f"downloading {what}", sum(sizes.values())) as told,
+            turn(self.root / RECORDS_NAME / f"{folder.name}.lock", _PATIENCE * 12),
+        ):
             for name in names:
                 target = folder / name
                 if target.exists() or not folder.is_dir():
+                    told(sizes.get(name, 0))
                     continue  # Another process was faster, or the checkpoint is gone.
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):
-                    self.remote.fetch(folder.name, name, target)
+                    self.remote.fetch(folder.name, name, target, told)
 
-    def digest(self, folder: Path, name: str) -> FileDigest:
+    def digest(self, folder: Path, name: str, told: Told | None = None) -> FileDigest:
         """Return size and hash of a file in the store, which is read in full and not kept."""
-        return self.remote.digest(folder.name, name)
+        return self.remote.digest(folder.name, name, told)
 
     @contextmanager
     def removing(self, name: str) -> Iterator[None]:
@@ -350,3 +370,7 @@ def _put(path: Path, data: bytes, *, flushed: bool = False) -> None:
 def is_small(name: str, size: int) -> bool:
     """Return whether a file is one of those that are always here."""
     return "/" not in name and name.endswith(_SMALL_SUFFIX) and size <= _MOST_SMALL
+
+
+def _small_sizes(files: Files) -> dict[str, int]:
+    return {name: file.size for name, file in files.items() if is_small(name, file.size)}

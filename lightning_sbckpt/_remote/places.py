@@ -17,7 +17,8 @@ from lightning_sbckpt.errors import ConfigurationError, MetaError
 from lightning_sbckpt.meta import parse_yaml
 
 # What is needed to open a store is not written to the disk, so it is known to this process alone.
-_remotes: dict[str, RemoteFolder] = {}
+# For each URL the last that was used, and before it the last that the store has answered.
+_remotes: dict[str, list[RemoteFolder]] = {}
 
 
 def place_of(
@@ -72,6 +73,22 @@ def here(path: str | os.PathLike[str]) -> Path:
     return root / last
 
 
+def bring_file(url: str, target: Path, storage_options: Mapping[str, object] | None = None) -> None:
+    """Bring a single file of a store here; `target` is there when it is whole.
+
+    Raises:
+        CheckpointNotFoundError: It isn't there.
+        RemoteError: The store can't be asked.
+    """
+    folder, _, file = normal_url(url).rpartition("/")
+    run, _, name = folder.rpartition("/")
+    if storage_options is None and folder not in _remotes and run in _remotes:
+        # A file of a checkpoint: how its run is opened is known.
+        _remote(run).fetch(name, file, target)
+    else:
+        _remote(folder, storage_options).fetch("", file, target)
+
+
 def mirror_at(root: Path) -> Mirror | None:
     """Return the mirror that a local folder is, or None if it is none."""
     url = _mirrored(root)
@@ -119,9 +136,18 @@ def _refuse_other_use(root: Path, url: str) -> None:
 
 
 def _remote(url: str, options: Mapping[str, object] | None = None) -> RemoteFolder:
-    if options is not None or url not in _remotes:
-        _remotes[url] = RemoteFolder(url, storage_options=options)
-    return _remotes[url]
+    """Return the folder by these options, or by those with which the store has answered."""
+    known = _remotes.get(url, [])
+    fitting = [
+        each
+        for each in known
+        if (each.answered or not each.options if options is None else each.options == options)
+    ]
+    found = fitting[-1] if fitting else RemoteFolder(url, storage_options=options)
+    # Wrong options are forgotten as soon as others are used.
+    answered = [each for each in known if each.answered and each is not found]
+    _remotes[url] = [*answered[-1:], found]
+    return found
 
 
 def _fetch(folder: Path, names: Collection[str]) -> None:

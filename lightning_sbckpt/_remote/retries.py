@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _PASSING_NUMBERS = {
     errno.ENOTCONN,
     errno.EPIPE,
     errno.ETIMEDOUT,
+    # Of looking up a name, which has numbers of its own: below zero.
+    socket.EAI_AGAIN,
     # What s3fs makes of "internal error"; only some systems have it.
     getattr(errno, "EREMOTEIO", errno.EBUSY),
 }
@@ -50,6 +53,7 @@ _PASSING_CLASSES = {
     "FSTimeoutError",  # fsspec
     "HTTPClientError",  # botocore
     "IncompleteRead",
+    "NoValidConnectionsError",  # paramiko
     "ReadTimeoutError",
     "ResponseParserError",
     "ResponseStreamingError",

@@ -14,7 +14,8 @@ from threading import RLock
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning_sbckpt._remote.retries import said
+from lightning_sbckpt._remote import sftp
+from lightning_sbckpt._remote.retries import passes, said
 from lightning_sbckpt.errors import ConfigurationError, MissingDependencyError, RemoteError
 
 # What to install for a scheme.
@@ -34,6 +35,7 @@ EXTRAS = {
 # below a prefix listed by one series of requests.
 _OBJECTS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "r2", "memory")
 _S3 = ("s3", "s3a")
+_SFTP = ("sftp", "ssh")
 _LISTED_AT_ONCE = ("s3", "s3a", "gs", "gcs", "memory")
 
 # A server that hangs must not hang us: seconds until a connection stands, and until an answer comes.
@@ -45,7 +47,7 @@ _SENT_WITHIN_AN_ANSWER = 8 * 2**20
 
 
 class Store:
-    """The filesystem of a URL, opened when first used, and again in a process that was forked.
+    """The filesystem of a URL, opened when first used, in a process that was forked, and when lost.
 
     The connections and the thread of an asynchronous filesystem do not survive a fork, and fsspec
     gives such an instance to both sides unless told otherwise.
@@ -75,6 +77,11 @@ class Store:
         return self.scheme in _S3
 
     @property
+    def is_sftp(self) -> bool:
+        """Whether it has folders, and puts every small file in one step all the same."""
+        return self.scheme in _SFTP
+
+    @property
     def listed_at_once(self) -> bool:
         """Whether everything below a folder is listed by one call."""
         return self.scheme in _LISTED_AT_ONCE
@@ -82,7 +89,7 @@ class Store:
     @property
     def parallel(self) -> bool:
         """Whether several threads may use the filesystem at once."""
-        return bool(getattr(self.filesystem, "async_impl", False))
+        return bool(getattr(_class_for(self.url), "async_impl", False))
 
     @property
     def filesystem(self) -> Any:
@@ -91,24 +98,44 @@ class Store:
         Raises:
             MissingDependencyError: The library for the scheme is not installed.
             RemoteError: It can't be opened.
+            Exception: It can't be opened now, for a reason that passes.
         """
         if self._pid != os.getpid():
-            if self._pid != -1:
-                # Held, maybe, by a thread that the forked process does not have.
-                self._one_at_a_time = RLock()
-            self._filesystem = open_filesystem(self.url, self._options)
+            # Held, maybe, by a thread that the forked process does not have.
+            self._one_at_a_time = RLock()
+            self._filesystem = None
             self._pid = os.getpid()
-        return self._filesystem
+        with self._one_at_a_time:
+            if self._filesystem is None:
+                self._filesystem = open_filesystem(self.url, self._options)
+            return self._filesystem
 
     @contextmanager
     def use(self) -> Iterator[Any]:
         """Give the filesystem, to one thread at a time if it can't serve several."""
+        if self.parallel:
+            yield self.filesystem
+            return
         filesystem = self.filesystem
-        if getattr(filesystem, "async_impl", False):
-            yield filesystem
-        else:
-            with self._one_at_a_time:
+        with self._one_at_a_time:
+            # Another thread may have found it lost meanwhile.
+            filesystem = self.filesystem
+            try:
                 yield filesystem
+            except Exception as error:
+                usable_after = getattr(filesystem, "usable_after", None)
+                if usable_after is None or usable_after(error):
+                    raise
+                self._forget()
+                if passes(error):
+                    raise
+                raise ConnectionError(f"the connection was lost: {said(error)}") from error
+
+    def _forget(self) -> None:
+        """Give up a connection that is no longer one; the next use opens another."""
+        lost, self._filesystem = self._filesystem, None
+        if lost is not None:
+            lost.close()
 
     def patience(self, size: int) -> dict[str, float]:
         """Return the argument that bounds one request which sends so many bytes.
@@ -124,7 +151,7 @@ class Store:
 
     def path(self, *parts: str) -> str:
         """Return the filesystem's own path of the folder, or of something in it; "" is itself."""
-        root = str(self.filesystem._strip_protocol(self.url)).rstrip("/")  # noqa: SLF001
+        root = str(_class_for(self.url)._strip_protocol(self.url)).rstrip("/")  # noqa: SLF001
         return "/".join([root, *filter(None, parts)])
 
     @property
@@ -140,22 +167,13 @@ def open_filesystem(url: str, options: Mapping[str, object]) -> Any:
     Raises:
         MissingDependencyError: fsspec, or the library for the scheme, is not installed.
         ConfigurationError: fsspec does not know the scheme.
-        RemoteError: It can't be opened: wrong options, a server that can't be reached.
+        RemoteError: It can't be opened: wrong options, a server that refuses.
+        Exception: The server can't be reached now.
     """
     scheme = url.partition("://")[0]
-    try:
-        import fsspec
-    except ImportError as error:
-        raise _missing(url, scheme, error) from error
-    try:
-        kind = fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        raise _missing(url, scheme, error) from error
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{url} can't be used: fsspec knows no store for {scheme}://. Known are, among others, "
-            "s3://, gs://, abfs:// and sftp://; a folder on this machine is given by its path"
-        ) from error
+    kind = _class_for(url)
+    import fsspec
+
     try:
         # By the URL the library finds the host and the user of such as sftp://.
         found = kind._get_kwargs_from_urls(url)  # noqa: SLF001
@@ -165,11 +183,33 @@ def open_filesystem(url: str, options: Mapping[str, object]) -> Any:
     except ImportError as error:
         raise _missing(url, scheme, error) from error
     except Exception as error:
+        if passes(error):
+            raise
         raise RemoteError(
             f"can't open {url}: {said(error)}. Check the URL, the credentials and storage_options"
         ) from error
-    _tune(made, scheme)
+    if scheme in _S3:
+        made.retries = 1
     return made
+
+
+def _class_for(url: str) -> type[Any]:
+    """Return the class of filesystems for a URL."""
+    scheme = url.partition("://")[0]
+    try:
+        import fsspec
+
+        kind: type[Any] = fsspec.get_filesystem_class(scheme)
+        if scheme in _SFTP:
+            kind = sftp.sftp_class()
+    except ImportError as error:
+        raise _missing(url, scheme, error) from error
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{url} can't be used: fsspec knows no store for {scheme}://. Known are, among others, "
+            "s3://, gs://, abfs:// and sftp://; a folder on this machine is given by its path"
+        ) from error
+    return kind
 
 
 def _bounded(
@@ -177,9 +217,9 @@ def _bounded(
 ) -> dict[str, object]:
     """Return the options with bounds for waiting; what the user has set stays."""
     given = dict(options)
-    if scheme in ("sftp", "ssh"):
-        waits = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), _CONNECT_SECONDS)
-        return {**waits, **configured.get(scheme, {}), **given}
+    if scheme in _SFTP:
+        given = {**configured.get(scheme, {}), **given}
+        return sftp.bounded(given, _CONNECT_SECONDS, _ANSWER_SECONDS)
     if scheme in _OBJECTS:
         # What was listed a moment ago is not what is there: other processes write, too.
         given.setdefault("use_listings_cache", False)
@@ -195,13 +235,6 @@ def _bounded(
         if isinstance(before, Mapping) and isinstance(mine, Mapping):
             given["config_kwargs"] = {**bounds, **before, **mine}
     return given
-
-
-def _tune(filesystem: Any, scheme: str) -> None:
-    if scheme in _S3:
-        filesystem.retries = 1
-    elif scheme in ("sftp", "ssh"):
-        filesystem.ftp.get_channel().settimeout(_ANSWER_SECONDS)
 
 
 def _refuse_password(url: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import BoundedSemaphore, Event
 from typing import Any, TypeVar
 
+from lightning_sbckpt._disk.progress import Told
 from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._remote.retries import Retries, StoppedError, patiently, said
 from lightning_sbckpt._remote.stores import Store
@@ -67,12 +68,11 @@ class Sender:
     Args:
         store: Where they go.
         retries: How often each block is tried.
-        progress: Is told how many bytes more have arrived, by several threads.
+        progress: Is told how many bytes more have arrived, by several threads; fewer, if they have to
+            be sent again.
     """
 
-    def __init__(
-        self, store: Store, retries: Retries, progress: Callable[[int], object] | None = None
-    ) -> None:
+    def __init__(self, store: Store, retries: Retries, progress: Told | None = None) -> None:
         self.stop = Event()
         self._store = store
         self._retries = retries
@@ -106,7 +106,6 @@ class Sender:
             self._put_parts(descriptor, size, path, doing)
         elif size > BLOCK:
             self._try(lambda: self._put_stream(descriptor, size, path), doing)
-            self._progress(size)
         else:
             with self._slots:
                 data = _read(descriptor, 0, size)
@@ -114,11 +113,19 @@ class Sender:
             self._progress(size)
 
     def _put_stream(self, descriptor: int, size: int, path: str) -> None:
-        with self._store.use() as filesystem:
-            make_parents(self._store, filesystem, path)
-            with filesystem.open(path, "wb", block_size=BLOCK) as stream:
-                for start in range(0, size, BLOCK):
-                    stream.write(_read(descriptor, start, min(BLOCK, size - start)))
+        sent = 0
+        try:
+            with self._store.use() as filesystem:
+                make_parents(self._store, filesystem, path)
+                with filesystem.open(path, "wb", block_size=BLOCK) as stream:
+                    for start in range(0, size, BLOCK):
+                        data = _read(descriptor, start, min(BLOCK, size - start))
+                        stream.write(data)
+                        sent += len(data)
+                        self._progress(len(data))
+        except BaseException:
+            self._take_back(sent)
+            raise
 
     def _put_parts(self, descriptor: int, size: int, path: str, doing: str) -> None:
         filesystem = self._store.filesystem
@@ -128,6 +135,7 @@ class Sender:
         where["UploadId"] = made["UploadId"]
         block = max(BLOCK, -(-size // _MOST_PARTS))
         tags: dict[int, str] = {}
+        sent: list[int] = []
         patience = self._store.patience(block)
 
         def put_part(number: int) -> None:
@@ -142,6 +150,7 @@ class Sender:
                     f"{doing} (bytes from {start:,})",
                 )
             tags[number] = done["ETag"]
+            sent.append(count)
             self._progress(count)
 
         def complete() -> None:
@@ -160,10 +169,16 @@ class Sender:
             in_parallel(put_part, range(1, -(-size // block) + 1), Event())
             self._try(complete, doing)
         except BaseException:
+            self._take_back(sum(sent))
             # Parts that stay behind cost money and are seen nowhere.
             with suppress(Exception):
                 filesystem.call_s3("abort_multipart_upload", **where)
             raise
+
+    def _take_back(self, sent: int) -> None:
+        """Say that so many bytes have not arrived after all."""
+        if sent:
+            self._progress(-sent)
 
     def _try(self, work: Callable[[], T], doing: str) -> T:
         try:
@@ -198,6 +213,9 @@ def put_whole(store: Store, path: str, data: bytes) -> None:
             filesystem.pipe_file(path, data, **store.patience(len(data)))
             return
         make_parents(store, filesystem, path)
+        if store.is_sftp:
+            filesystem.pipe_file(path, data)
+            return
         folder, _, name = path.rpartition("/")
         beside = f"{folder}/.{name}.part"
         filesystem.pipe_file(beside, data)
@@ -216,8 +234,15 @@ def is_on_its_way(file: str) -> bool:
 
 def make_parents(store: Store, filesystem: Any, path: str) -> None:
     """Make the folders above a file, on stores that have folders."""
-    if not store.of_objects:
-        filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    folder = path.rpartition("/")[0]
+    if store.of_objects or filesystem.isdir(folder):
+        return
+    try:
+        filesystem.makedirs(folder, exist_ok=True)
+    except OSError:
+        # Another process may have made them at this instant.
+        if not filesystem.isdir(folder):
+            raise
 
 
 def read_blocks(

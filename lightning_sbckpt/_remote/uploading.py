@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lightning_sbckpt._disk.absent import RECORDS_NAME, stored_files
+from lightning_sbckpt._disk.progress import announced
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
 from lightning_sbckpt._folder.history import HISTORY_NAME
@@ -117,7 +118,10 @@ class Uploads:
         started = time.perf_counter()
         # What is said of it while it goes up is not part of what went.
         said, sizes = said_of(folder), local_files(folder)
-        self._mirror.remote.publish(folder, folder.name, copies=self._unchanged(folder))
+        copies = self._unchanged(folder)
+        sent = sum(size for name, size in sizes.items() if name not in copies)
+        with announced(f"uploading {folder.name}", sent) as told:
+            self._mirror.remote.publish(folder, folder.name, progress=told, copies=copies)
         self._mirror.note(folder, {name: RemoteFile(size, "") for name, size in sizes.items()})
         if said_of(folder) != said:
             self._mirror.push_annotations(folder)

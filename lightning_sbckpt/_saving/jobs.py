@@ -26,6 +26,7 @@ from lightning_sbckpt._torchfile.image import Image, storages_of
 from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt._torchfile.state import encode, say_what_is_pickled
 from lightning_sbckpt._torchfile.templates import Description, Templates, describe
+from lightning_sbckpt._torchfile.writing import write_torch
 from lightning_sbckpt.errors import HookError, SaveError, SBCheckpointError
 from lightning_sbckpt.hooks import HookRegistry
 from lightning_sbckpt.typing import SaveHook
@@ -206,9 +207,19 @@ class Contents:
     def write(self, path: Path, storage: LocalStorage, links: Links) -> FileDigest:
         """Write the file, flushed; or make it a link to a file with these very bytes."""
         if self.source is None:
-            return storage.write_by(path, lambda target: torch.save(self.state, target))
+            return storage.write_by(path, lambda target: _by_torch(self.state, target))
         linked = links.link_if_unchanged(path.name, self.source, path, storage)
         return linked or storage.write_source(path, self.source)
+
+
+def _by_torch(state: object, path: Path) -> None:
+    try:
+        write_torch(state, path)
+    except RuntimeError as error:
+        # Closing its archive, torch hides what the disk has said behind a position.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def _pickled(state: object) -> Source:

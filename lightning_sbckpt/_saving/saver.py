@@ -1,7 +1,8 @@
 """When a checkpoint is written: before `save` returns, or in the background while training goes on.
 
-One save is in flight at most, since there is one copy of the state at most. Only rank zero has a
-background; what went wrong there every rank learns at the next save or `wait`.
+One save is in flight at most, since there is one copy of the state at most. Rank zero has a
+background, and where states are in pieces every rank has one; what went wrong there every rank
+learns at the next save or `wait`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -167,6 +169,8 @@ class Saver:
             self._again = lambda: self._save(jobs, description, world, then)
         if world.rank == 0:
             self._writer.submit(lambda: self._complete(save, then))
+        elif save.pieces.are_left:
+            self._writer.submit(save.pieces.write)
         return None
 
     def _complete(self, save: Save, then: Callable[[], object] | None) -> None:
@@ -175,7 +179,7 @@ class Saver:
         except ChangedMeanwhileError:
             return  # Seen to by `before_update`.
         except Exception:
-            # Now, while it is news; whoever waits gets it as an exception.
+            # Now, while it is news, for all ranks; whoever waits gets it as an exception.
             logger.exception("saving in the background failed")
             raise
 
@@ -248,9 +252,23 @@ class Saver:
     def _wait_for_writer(self, world: World) -> None:
         try:
             if self.policy.mode != "sync":
-                decided_by_main(world, self._writer.wait)
+                self._wait_on_all(world)
         except (SaveError, RemovalError, RemoteError) as error:
             self._failed(error, world)
+
+    def _wait_on_all(self, world: World) -> None:
+        own: Exception | None = None
+        try:
+            self._writer.wait()
+        except Exception as error:
+            own = error  # Not yet: the others are waiting for this rank.
+        try:
+            decided_by_main(world, partial(_raise_if_any, own))
+        except Exception:
+            # What this rank has seen says more, and stands even if the others are gone.
+            _raise_if_any(own)
+            raise
+        _raise_if_any(own)
 
     def finish_here(self) -> None:
         """Wait in this process alone and raise nothing: for when the run itself has failed.
@@ -306,6 +324,11 @@ class Saver:
     def wait_for_removals(self) -> None:
         """Return when the files of every removed checkpoint are gone."""
         self._remover.wait()
+
+
+def _raise_if_any(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def _size(folder: Path) -> int:

@@ -3,7 +3,8 @@
 A save has two halves. `begin` is done by every rank, while training stands still: it makes the
 staging folder, runs the hooks, takes the states. `complete` is done by rank zero alone, at once or
 in the background: it writes the states, describes and publishes. So there is no collective in the
-background.
+background, but for states of which every rank has pieces: these every rank writes, rank zero in
+`complete`, and there the ranks talk in a group that nobody else uses.
 
 In `begin` every rank reaches every collective whatever fails on it: failures are carried to the
 others as results, and raised on every rank after the last collective, so that none is left waiting.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage, digest, digest_bytes
 from lightning_sbckpt._folder.history import History
@@ -34,6 +35,7 @@ from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_manifest
 from lightning_sbckpt._saving.jobs import Contents, SaveJob
 from lightning_sbckpt._saving.overlap import LateCopy
+from lightning_sbckpt._saving.pieces import Pieces, new_stager
 from lightning_sbckpt._saving.snapshot import Arena
 from lightning_sbckpt._sharded.states import differing_names, refuse_pieces, require_all_pieces
 from lightning_sbckpt._torchfile.templates import Templates
@@ -41,6 +43,9 @@ from lightning_sbckpt._world import portable_error
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, dump_meta
 from lightning_sbckpt.typing import World
+
+if TYPE_CHECKING:
+    from lightning_sbckpt._sharded.staging import Stager
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -84,6 +89,7 @@ class Workshop:
         remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
             save. Without it the folder stays until the next start.
         last: Where the last checkpoint went.
+        stager: What copies the pieces of this rank, from the first save on that has some.
         history: Where it is noted that a checkpoint was saved.
     """
 
@@ -94,6 +100,7 @@ class Workshop:
     arena: Arena = field(default_factory=Arena)
     remove: Callable[[Path], object] | None = None
     last: Path | None = None
+    stager: Stager | None = None
     history: History = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,6 +114,11 @@ class Save:
     Args:
         workshop: What is kept from save to save.
         description: What the checkpoint says about itself.
+
+    Attributes:
+        pieces: What this rank has of sharded states; on ranks other than zero somebody has to write
+            them, in the background or not, after `begin`.
+        late_copy: A copy that goes on while training does, if there is one.
     """
 
     def __init__(self, workshop: Workshop, description: Description) -> None:
@@ -116,7 +128,7 @@ class Save:
         self._staging = ExitStack()
         self._staged: Path | None = None
         self._contents: dict[str, Contents] = {}
-        self._sharded: dict[str, Mapping[str, object]] = {}
+        self.pieces = Pieces()
         self._written: dict[str, FileDigest] = {}
         self._needed = 0
         self.late_copy: LateCopy | None = None
@@ -163,28 +175,32 @@ class Save:
         taken = world.gather(
             (
                 portable_error(failure, world.rank) if world.size > 1 and not main else failure,
-                sorted(self._sharded),
+                self.pieces.names,
+                self.pieces.lack_a_group,
             )
         )
 
         # 3. Every rank learns the end of it.
-        first = next((error for error, _ in taken or () if error is not None), None)
+        first = next((error for error, *_ in taken or () if error is not None), None)
         if first is None and taken is not None:
-            first = differing_names([names for _, names in taken])
-        shared = world.broadcast(portable_error(first) if world.size > 1 else first)
+            first = differing_names([names for _, names, _ in taken])
+        shared, make_group = world.broadcast(
+            (
+                portable_error(first) if world.size > 1 else first,
+                any(lacking for *_, lacking in taken or ()),
+            )
+        )
         # A rank that failed itself raises its own exception, with its traceback.
         outcome = failure or (first if main else shared)
         if outcome is not None:
             raise outcome
 
-        # 4. Every rank writes its pieces of what no rank has as a whole.
-        if self._sharded:
-            from lightning_sbckpt._sharded.writing import write_sharded
-
-            sharded, self._sharded = self._sharded, {}
-            if copy != "no" and main:
-                _say_that_pieces_wait_for_nobody()
-            self._written = write_sharded(sharded, staged, world, self._workshop.storage)
+        # 4. Every rank writes its pieces of what no rank has as a whole, now or in the background.
+        pieces = self.pieces
+        if pieces.names:
+            pieces.get_ready(staged, world, self._workshop.storage, make_group=make_group)
+            if copy == "no":
+                self._written = pieces.write()
 
     def _make_folder(self) -> Path:
         workshop = self._workshop
@@ -197,9 +213,10 @@ class Save:
         workshop = self._workshop
         # Those of which every rank has a piece before all others: to take some of them is a
         # collective, which no rank may miss since something else has failed on it.
-        for name, job in jobs.items():
-            if job.sharded:
-                self._sharded[name] = cast("Mapping[str, object]", job.take())
+        self.pieces.take(jobs)
+        if self.pieces.names and copy != "no":
+            workshop.stager = workshop.stager or new_stager()
+            self.pieces.freeze(workshop.stager, is_coordinator=main)
         jobs = {name: job for name, job in jobs.items() if not job.sharded}
         # Then the states: a hook of the user may take its time, and there must be room for them.
         for name, job in jobs.items():
@@ -273,6 +290,8 @@ class Save:
     def _complete(self) -> tuple[Checkpoint, int]:
         staged, storage = self._staged, self._workshop.storage
         assert staged is not None
+        # First, whatever becomes of the rest: the others can't do it without this rank.
+        self._written.update(self.pieces.write())
         if self.late_copy is not None:
             self.late_copy.wait()
             if self.late_copy.known_changed:
@@ -324,7 +343,8 @@ class Save:
         """Leave nothing behind."""
         if self.late_copy is not None:
             self.late_copy.wait()
-        self._contents, self._sharded = {}, {}
+        self._contents = {}
+        self.pieces.let_go()
         self._staging.__exit__(type(error), error, error.__traceback__)
 
     def _failure(self, what: str, error: Exception) -> SaveError:
@@ -344,18 +364,6 @@ def _changed_meanwhile() -> ChangedMeanwhileError:
     return ChangedMeanwhileError(
         "tensors were written to while they were copied, before the optimizer's step"
     )
-
-
-_said: set[str] = set()
-
-
-def _say_that_pieces_wait_for_nobody() -> None:
-    if "pieces" not in _said:
-        _said.add("pieces")
-        logger.info(
-            "sharded states are written before training goes on, whatever save_mode is; all the "
-            "rest as it says"
-        )
 
 
 def _flush_written_by_hooks(

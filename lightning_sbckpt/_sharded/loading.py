@@ -9,7 +9,9 @@ from typing import Any, cast
 
 import torch
 
+from lightning_sbckpt._sharded import fsdp1
 from lightning_sbckpt._sharded.contents import SavedTensor
+from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt._sharded.reading import SavedShards, copy_whole, whole_tensor
 from lightning_sbckpt._sharded.states import (
     empty_like,
@@ -20,7 +22,6 @@ from lightning_sbckpt._sharded.states import (
     names_of,
     numbered,
     owner_of,
-    plain_name,
 )
 from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import MismatchError, SBCheckpointError
@@ -69,19 +70,21 @@ def load_whole(obj: object, path: Path) -> bool:
         return True
     module = cast("torch.nn.Module", obj)
     own = module_state(module)
-    _require_fit(path, module, _sizes(own), _sizes(state))
+    require_fit(path, module, sizes_of(own), sizes_of(state))
     pieces = {plain_name(name): value for name, value in model_pieces(state, own).items()}
     _hand_over(module, {name: pieces.get(plain_name(name), own[name]) for name in own})
     return True
 
 
 def model_pieces(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of whole tensors in pieces like those of a live one, where names are equal."""
+    """Return a state with whole tensors in pieces like those of a live one, where names are equal."""
     live = {plain_name(name): value for name, value in own.items()}
     pieces = dict(state)
     for name, value in state.items():
         like: Any = live.get(plain_name(name))
-        if is_sharded_tensor(like) and tuple(like.shape) == tuple(value.shape):
+        if not is_sharded_tensor(like) or is_sharded_tensor(value):
+            continue
+        if tuple(like.shape) == tuple(value.shape):
             pieces[name] = _piece_of(value, like)
     return pieces
 
@@ -96,7 +99,7 @@ def optimizer_pieces(
     """
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    _require_groups(path, optimizer, [group["params"] for group in state["param_groups"]])
+    _require_groups(path, optimizer, _groups_in(state), _groups_in(optimizer))
     pieces = {}
     for number, parameter in zip(numbers, live, strict=True):
         if number in state["state"]:
@@ -114,15 +117,22 @@ def _piece_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _require_groups(
-    path: Path, optimizer: torch.optim.Optimizer, saved: Sequence[Sequence[object]]
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    saved: Sequence[Sequence[object]],
+    live: Sequence[Sequence[object]],
 ) -> None:
-    sizes = [len(group) for group in saved]
-    live = [len(group["params"]) for group in optimizer.param_groups]
-    if sizes != live:
+    sizes, own = ([len(group) for group in groups] for groups in (saved, live))
+    if sizes != own:
         raise MismatchError(
-            f"{path} has groups of {sizes} parameters, the {type(optimizer).__name__} of {live}: "
+            f"{path} has groups of {sizes} parameters, the {type(optimizer).__name__} of {own}: "
             "make it with the same parameters in the same groups as when it was saved"
         )
+
+
+def _groups_in(owner: torch.optim.Optimizer | Mapping[str, Any]) -> list[list[Any]]:
+    groups = owner.get("param_groups", []) if isinstance(owner, Mapping) else owner.param_groups
+    return [list(group["params"]) for group in groups]
 
 
 def optimizer_like(
@@ -138,20 +148,12 @@ def optimizer_like(
     Raises:
         MismatchError: It trains other parameters.
     """
-    saved_groups = shards.nested(shards.values()).get("param_groups", [])
-    saved = [list(group["params"]) for group in saved_groups]
-    live = [list(group["params"]) for group in optimizer.param_groups]
-    _require_groups(shards.folder, optimizer, saved)
+    saved = _groups_in(shards.nested(shards.values()))
+    live = _groups_in(optimizer)
+    _require_groups(shards.folder, optimizer, saved, live)
     if names is not None:
-        own = [sorted(names[id(parameter)] for parameter in group) for group in live]
-        wanted = [sorted(map(plain_name, group)) for group in saved]
-        if own != wanted:
-            lacking = sorted(set(chain(*own)) - set(chain(*wanted)))
-            raise MismatchError(
-                f"{shards.folder} does not have the parameters that the {type(optimizer).__name__} "
-                f"trains: {', '.join(lacking[:5]) or 'they are in other groups'}. Make it with the "
-                "same parameters in the same groups as when it was saved"
-            )
+        own = [[names[id(parameter)] for parameter in group] for group in live]
+        _require_names(shards.folder, optimizer, saved, own)
     by_name = {
         name: parameter
         for group, parameters in zip(saved, live, strict=True)
@@ -174,6 +176,20 @@ def optimizer_like(
     return numbered(state)
 
 
+def _require_names(
+    path: Path, optimizer: torch.optim.Optimizer, saved: list[list[str]], live: list[list[str]]
+) -> None:
+    own = [sorted(group) for group in live]
+    wanted = [sorted(map(plain_name, group)) for group in saved]
+    if own != wanted:
+        lacking = sorted(set(chain(*own)) - set(chain(*wanted)))
+        raise MismatchError(
+            f"{path} does not have the parameters that the {type(optimizer).__name__} trains: "
+            f"{', '.join(lacking[:5]) or 'they are in other groups'}. Make it with the same "
+            "parameters in the same groups as when it was saved"
+        )
+
+
 def _paired(
     group: list[str], parameters: list[torch.Tensor], names: Mapping[int, str] | None
 ) -> list[tuple[str, torch.Tensor]]:
@@ -183,12 +199,92 @@ def _paired(
     return [(name, live[plain_name(name)]) for name in group]
 
 
+def flat_optimizer_like(
+    saved: SavedShards | Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    module: torch.nn.Module,
+    path: Path,
+    *,
+    by_order: bool,
+) -> dict[str, Any]:
+    """Return the saved state of an optimizer as it takes it where FSDP's first version wraps a module.
+
+    Args:
+        saved: The state in pieces, or one of whole tensors with parameters by number.
+        optimizer: The live one.
+        module: Whose parameters it trains.
+        path: Of the state, for the message.
+        by_order: Take parameters of other names in the order in which they are.
+
+    Raises:
+        MismatchError: It trains other parameters.
+    """
+    state: Mapping[str, Any] = (
+        saved.nested(saved.values()) if isinstance(saved, SavedShards) else saved
+    )
+    groups, live = _groups_in(state), fsdp1.names_in_groups(module, optimizer)
+    _require_groups(path, optimizer, groups, live)
+    if not by_order:
+        _require_names(path, optimizer, groups, live)
+    own: dict[object, str] = {}
+    for group, names in zip(groups, live, strict=True):
+        plain = {name: plain_name(str(name)) for name in group}
+        same = set(plain.values()) == set(names)
+        own.update(plain if same else zip(group, names, strict=True))
+    like = module_state(module)
+    misfits: list[str] = []
+
+    def fits(name: object, key: object, size: tuple[int, ...]) -> bool:
+        wanted = tuple(like[own[name]].shape)
+        if size != wanted:
+            misfits.append(
+                f"{key} of {own[name]}: {size} in the checkpoint, {wanted} in the module"
+            )
+        return size == wanted
+
+    def allocate(flat: str, tensor: SavedTensor) -> torch.Tensor:
+        place = cast("SavedShards", saved).contents.place(flat)
+        if place[0] != "state" or place[1] not in own or not tensor.size:
+            return whole_tensor(flat, tensor)
+        if not fits(place[1], place[-1], tensor.size):
+            return torch.empty(tensor.size, dtype=tensor.dtype, device="meta")
+        return empty_like(like[own[place[1]]], tensor.dtype, tensor.size)
+
+    def piece(name: object, key: object, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim():
+            return value
+        fit = fits(name, key, tuple(value.shape))
+        return _piece_of(value, like[own[name]]) if fit else value
+
+    if isinstance(saved, SavedShards):
+        state = saved.state(allocate)
+        states = state.get("state", {})
+    else:
+        states = {
+            name: {key: piece(name, key, value) for key, value in each.items()}
+            for name, each in saved["state"].items()
+        }
+    if misfits:
+        raise MismatchError(
+            f"the state in {path} does not fit the {type(optimizer).__name__}:\n  "
+            + "\n  ".join(misfits)
+        )
+    named = {
+        "state": {own[name]: each for name, each in states.items()},
+        "param_groups": [
+            {**group, "params": [own[name] for name in group["params"]]}
+            for group in state.get("param_groups", [])
+        ],
+    }
+    return fsdp1.local_optimizer_state(module, optimizer, named)
+
+
 def _load_module(module: torch.nn.Module, shards: SavedShards) -> None:
     state = dict(module_state(module)) if is_fsdp1(module) else module.state_dict()
     own = {plain_name(name): name for name in state}
     saved = {plain_name(str(shards.contents.place(n)[-1])): n for n in shards.contents.tensors}
     sizes = {name: shards.contents.tensors[flat].size for name, flat in saved.items()}
-    _require_fit(shards.folder, module, _sizes(state), sizes)
+    require_fit(shards.folder, module, sizes_of(state), sizes)
     shards.fill({saved[name]: state[own[name]].detach() for name in sizes})
     for flat, value in shards.values().items():
         name = plain_name(str(shards.contents.place(flat)[-1]))
@@ -200,9 +296,7 @@ def _load_module(module: torch.nn.Module, shards: SavedShards) -> None:
 
 def _hand_over(module: torch.nn.Module, state: Mapping[str, Any]) -> None:
     if is_fsdp1(module):
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict
-
-        set_model_state_dict(module, dict(state))
+        fsdp1.load_model_state(module, state)
         return
     module.load_state_dict(state)
 
@@ -211,35 +305,16 @@ def _load_optimizer(
     optimizer: torch.optim.Optimizer, module: torch.nn.Module | None, shards: SavedShards
 ) -> None:
     if module is not None and is_fsdp1(module):
-        _load_fsdp1_optimizer(optimizer, module, shards)
+        optimizer.load_state_dict(
+            flat_optimizer_like(shards, optimizer, module, shards.folder, by_order=False)
+        )
         return
     names = None if module is None else names_of(module)
     optimizer.load_state_dict(optimizer_like(shards, optimizer, names))
 
 
-def _load_fsdp1_optimizer(
-    optimizer: torch.optim.Optimizer, module: torch.nn.Module, shards: SavedShards
-) -> None:
-    from torch.distributed.checkpoint.state_dict import (
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    # Gives the pieces that this rank wants, and makes the state if there is none yet.
-    like = get_optimizer_state_dict(module, optimizer)
-    live = cast("dict[str, Any]", like["state"])
-
-    def allocate(name: str, tensor: SavedTensor) -> torch.Tensor:
-        place = shards.contents.place(name)
-        found = live.get(str(place[1]), {}).get(str(place[2])) if place[0] == "state" else None
-        return whole_tensor(name, tensor) if found is None else found
-
-    state = shards.state(allocate)
-    if "state" in state:
-        set_optimizer_state_dict(module, optimizer, state)
-
-
-def _sizes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def sizes_of(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of the tensors in a state, by plain names."""
     return {
         plain_name(name): tuple(value.shape)
         for name, value in state.items()
@@ -247,12 +322,17 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _require_fit(
+def require_fit(
     path: Path,
     module: torch.nn.Module,
     own: Mapping[str, tuple[int, ...]],
     saved: Mapping[str, tuple[int, ...]],
 ) -> None:
+    """Refuse a state of other names or sizes than those of a module.
+
+    Raises:
+        MismatchError: It is one; every mismatch is listed.
+    """
     problems = [f"{name}: only in the module" for name in own if name not in saved]
     problems += [f"{name}: only in the checkpoint" for name in saved if name not in own]
     problems += [

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._sharded.contents import (
     Chunk,
@@ -87,7 +88,9 @@ class SavedShards:
                 makes on the device "meta" is not read.
         """
         tensors = {name: allocate(name, saved) for name, saved in self.contents.tensors.items()}
-        self.fill({name: found for name, found in tensors.items() if not found.is_meta})
+        # One of torch's sharded tensors of which this rank has no piece can't be asked.
+        wanted = {n: t for n, t in tensors.items() if type(t) is not torch.Tensor or not t.is_meta}
+        self.fill(wanted)
         return self.nested({**tensors, **self.values()})
 
     def nested(self, flat: Mapping[str, object]) -> dict[str, Any]:
@@ -115,7 +118,7 @@ class SavedShards:
             # Not a link or a pipe, whoever has put it there.
             with open_regular(self.folder / stored.file) as stream:
                 part = cast("BinaryIO", _Slice(stream, stored))
-                return torch.load(part, map_location="cpu", weights_only=True)
+                piece = torch.load(part, map_location="cpu", weights_only=True)
         except Exception as error:
             reason = next(iter(str(error).splitlines()), repr(error))
             if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -125,6 +128,8 @@ class SavedShards:
                     f"was not read. torch says: {reason}"
                 ) from error
             raise self._damaged(stored, reason) from error
+        moved(stored.length)
+        return cast("object", piece)
 
     def _damaged(self, stored: Stored, reason: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(

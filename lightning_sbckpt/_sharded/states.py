@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_sbckpt._disk.storage import FileDigest
+from lightning_sbckpt._sharded import fsdp1
+from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt.errors import HookError, MismatchError, SaveError
 
 State: TypeAlias = "Mapping[str, Any]"
@@ -24,8 +26,6 @@ State: TypeAlias = "Mapping[str, Any]"
 _TENSORS = {"DTensor", "ShardedTensor", "FlatParameter"}
 _FSDP1 = "FullyShardedDataParallel"
 _FSDP2 = "FSDPModule"
-# What wrappers put into the names of parameters; without it they are those of the plain module.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 class ShardedState:
@@ -126,13 +126,6 @@ def take_back_to_pieces(module: torch.nn.Module) -> None:
         module.state_dict()
 
 
-def plain_name(name: str) -> str:
-    """Return a parameter's name without what wrappers have put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
 def is_fsdp1(obj: object) -> bool:
     """Return whether a module is wrapped by FSDP's first version, whose states need its help."""
     return isinstance(obj, torch.nn.Module) and _has(obj, _FSDP1)
@@ -141,18 +134,14 @@ def is_fsdp1(obj: object) -> bool:
 def module_state(module: torch.nn.Module) -> State:
     """Return the state of a module, its sharded tensors as they are."""
     if is_fsdp1(module):
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-        return get_model_state_dict(module)
+        return fsdp1.model_state(module)
     return {plain_name(name): value for name, value in module.state_dict().items()}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: torch.nn.Module) -> State:
     """Return the state of an optimizer, by the names of the parameters of its module."""
-    if is_fsdp1(module) and optimizer.state:
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-        return get_optimizer_state_dict(module, optimizer)
+    if is_fsdp1(module):
+        return fsdp1.optimizer_state(module, optimizer)
     # Torch's own function would make a step with gradients of zero where none has been made yet,
     # to have a state at all; after it the run would not be the one that it was.
     names = names_of(module)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,33 +53,95 @@ def write_sharded(
     Raises:
         SaveError: A rank could not write; it is raised on every rank.
     """
+    written: Digests = {}
+    for name in sorted(states):
+        writer = _Writer(staged / f"{name}{SHARDED_EXT}", storage)
+        _save(name, states[name], writer, Planner(name), world.rank)
+        written.update(_all_digests(writer, world.gather(writer.digests)))
+    return written
+
+
+def write_planned(
+    plans: Mapping[str, Planner],
+    staged: Path,
+    rank: int,
+    storage: LocalStorage,
+    group: dist.ProcessGroup | None,
+) -> Digests:
+    """Write what was planned and copied before, as `write_sharded` does.
+
+    Args:
+        plans: By the name of the recoverable; each needs no state any more.
+        staged: The folder of the checkpoint.
+        rank: Of this process.
+        storage: The disk.
+        group: All ranks, by whom nothing else is said there now; None without `torch.distributed`.
+
+    Raises:
+        SaveError: A rank could not write; it is raised on every rank.
+    """
+    written: Digests = {}
+    for name in sorted(plans):
+        writer = _Writer(staged / f"{name}{SHARDED_EXT}", storage)
+        _save(name, {}, writer, plans[name], rank, group)
+        boxes: list[Digests] | None = [writer.digests]
+        if group is not None:
+            boxes = [{}] * dist.get_world_size(group) if rank == 0 else None
+            try:
+                dist.gather_object(writer.digests, boxes, dst=0, group=group)
+            except Exception as error:
+                raise _unreachable(name, error) from error
+        written.update(_all_digests(writer, boxes))
+    return written
+
+
+def require_all_ranks(names: Iterable[str], world: World) -> None:
+    """Refuse a world that is only a part of the ranks, of which each has pieces.
+
+    Raises:
+        SaveError: It is.
+    """
     if dist.is_initialized() and dist.get_world_size() != world.size:
         raise SaveError(
-            f"the sharded states {', '.join(sorted(states))} were not written: {world.size} ranks "
+            f"the sharded states {', '.join(sorted(names))} were not written: {world.size} ranks "
             f"save together, and torch.distributed has {dist.get_world_size()}, each with its own "
             "pieces. Let all ranks save together. Nothing of this checkpoint is kept; earlier ones "
             "are whole"
         )
-    written: Digests = {}
-    for name in sorted(states):
-        folder = staged / f"{name}{SHARDED_EXT}"
-        writer = _Writer(folder, storage)
-        try:
-            with _quiet():
-                save(dict(states[name]), storage_writer=writer, planner=_Planner(name))
-        except CheckpointException as error:
-            raise _failure(name, error, world.rank) from error
-        except Exception as error:
-            # A collective that broke: another rank is gone, and nothing can be agreed on any more.
-            raise SaveError(
-                f"the sharded state {name!r} was not written: the other ranks can't be reached "
-                f"({type(error).__name__}: {error}). Nothing of this checkpoint is kept; earlier "
-                "ones are whole"
-            ) from error
-        of_ranks = world.gather(writer.digests) or [writer.digests]
-        for found in of_ranks:
-            written.update({f"{folder.name}/{file}": each for file, each in found.items()})
-    return written
+
+
+def _save(
+    name: str,
+    state: State,
+    writer: _Writer,
+    planner: Planner,
+    rank: int,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    try:
+        with nullcontext() if dist.is_initialized() else _quiet():
+            save(dict(state), storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:
+        raise _failure(name, error, rank) from error
+    except Exception as error:
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> SaveError:
+    # A collective that broke: another rank is gone, and nothing can be agreed on any more.
+    return SaveError(
+        f"the sharded state {name!r} was not written: the other ranks can't be reached "
+        f"({type(error).__name__}: {error}). Nothing of this checkpoint is kept; earlier ones are "
+        "whole"
+    )
+
+
+def _all_digests(writer: _Writer, of_ranks: list[Digests] | None) -> Digests:
+    folder = Path(writer.path).name
+    found = {}
+    for digests in of_ranks or [writer.digests]:
+        found.update({f"{folder}/{file}": each for file, each in digests.items()})
+    return found
 
 
 def _failure(name: str, error: CheckpointException, rank: int) -> SaveError:
@@ -157,7 +219,7 @@ class _Files(FileSystem):
         super().rename(path, new_path)
 
 
-class _Planner(DefaultSavePlanner):
+class Planner(DefaultSavePlanner):
     """Has what is no tensor written as what tensors-only loading takes."""
 
     def __init__(self, name: str) -> None:
@@ -211,5 +273,5 @@ def _require_text_keys(name: str, value: object, where: str) -> None:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # One process is a world, too.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavail)")
         yield

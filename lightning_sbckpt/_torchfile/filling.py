@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lightning_sbckpt._disk.memory import Memory
+from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt._disk.threads import run_all
 from lightning_sbckpt._torchfile.outline import Identity, Stored, identity_of, read_outline
 from lightning_sbckpt.errors import DamagedCheckpointError
@@ -142,6 +143,7 @@ def _read_piece(path: Path, descriptor: int, piece: Wanted) -> None:
         if not count:
             raise _changed(path, f"it ends at byte {begin + done:,}")
         done += count
+        moved(count)
 
 
 def _changed(path: Path, how: str) -> DamagedCheckpointError:

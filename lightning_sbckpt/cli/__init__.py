@@ -16,6 +16,7 @@ except ImportError as error:
         "pip install 'lightning-sbckpt[cli]'"
     ) from error
 
+from lightning_sbckpt.cli._bars import bars_of_command
 from lightning_sbckpt.cli._common import EXIT_CODES, Failure, code_of, log_to_terminal, message_of
 
 __all__ = ["main"]
@@ -95,3 +96,4 @@ def main(ctx: click.Context) -> None:
     one of them: its path, or the folder and the word best or newest, as in run/best.
     """
     ctx.with_resource(log_to_terminal())
+    ctx.obj = ctx.with_resource(bars_of_command())

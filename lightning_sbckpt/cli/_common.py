@@ -1,4 +1,4 @@
-"""What all commands have in common: exit codes, text that is safe to print, JSON, progress.
+"""What all commands have in common: exit codes, text that is safe to print, JSON.
 
 Exit codes, for scripts:
 
@@ -17,14 +17,14 @@ import json
 import logging
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
 import click
 
 from lightning_sbckpt._inspect.columns import printable
+from lightning_sbckpt.cli._bars import hush
 from lightning_sbckpt.errors import (
     DamagedCheckpointError,
     RemoteError,
@@ -32,7 +32,6 @@ from lightning_sbckpt.errors import (
     SaveError,
     SBCheckpointError,
 )
-from lightning_sbckpt.verify import Progress
 
 __all__ = [
     "EXIT_CODES",
@@ -49,7 +48,6 @@ __all__ = [
     "message_of",
     "print_json",
     "printable",
-    "progress_bar",
 ]
 
 NO = 1
@@ -96,7 +94,8 @@ def echo(text: str = "", *, err: bool = False) -> None:
     safe = "\n".join(map(printable, text.split("\n")))
     if not encoding.lower().startswith("utf"):
         safe = safe.replace("─", "-").replace("…", "...")
-    click.echo(safe.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    # To the stream as it is now: a bar that is shown puts a line above itself.
+    click.echo(safe.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def message_of(error: Exception) -> str:
@@ -155,7 +154,15 @@ def collected_warnings() -> Iterator[list[str]]:
 
 def json_option(command: F) -> F:
     """Give a command the option `--json`, as the argument `as_json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, callback=_hushed, help="Print JSON, for scripts."
+    )(command)
+
+
+def _hushed(_context: click.Context, _option: click.Parameter, value: bool) -> bool:
+    if value:
+        hush()
+    return value
 
 
 def print_json(value: object) -> None:
@@ -177,25 +184,3 @@ def _plain(value: object) -> object:
     if hasattr(value, "tolist"):  # A tensor in the meta.
         return _plain(value.tolist())
     return str(value)
-
-
-def progress_bar(stack: ExitStack, patience: float = 1.0) -> Progress:
-    """Return what shows a bar on the terminal as soon as it has taken too long."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=None)
-    begin = time.monotonic()
-    shown = False
-
-    def tell(done: int, total: int) -> None:
-        nonlocal shown
-        bar.update(task, completed=done, total=total)
-        if not shown and time.monotonic() - begin > patience and bar.console.is_terminal:
-            stack.enter_context(bar)
-            shown = True
-
-    return tell

@@ -14,7 +14,7 @@ import click
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._pictures.timeline import build_timeline
-from lightning_sbckpt.cli._common import progress_bar
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._folders import Folder, require_key
 from lightning_sbckpt.cli._rules import RunRules, best_by, events_of, run_rules
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SelectionError
@@ -177,7 +177,7 @@ def _newest_sound(newest_first: Sequence[Checkpoint]) -> Path | None:
     for ckpt in newest_first:
         with ExitStack() as stack:
             try:
-                found = verify(ckpt.path, on_progress=progress_bar(stack))
+                found = verify(ckpt.path, on_progress=progress_bar(stack, "verifying"))
             except CheckpointNotFoundError:
                 continue  # Removed meanwhile.
         if not any(one.problems for one in found):

@@ -14,7 +14,8 @@ from typing import Any, NoReturn, cast
 import click
 
 from lightning_sbckpt._remote.places import said
-from lightning_sbckpt.cli._common import printable, progress_bar
+from lightning_sbckpt.cli._bars import progress_bar
+from lightning_sbckpt.cli._common import json_option, printable
 from lightning_sbckpt.cli._folders import name_of
 from lightning_sbckpt.errors import RemoteError, SBCheckpointError
 from lightning_sbckpt.verify import Verification
@@ -54,7 +55,7 @@ def selftest(factory: str, kills: tuple[str, ...], timeout: float) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@json_option
 @click.option("--workers", default=2, show_default=True, help="How many files are read at once.")
 def verify(path: Path, as_json: bool, workers: int) -> None:
     """Read every byte of the checkpoints in PATH and compare it with what was written.
@@ -65,7 +66,9 @@ def verify(path: Path, as_json: bool, workers: int) -> None:
     try:
         with ExitStack() as stack:
             started = time.perf_counter()
-            found = verify_folder(path, workers=workers, on_progress=progress_bar(stack))
+            found = verify_folder(
+                path, workers=workers, on_progress=progress_bar(stack, "verifying")
+            )
             seconds = time.perf_counter() - started
     except RemoteError:
         raise

@@ -10,13 +10,13 @@ import click
 
 from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import said
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,
     echo,
     json_option,
     print_json,
-    progress_bar,
 )
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
 from lightning_sbckpt.cli._rules import best_by, run_rules
@@ -72,7 +72,7 @@ def _first_sound(candidates: list[Checkpoint]) -> Checkpoint | None:
     for ckpt in candidates:
         with ExitStack() as stack:
             try:
-                found = verify(ckpt.path, on_progress=progress_bar(stack))
+                found = verify(ckpt.path, on_progress=progress_bar(stack, "verifying"))
             except CheckpointNotFoundError:
                 continue  # Removed meanwhile.
         problems = [problem for one in found for problem in one.problems]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import click
 
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import echo, json_option, print_json
 from lightning_sbckpt.cli._folders import locate
 
@@ -25,7 +28,9 @@ def consolidate(ckpt: str, to: str | None, name: str | None, as_json: bool) -> N
     from lightning_sbckpt.consolidation import consolidate as put_together
 
     _, found = locate(ckpt)
-    saved = put_together(found, to, name=name)
+    with ExitStack() as stack:
+        tell = progress_bar(stack, "consolidating")
+        saved = put_together(found, to, name=name, on_progress=tell)
     if as_json:
         print_json({"path": str(saved.path), "meta": saved.meta})
     else:

@@ -13,13 +13,13 @@ import click
 
 from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.averaging import AVERAGED_FROM, save_average
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,
     echo,
     json_option,
     print_json,
-    progress_bar,
 )
 from lightning_sbckpt.cli._differing import lines_of
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder, require_key, resolve
@@ -74,7 +74,11 @@ def diff(
         before, after = before._replace(paramfiles={}), after._replace(paramfiles={})
     with ExitStack() as stack:
         found = diff_checkpoints(
-            before, after, names=names or None, keys=keys, on_progress=progress_bar(stack)
+            before,
+            after,
+            names=names or None,
+            keys=keys,
+            on_progress=progress_bar(stack, "comparing"),
         )
     if as_json:
         print_json(found.as_dict())
@@ -136,9 +140,15 @@ def average(
     folder = open_folder(root)
     named = [_beside(folder, which) for which in ckpts]
     sources = named or _chosen(folder, best, newest, min_key, max_key)
-    saved = save_average(
-        into or folder.path, sources, recoverables=recoverables, name=name, with_rest=with_rest
-    )
+    with ExitStack() as stack:
+        saved = save_average(
+            into or folder.path,
+            sources,
+            recoverables=recoverables,
+            name=name,
+            with_rest=with_rest,
+            on_progress=progress_bar(stack, "averaging"),
+        )
     if as_json:
         print_json({"path": said(saved.path), "meta": saved.meta})
     else:
@@ -241,12 +251,16 @@ def _export(
     overwrite: bool,
     trust_pickle: bool,
 ) -> Exported:
+    from lightning_sbckpt.export import to_safetensors, to_state_dict
+
     if kind == "lightning":
         from lightning_sbckpt.plugin.export import to_lightning
 
-        return to_lightning(found, out, overwrite=overwrite, trust_pickle=trust_pickle)
-    from lightning_sbckpt.export import to_safetensors, to_state_dict
-
-    if kind == "safetensors":
-        return to_safetensors(found, out, name, keys or None, overwrite=overwrite)
-    return to_state_dict(found, out, name, overwrite=overwrite, trust_pickle=trust_pickle)
+    trust = {"overwrite": overwrite, "trust_pickle": trust_pickle}
+    with ExitStack() as stack:
+        tell = progress_bar(stack, "exporting")
+        if kind == "lightning":
+            return to_lightning(found, out, **trust, on_progress=tell)
+        if kind == "state-dict":
+            return to_state_dict(found, out, name, **trust, on_progress=tell)
+        return to_safetensors(found, out, name, keys or None, overwrite=overwrite, on_progress=tell)

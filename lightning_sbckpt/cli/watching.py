@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lightning_sbckpt._inspect.columns import metric_keys, printable, step_of
 from lightning_sbckpt._pictures.wording import say_number
+from lightning_sbckpt.cli._bars import hush
 from lightning_sbckpt.cli._common import Failure, collected_warnings, counted, echo, json_option
 from lightning_sbckpt.cli._folders import Folder, open_folder
 from lightning_sbckpt.cli._plan import standing
@@ -42,6 +43,8 @@ def watch(path: Path, interval: float, once: bool, as_json: bool) -> None:
     """
     folder = open_folder(path)
     console = make_console()
+    # From here on there is a picture that moves, or a line for each event.
+    hush()
     try:
         if once and not as_json:
             _print_once(folder)

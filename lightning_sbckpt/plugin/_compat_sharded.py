@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,9 +21,21 @@ from lightning_sbckpt._sharded.states import module_state, optimizer_state
 from lightning_sbckpt.plugin._compat import Undo, wrap
 
 
-def shards_by_dtensor(strategy: Strategy) -> bool:
-    """Return whether a strategy shards by FSDP2 or tensor parallelism, whose pieces are DTensors."""
-    return isinstance(strategy, ModelParallelStrategy)
+def shards_the_model(strategy: Strategy) -> bool:
+    """Return whether a strategy shards the model in a way that is known here.
+
+    These are FSDP2 and tensor parallelism, whose pieces are DTensors, and FSDP's first version.
+    """
+    return isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
+
+
+def module_in_pieces(strategy: Strategy) -> nn.Module:
+    """Return the module whose states are in pieces.
+
+    With FSDP's first version it is the wrapper: only that knows what its parameters are pieces of.
+    """
+    wraps = isinstance(strategy, FSDPStrategy) and strategy.model is not None
+    return cast("nn.Module", strategy.model if wraps else strategy.lightning_module)
 
 
 def restores_late(strategy: Strategy) -> bool:
@@ -35,7 +47,8 @@ def restores_late(strategy: Strategy) -> bool:
 def states_in_pieces(trainer: Trainer) -> Iterator[None]:
     """Have Lightning's checkpoint hold the pieces of this rank, whatever the strategy is set to.
 
-    With `save_distributed_checkpoint=False` it would gather the whole model on rank zero.
+    With `save_distributed_checkpoint=False`, or `state_dict_type="full"`, it would gather the whole
+    model on rank zero.
     """
     strategy = trainer.strategy
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin.collect import MODEL, OPTIMIZER, SCHEDULER, numbered
@@ -36,13 +36,20 @@ class Adaptation:
     partial: bool = False
     keep_lr: bool = False
 
-    def adapt_model(self, dump: dict[str, Any], module: LightningModule, path: str) -> list[str]:
+    def adapt_model(
+        self, dump: dict[str, Any], own: Mapping[str, Any], path: str, *, strict: bool
+    ) -> list[str]:
         """Make the saved state_dict fit the module, in place; return what was left out, in words.
+
+        Args:
+            dump: Lightning's dictionary.
+            own: The state_dict of the module.
+            path: The checkpoint, for the message.
+            strict: Whether all names must be the same.
 
         Raises:
             MismatchError: It doesn't fit; every mismatch is listed with both shapes.
         """
-        own = module.state_dict()
         if MODEL in self.skip:
             dump["state_dict"] = dict(own)
             return []
@@ -52,7 +59,6 @@ class Adaptation:
             for key, value in own.items()
             if key in saved and _shape(saved[key]) != _shape(value)
         ]
-        strict = module.strict_loading
         lacking = [f"{key}: only in the module" for key in own if key not in saved and strict]
         unused = [f"{key}: only in the checkpoint" for key in saved if key not in own and strict]
         problems = wrong + lacking + unused

@@ -19,7 +19,7 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _compat, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation
-from lightning_sbckpt.plugin.collect import FolderReader, divide_model, is_folder
+from lightning_sbckpt.plugin.collect import FolderReader, is_folder
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.io import FolderCheckpointIO
@@ -265,8 +265,7 @@ class SBCheckpoint(LightningCheckpoint):
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
         if self._run is None or _compat.is_dev_run(trainer):
             return
-        if self._gatherer.split_model:
-            divide_model(pl_module.state_dict(), self._gatherer.split_model)
+        self._gatherer.check(trainer)
         cast("Beginning", self._beginning).load_own()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -398,8 +397,7 @@ class SBCheckpoint(LightningCheckpoint):
             )
             return
         dump = self._reader.read(best.path)
-        module.on_load_checkpoint(dump)
-        module.load_state_dict(dump["state_dict"], strict=module.strict_loading)
+        self._reader.load_weights(dump, module)
         rank_zero_info(
             f"SBCheckpoint: restored the best weights, {criterion} "
             f"({self._best_by.value(best):g}), from {best.path}"

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_sbckpt._folder.layout import (
@@ -38,6 +37,7 @@ from lightning_sbckpt.errors import (
 )
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin.gradients import read_gradients
 from lightning_sbckpt.plugin.sharded import Pieces
 
 MODEL = "model"
@@ -259,13 +259,21 @@ class FolderReader:
         if path is None:
             return None
         with trusting_pickle(self._trust_pickle):
-            sharded = path.suffix == SHARDED_EXT
-            state = None if sharded else load_state(path, missing_pickled=self.unread)
-            if name == GRADIENTS and "ranks" not in (cast("dict[str, Any] | None", state) or {}):
-                # Of sharded parameters: by their names, and every rank takes what is its own.
-                ranks = dist.get_world_size() if dist.is_initialized() else 1
-                return {"ranks": [self._model(path, "")] * ranks}
-            return state
+            if name == GRADIENTS:
+                return read_gradients(path, self.pieces, self.unread)
+            return load_state(path, missing_pickled=self.unread)
+
+    def own_state(self, module: LightningModule) -> dict[str, Any]:
+        """Return the state of a live module as it is compared with a saved one."""
+        return module.state_dict() if self.pieces is None else self.pieces.own_state()
+
+    def load_weights(self, dump: dict[str, Any], module: LightningModule) -> None:
+        """Put the weights that `read` returned in place."""
+        module.on_load_checkpoint(dump)
+        if self.pieces is None:
+            module.load_state_dict(dump["state_dict"], strict=module.strict_loading)
+        else:
+            self.pieces.load_model(dump["state_dict"], module.strict_loading)
 
     def _read_in_full(self, checkpoint: Checkpoint) -> Collection[str] | None:
         if self.pieces is None or self.pieces.reads_every_byte:

@@ -15,19 +15,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
+from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin import _compat, _compat_logged
 from lightning_sbckpt.plugin.collect import GRADIENTS, LOADERS, METRICS, RNG, Part
+from lightning_sbckpt.plugin.gradients import put_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import pack, together
 from lightning_sbckpt.rng import capture_rng, restore_rng
 from lightning_sbckpt.typing import World
 
 
-def capture(trainer: Trainer, tracker: LoaderTracker, *, within_epoch: bool) -> dict[str, Any]:
+def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
     """Return this rank's state, by the name of the file that it goes to."""
     module = trainer.lightning_module
-    state: dict[str, Any] = {
+    return {
         RNG: capture_rng(),
         LOADERS: tracker.state(_compat.prefetched_batches(trainer)),
         METRICS: {
@@ -35,16 +37,6 @@ def capture(trainer: Trainer, tracker: LoaderTracker, *, within_epoch: bool) -> 
             "torchmetrics": {name: metric_state(metric) for name, metric in metrics_in(module)},
         },
     }
-    # Without automatic optimization only the module knows when its gradients have served.
-    if within_epoch and (_compat.is_accumulating(trainer) or not module.automatic_optimization):
-        gradients = {
-            name: parameter.grad
-            for name, parameter in module.named_parameters()
-            if parameter.grad is not None
-        }
-        if gradients:
-            state[GRADIENTS] = gradients
-    return state
 
 
 def weak_points(device: torch.device) -> list[str]:
@@ -76,10 +68,10 @@ def modes(module: LightningModule) -> dict[str, list[str]]:
     epoch that has begun.
     """
     return {
-        "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
-        "eval": [name for name, child in module.named_modules() if not child.training],
+        "frozen": [plain_name(n) for n, p in module.named_parameters() if not p.requires_grad],
+        "eval": [plain_module_name(n) for n, c in module.named_modules() if not c.training],
         "untracked": [
-            name
+            plain_module_name(name)
             for name, child in module.named_modules()
             if getattr(child, "track_running_stats", None) is False
         ],
@@ -88,10 +80,12 @@ def modes(module: LightningModule) -> dict[str, list[str]]:
 
 def restore_modes(module: LightningModule, saved: Mapping[str, list[str]]) -> None:
     """Put back what `modes` returned."""
-    frozen, evaluating, untracked = (set(saved[key]) for key in ("frozen", "eval", "untracked"))
+    frozen = {plain_name(name) for name in saved["frozen"]}
+    evaluating, untracked = (set(map(plain_module_name, saved[k])) for k in ("eval", "untracked"))
     for name, parameter in module.named_parameters():
-        parameter.requires_grad = name not in frozen
-    for name, child in module.named_modules():
+        parameter.requires_grad = plain_name(name) not in frozen
+    for wrapped_name, child in module.named_modules():
+        name = plain_module_name(wrapped_name)
         child.training = name not in evaluating
         if hasattr(child, "track_running_stats"):
             child.track_running_stats = name not in untracked
@@ -105,7 +99,7 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
         problems += _compat_logged.restore_logged_state(trainer, state[METRICS]["logged"])
         problems += _restore_metrics(module, state[METRICS]["torchmetrics"])
     if GRADIENTS in state:
-        problems += _restore_gradients(module, state[GRADIENTS])
+        problems += put_gradients(trainer, state[GRADIENTS])
     if RNG in state:
         problems += restore_rng(state[RNG])
     return problems
@@ -132,18 +126,6 @@ def _restore_metrics(module: LightningModule, states: Mapping[str, Any]) -> list
             set_metric_state(metrics[name], state)
         except MismatchError as error:
             problems.append(f"{subject}: {error}")
-    return problems
-
-
-def _restore_gradients(module: LightningModule, gradients: Mapping[str, torch.Tensor]) -> list[str]:
-    parameters = dict(module.named_parameters())
-    problems = []
-    for name, gradient in gradients.items():
-        parameter = parameters.get(name)
-        if parameter is None or parameter.shape != gradient.shape:
-            problems.append(f"the gradient of {name!r}: the module has no such parameter any more")
-            continue
-        parameter.grad = gradient.to(parameter.device, copy=True)
     return problems
 
 

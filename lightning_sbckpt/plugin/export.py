@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
+from lightning_sbckpt._disk.progress import Progress, Tally
+from lightning_sbckpt._finding.loading import bytes_of
 from lightning_sbckpt._folder.layout import folder_for, read_checkpoint
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt._torchfile.writing import write_torch
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
-from lightning_sbckpt.export import Exported, Source, publish_file
+from lightning_sbckpt.export import Exported, Source, bytes_to_export, publish_file
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.collect import (
     GRADIENTS,
@@ -44,6 +46,7 @@ def to_lightning(
     *,
     overwrite: bool = False,
     trust_pickle: bool = False,
+    on_progress: Progress | None = None,
 ) -> Exported:
     """Write a checkpoint of a Lightning run as a `.ckpt`, for which nothing of ours is needed.
 
@@ -55,6 +58,8 @@ def to_lightning(
         path: The file to write; there or not, never half.
         overwrite: Replace a file that is there.
         trust_pickle: Read state that only pickle can hold.
+        on_progress: Called now and then with the bytes read and written so far and all bytes that
+            there are to read and to write.
 
     Returns:
         The file.
@@ -66,7 +71,7 @@ def to_lightning(
         SaveError: The disk refused.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from lightning_sbckpt import Checkpointer
         >>> folder = Path(tempfile.mkdtemp())
         >>> saved = Checkpointer(folder, {"model": torch.nn.Linear(1, 1)}).save_checkpoint()
@@ -75,10 +80,16 @@ def to_lightning(
     """
     folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
     reader = FolderReader(trust_pickle=trust_pickle)
-    dump = reader.read(folder)
-    remarks = _left_out(read_checkpoint(folder), reader)
+    source = read_checkpoint(folder)
+    size = bytes_of(source, source.paramfiles)
+    total = bytes_to_export(source, source.paramfiles)
+    tally = Tally(on_progress, total)
+    with tally.part(total - 2 * size):
+        dump = reader.read(folder)
+    remarks = _left_out(source, reader)
     remarks += [f"{unread} (only pickle can hold it)" for unread in reader.unread]
-    path = publish_file(path, lambda target: torch.save(dump, target), overwrite=overwrite)
+    with tally.part(2 * size):
+        path = publish_file(path, partial(write_torch, dump), overwrite=overwrite)
     return Exported(path, tuple(remarks))
 
 
@@ -137,7 +148,7 @@ def from_lightning(
         SaveError: It could not be written; nothing of it is visible.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = Path(tempfile.mkdtemp())
         >>> file = {"state_dict": {"weight": torch.ones(1)}, "epoch": 3, "global_step": 40}
         >>> torch.save(file, folder / "last.ckpt")

@@ -8,7 +8,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sbckpt._sharded.states import ShardedState, take_back_to_pieces
+from lightning_sbckpt._sharded import fsdp1
+from lightning_sbckpt._sharded.states import (
+    ShardedState,
+    is_fsdp1,
+    module_state,
+    take_back_to_pieces,
+)
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import dump_meta, plain_meta
 from lightning_sbckpt.plugin import (
@@ -20,7 +26,8 @@ from lightning_sbckpt.plugin import (
     exact,
 )
 from lightning_sbckpt.plugin.adapt import classes_of
-from lightning_sbckpt.plugin.collect import GRADIENTS, divide
+from lightning_sbckpt.plugin.collect import GRADIENTS, divide, divide_model
+from lightning_sbckpt.plugin.gradients import take_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.schedule import Place, place_of
 from lightning_sbckpt.triggers import Due
@@ -56,6 +63,20 @@ class Gatherer:
         _options.check_disjoint(split_model)
         if isinstance(recoverables, Mapping):
             _options.check_names([*split_model, *recoverables], "recoverables")
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse at once what no checkpoint could be made of; all ranks call this.
+
+        Raises:
+            ConfigurationError: A submodule that is to have a file has no state, or the pieces of
+                the model can't be had.
+        """
+        module = _compat_sharded.module_in_pieces(trainer.strategy)
+        if is_fsdp1(module):
+            fsdp1.refuse_what_is_mixed(module)
+        if self.split_model:
+            own = module_state(module) if is_fsdp1(module) else module.state_dict()
+            divide_model(own, self.split_model)
 
     def take_metrics(self, trainer: Trainer) -> None:
         """Take what was just computed for the weights of this moment."""
@@ -94,10 +115,10 @@ class Gatherer:
         validated_this_epoch: bool,
     ) -> dict[str, object]:
         """Return all that a checkpoint of this moment holds, by the names of its files."""
-        in_pieces = _compat_sharded.shards_by_dtensor(trainer.strategy)
+        in_pieces = _compat_sharded.shards_the_model(trainer.strategy)
         if in_pieces:
             take_back_to_pieces(trainer.lightning_module)
-        state = exact.capture(trainer, tracker, within_epoch=within_epoch)
+        state = exact.capture(trainer, tracker)
         position = {
             "within_epoch": within_epoch,
             "loops": _compat_loops.loop_state(trainer),
@@ -108,8 +129,12 @@ class Gatherer:
         with _compat_sharded.states_in_pieces(trainer) if in_pieces else nullcontext():
             dump = _compat.dump_checkpoint(trainer)
         found = divide(dump, trainer, self.split_model, position, in_pieces=in_pieces)
-        if in_pieces and GRADIENTS in state:
-            found[GRADIENTS] = ShardedState(state.pop(GRADIENTS))
+        # After the state of the model, with which FSDP takes its parameters back to pieces.
+        gradients = take_gradients(trainer) if within_epoch else {}
+        if gradients and in_pieces:
+            found[GRADIENTS] = ShardedState(gradients)
+        elif gradients:
+            state[GRADIENTS] = gradients
         return {**found, **exact.parts_of_ranks(state, world), **self.of_user(trainer)}
 
     def documents(self, trainer: Trainer) -> dict[str, str]:

@@ -4,19 +4,16 @@
 in its place. How a loader gets back to where it was is told in `_positions.py`.
 """
 
-# A tracker and its tracks are one thing in two classes.
-# ruff: noqa: SLF001
-
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, SupportsIndex
-from weakref import ref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.plugin._positions import LoaderPosition
 from lightning_sbckpt.plugin._sampling import samplers_in
+from lightning_sbckpt.plugin._tracked import Track, TrackedLoader
 from lightning_sbckpt.rng import isolated_rng
 
 __all__ = ["LoaderTracker", "TrackedLoader"]
@@ -24,88 +21,6 @@ __all__ = ["LoaderTracker", "TrackedLoader"]
 FORMAT = 1
 
 STAGES = ("train", "validate")
-
-
-class TrackedLoader:
-    """A loader that is, to all who look, the one it stands for; its iterations are tracked.
-
-    `isinstance` and attributes, read or set, are those of the loader, which is `__wrapped__`.
-
-    Example:
-        >>> from torch.utils.data import DataLoader
-        >>> tracker = LoaderTracker(lambda: "train")
-        >>> loader = tracker.track(DataLoader(range(4), batch_size=2))
-        >>> isinstance(loader, DataLoader), len(loader), loader.batch_size
-        (True, 2, 2)
-        >>> [batch.tolist() for batch in loader]
-        [[0, 1], [2, 3]]
-    """
-
-    __slots__ = ("__wrapped__", "_sb_track", "_sb_tracker")
-
-    __wrapped__: Any
-    _sb_track: _Track
-    _sb_tracker: LoaderTracker
-
-    def __init__(self, wrapped: Any, track: _Track, tracker: LoaderTracker) -> None:
-        object.__setattr__(self, "__wrapped__", wrapped)
-        object.__setattr__(self, "_sb_track", track)
-        object.__setattr__(self, "_sb_tracker", tracker)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self.__wrapped__)
-
-    @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
-        attributes: dict[str, Any] = vars(self.__wrapped__)
-        return attributes
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__wrapped__, name)
-        # Only a loader that has a state of its own looks as if it had one.
-        if name == "state_dict":
-            return self._sb_track.state_dict
-        if name == "load_state_dict":
-            return self._sb_track.load_state_dict
-        return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "_iterator" and value is None:
-            # So Lightning ends workers. Ours must not be the last hand that holds them.
-            self._sb_track.position.let_go()
-        setattr(self.__wrapped__, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self.__wrapped__, name)
-
-    def __iter__(self) -> Iterator[object]:
-        return self._sb_track.iterate()
-
-    def __len__(self) -> int:
-        return len(self.__wrapped__)
-
-    def __bool__(self) -> bool:
-        return bool(self.__wrapped__)
-
-    def __getitem__(self, index: Any) -> object:
-        return self.__wrapped__[index]
-
-    def __eq__(self, other: object) -> bool:
-        return bool(self.__wrapped__ == getattr(other, "__wrapped__", other))
-
-    def __hash__(self) -> int:
-        return hash(self.__wrapped__)
-
-    def __repr__(self) -> str:
-        return repr(self.__wrapped__)
-
-    def __dir__(self) -> Iterable[str]:
-        return dir(self.__wrapped__)
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        # What goes to another process is the loader; tracking is this process's.
-        return _itself, (self.__wrapped__,)
 
 
 class LoaderTracker:
@@ -138,11 +53,11 @@ class LoaderTracker:
 
     def __init__(self, stage: Callable[[], str]) -> None:
         self._stage = stage
-        self._groups: dict[str, list[_Track]] = {name: [] for name in STAGES}
-        self._is_complete = dict.fromkeys(STAGES, False)
-        self._pending: dict[tuple[str, int], Mapping[str, Any]] = {}
+        self._groups: dict[str, list[Track]] = {name: [] for name in STAGES}
+        self.is_complete = dict.fromkeys(STAGES, False)
+        self.pending: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._saved_counts: dict[str, int] = {}
-        self._notes: list[str] = []
+        self.notes: list[str] = []
         self._undo: Callable[[], None] | None = None
         self.is_holding = False
         self.is_mid_epoch = False
@@ -196,21 +111,21 @@ class LoaderTracker:
         if type(loader) is TrackedLoader:
             loader = loader.__wrapped__
         former = list(self._groups[stage])
-        if self._is_complete[stage]:
+        if self.is_complete[stage]:
             self.forget(stage)
         group = self._groups[stage]
         # The same loader made "again" may still have its workers.
         position = next((t.position for t in former if t.position.loader is loader), None)
-        track = _Track(self, stage, len(group), position or LoaderPosition(loader))
+        track = Track(self, stage, len(group), position or LoaderPosition(loader))
         group.append(track)
-        if not self.is_holding and track.key in self._pending:
-            track.position.restore_now(self._pending[track.key])
+        if not self.is_holding and track.key in self.pending:
+            track.position.restore_now(self.pending[track.key])
         return TrackedLoader(loader, track, self)
 
     def forget(self, stage: str) -> None:
         """Begin a new group of loaders for a stage."""
         self._groups[stage] = []
-        self._is_complete[stage] = False
+        self.is_complete[stage] = False
 
     # -- saving and going on --------------------------------------------------------------------
 
@@ -255,11 +170,11 @@ class LoaderTracker:
                 f"returns (format {FORMAT}), found {found}; load the file that was saved from it, "
                 "with the version of lightning-sbckpt that saved it."
             )
-        self._pending = {
+        self.pending = {
             (stage, index): saved for stage in STAGES for index, saved in enumerate(state[stage])
         }
         self._saved_counts = {stage: len(state[stage]) for stage in STAGES}
-        self._notes = []
+        self.notes = []
         self.is_holding = True
 
     def release(self, mid_epoch: bool) -> None:
@@ -273,8 +188,8 @@ class LoaderTracker:
         self.is_mid_epoch = mid_epoch
         for stage in STAGES:
             for track in self._groups[stage]:
-                if track.key in self._pending:
-                    track.position.restore_now(self._pending[track.key])
+                if track.key in self.pending:
+                    track.position.restore_now(self.pending[track.key])
 
     # -- telling --------------------------------------------------------------------------------
 
@@ -294,90 +209,21 @@ class LoaderTracker:
             here = len(self._groups[stage])
             if saved != here and (here or stage == "train"):
                 sentences.append(f"{saved} {stage} loaders were saved and {here} are here.")
-        return sentences + self._notes
+        return sentences + self.notes
 
     # -- what the tracks ask --------------------------------------------------------------------
 
-    def _take_pending(self, track: _Track) -> Mapping[str, Any] | None:
-        return self._pending.pop(track.key, None)
+    def take_pending(self, track: Track) -> Mapping[str, Any] | None:
+        """Return what was saved of a loader, once."""
+        return self.pending.pop(track.key, None)
 
-    def _keeps_last(self, stage: str) -> bool:
+    def keeps_last(self, stage: str) -> bool:
+        """Return whether the state before the last batch is wanted, too."""
         # Lightning fetches a batch ahead only when it does not know the length.
         group = self._groups[stage]
         return stage == "train" and any(
             track.position.describe()["length"] is None for track in group
         )
-
-
-class _Track:
-    """What one `TrackedLoader` shares with its tracker.
-
-    Nothing here refers back to the tracker strongly, nor does an iteration to what holds it:
-    workers are to end with the last reference to them, not when garbage is collected.
-    """
-
-    def __init__(
-        self, tracker: LoaderTracker, stage: str, index: int, position: LoaderPosition
-    ) -> None:
-        self._tracker = ref(tracker)
-        self.stage = stage
-        self.index = index
-        self.position = position
-
-    @property
-    def tracker(self) -> LoaderTracker:
-        tracker = self._tracker()
-        # Who iterates a TrackedLoader holds its tracker.
-        assert tracker is not None
-        return tracker
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.stage, self.index
-
-    @property
-    def name(self) -> str:
-        return f"{self.stage} loader {self.index} ({type(self.position.loader).__name__})"
-
-    def iterate(self) -> Iterator[object]:
-        tracker, position = self.tracker, self.position
-        tracker._is_complete[self.stage] = True
-        if tracker.is_holding:
-            return iter(())
-        pending = tracker._take_pending(self)
-        keeps_last = tracker._keeps_last(self.stage)
-        place = None if pending is None else pending["iteration"]
-        if pending is not None and place and tracker.is_mid_epoch and self.stage == "train":
-            iteration = position.resume(pending, keeps_last=keeps_last)
-        else:
-            if pending is not None:
-                position.prepare_epoch(pending)
-            iteration = position.begin(keeps_last=keeps_last)
-        self._take_notes()
-        return iteration
-
-    def state_dict(self) -> Mapping[str, object]:
-        """Return the loader's own state, as Lightning asks for it; but start nothing for it."""
-        loader = self.position.loader
-        # torchdata's loader would start its workers to give a state before the first batch.
-        if getattr(loader, "__dict__", {}).get("_iterator", loader) is None:
-            return {}
-        with isolated_rng():
-            state: Mapping[str, object] = loader.state_dict()
-            return state
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Load the loader's own state, unless the tracker has a better one for it."""
-        if not self.tracker.is_holding and self.key not in self.tracker._pending:
-            self.position.loader.load_state_dict(state)
-
-    def _take_notes(self) -> None:
-        notes, self.position.notes = self.position.notes, []
-        self.tracker._notes += [f"{self.name}: {note}." for note in notes]
-
-
-def _itself(loader: object) -> object:
-    return loader
 
 
 def _weak_points(position: LoaderPosition) -> list[str]:

@@ -85,11 +85,12 @@ def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path | str]) -> 
             "more rules in keep=[...]"
         )
     strategy = trainer.strategy
-    if _compat_sharded.shards_by_dtensor(strategy):
+    if _compat_sharded.shards_the_model(strategy):
         return
     if _compat.has_own_checkpoint_format(strategy):
         raise ConfigurationError(
             f"{type(strategy).__name__} writes checkpoints in a format of its own, which "
-            "SBCheckpoint can't divide into files. Use ModelParallelStrategy to shard the model, a "
-            "strategy that holds the whole model on each rank, or Lightning's ModelCheckpoint"
+            "SBCheckpoint can't divide into files. Use ModelParallelStrategy or FSDPStrategy to shard "
+            "the model, a strategy that holds the whole model on each rank, or Lightning's "
+            "ModelCheckpoint"
         )

@@ -25,7 +25,7 @@ def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -
     Returns:
         What undoes it; nothing if the strategy holds the whole model on each rank.
     """
-    if not _compat_sharded.shards_by_dtensor(trainer.strategy):
+    if not _compat_sharded.shards_the_model(trainer.strategy):
         return []
     pieces = Pieces(trainer, key_map)
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sbckpt._folder.layout import SHARDED_EXT
-from lightning_sbckpt._sharded.states import empty_like, numbered, plain_name
+from lightning_sbckpt._sharded import fsdp1
+from lightning_sbckpt._sharded.names import plain_name
+from lightning_sbckpt._sharded.states import empty_like, is_fsdp1, module_state, numbered
 from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.plugin import _compat_sharded
+
+if TYPE_CHECKING:
+    from lightning_sbckpt._sharded.reading import SavedShards
+
+_NOT_WANTED = "Nothing was loaded. To go on with a new optimizer, pass skip=['optimizer']"
 
 
 class Pieces:
@@ -31,6 +40,7 @@ class Pieces:
     def __init__(self, trainer: Trainer, key_map: Mapping[str, str]) -> None:
         self._trainer = trainer
         self._key_map = key_map
+        self._path = Path()
         self.wants_optimizers = False
 
     @property
@@ -52,7 +62,8 @@ class Pieces:
         from lightning_sbckpt._sharded.loading import model_pieces
         from lightning_sbckpt._sharded.reading import SavedShards
 
-        own = {plain_name(name): value for name, value in self._module.state_dict().items()}
+        self._path = path
+        own = module_state(self._module)
         if path.suffix != SHARDED_EXT:
             state: Any = open_state(path)
             whole = {self._rename(f"{prefix}{name}"): value for name, value in state.items()}
@@ -82,8 +93,12 @@ class Pieces:
             state: Any = open_state(path)
             if index >= len(optimizers):
                 return dict(state)
+            if is_fsdp1(self._module):
+                return self._flat_optimizer(state, index, path)
             return optimizer_pieces(state, optimizers[index], path)
         shards = SavedShards(path)
+        if index < len(optimizers) and is_fsdp1(self._module):
+            return self._flat_optimizer(shards, index, path)
         try:
             if index < len(optimizers):
                 # By their order, as everywhere: parameters may have been renamed.
@@ -103,13 +118,72 @@ class Pieces:
         ]
 
     @property
-    def _module(self) -> LightningModule:
-        return self._trainer.lightning_module
+    def _module(self) -> nn.Module:
+        return _compat_sharded.module_in_pieces(self._trainer.strategy)
+
+    def _flat_optimizer(
+        self, saved: SavedShards | Mapping[str, Any], index: int, path: Path
+    ) -> dict[str, Any]:
+        from lightning_sbckpt._sharded.loading import flat_optimizer_like
+
+        optimizer = self.optimizers[index]
+        try:
+            return flat_optimizer_like(saved, optimizer, self._module, path, by_order=True)
+        except MismatchError as error:
+            # The model may not fit either, which says more; and the user may not want the state.
+            return _Misfit(optimizer.state_dict(), error)
+
+    def own_state(self) -> dict[str, Any]:
+        """Return the state of the live module, by the names that `load_model` wants."""
+        module = self._module
+        return dict(module_state(module) if is_fsdp1(module) else module.state_dict())
 
     def load(self, dump: Mapping[str, Any], strict: bool) -> None:
-        """Put the states of model and optimizers in place."""
-        self._module.load_state_dict(dump["state_dict"], strict=strict)
-        if self._trainer.state.fn != "fit":
+        """Put the states of model and optimizers in place.
+
+        Raises:
+            MismatchError: One does not fit.
+        """
+        fits = self._trainer.state.fn == "fit"
+        for state in dump["optimizer_states"] if fits else ():
+            if isinstance(state, _Misfit):
+                raise MismatchError(f"{state.error}\n{_NOT_WANTED}") from state.error
+        self.load_model(dump["state_dict"], strict)
+        if not fits:
             return
         for optimizer, state in zip(self.optimizers, dump["optimizer_states"], strict=False):
             optimizer.load_state_dict(state)
+
+    def load_model(self, state: Mapping[str, Any], strict: bool) -> None:
+        """Put a state of the model in place.
+
+        Args:
+            state: As `model` returned it.
+            strict: Whether all names must be the same.
+
+        Raises:
+            MismatchError: It does not fit.
+        """
+        if not is_fsdp1(self._module):
+            self._trainer.lightning_module.load_state_dict(state, strict=strict)
+            return
+        from lightning_sbckpt._sharded.loading import model_pieces, require_fit, sizes_of
+
+        own = self.own_state()
+        fitting = state if strict else {name: state[name] for name in state if name in own}
+        sizes = sizes_of(own)
+        require_fit(
+            self._path,
+            self._trainer.lightning_module,
+            sizes if strict else {name: sizes[name] for name in sizes if name in fitting},
+            sizes_of(fitting),
+        )
+        fsdp1.load_model_state(self._module, model_pieces(fitting, own))
+
+
+class _Misfit(dict[str, Any]):
+    """Stands for a saved state that does not fit an optimizer, until it is wanted."""
+
+    def __init__(self, own: Mapping[str, Any], error: MismatchError) -> None:
+        super().__init__(own)
+        self.error = error

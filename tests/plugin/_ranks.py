@@ -20,6 +20,7 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from _processes import context
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchmetrics import MeanMetric
@@ -28,11 +29,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_sbckpt import Checkpoint, Checkpointer, SBCheckpoint, ckpt_recency
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt.plugin import _comparison, selftest
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(
-    ["lightning.pytorch", "lightning_sbckpt.plugin.selftest", "torchmetrics.classification"]
-)
 
 SAMPLES, FEATURES, CLASSES, BATCH = 32, 6, 3, 4
 SEED = 11

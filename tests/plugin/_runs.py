@@ -6,7 +6,6 @@ they are from; its validation loss is whatever the test wants. An epoch has four
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from _processes import context
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -173,9 +173,6 @@ def damage(checkpoint: Checkpoint) -> None:
 
 def kill(target: Callable[..., object], *args: object) -> None:
     """Run a function in a process of its own that has to kill itself."""
-    context = multiprocessing.get_context("forkserver")
-    # The server imports these once, and every process that it makes begins with them.
-    context.set_forkserver_preload(["lightning.pytorch", "lightning_sbckpt"])
     process = context.Process(target=target, args=args)
     process.start()
     process.join(60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import _ranks
 import torch
@@ -11,16 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lightning_sbckpt.plugin import _comparison, selftest
-
-_ranks.context.set_forkserver_preload(
-    [
-        "lightning.pytorch",
-        "lightning_sbckpt.plugin.selftest",
-        "torchmetrics.classification",
-        "torch.distributed.fsdp",
-        "torch._dynamo",
-    ]
-)
 
 
 class InPieces(_ranks.Model):
@@ -96,9 +87,21 @@ def prepare(
     )
 
 
-def fit(folder: Path, rank: int, kill: str | None, options: Mapping[str, object]) -> None:
+def weights(module: nn.Module) -> object:
+    """Return this rank's pieces of a module."""
+    return local(dict(module.state_dict()))
+
+
+def fit(
+    folder: Path,
+    rank: int,
+    kill: str | None,
+    options: Mapping[str, object],
+    prepare: Callable[..., tuple[Any, ...]] = prepare,
+    weights: Callable[[nn.Module], object] = weights,
+) -> None:
     """Fit, writing down all that can be compared, and kill itself where told to."""
-    selftest.weights = lambda module: local(dict(module.state_dict()))
+    selftest.weights = weights
     clone = selftest.clone
     selftest.clone = lambda state: clone(local(state))
     trainer, module, callback, loaders = prepare(folder, rank, **options)
@@ -110,8 +113,7 @@ def fit(folder: Path, rank: int, kill: str | None, options: Mapping[str, object]
         trainer.callbacks.insert(0, selftest._killer(selftest.KillPoint.parse(kill)))
     trainer.loggers = [selftest._TraceLogger(recorder)]
     trainer.fit(module, **loaders)
-    last = local(dict(module.state_dict()))
-    after = {"at the end of training": recorder.state, "after the fit": clone(last)}
+    after = {"at the end of training": recorder.state, "after the fit": clone(weights(module))}
     torch.save(after, folder / f"final{rank}.pt")
     (folder / f"best{rank}.txt").write_text(callback.best_model_path)
     if callback.resume_report is not None:

@@ -10,6 +10,7 @@ import random
 
 import exact_cells
 import pytest
+from _processes import start_server
 
 from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
@@ -17,6 +18,12 @@ SHARE = {
     *("base", "save_mode async", "save_mode overlap"),
     *random.Random(20).sample(sorted(exact_cells.CELLS), 4),
 }
+
+
+@pytest.fixture(autouse=True)
+def server():
+    """The processes of the self-test are forked from the server of all tests."""
+    start_server()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import threading
@@ -14,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from _in_flight import contents
+from _processes import context
 from _runs import (
     At,
     Steps,
@@ -40,8 +40,6 @@ ALL = {"num_to_keep": 99}
 MODES = ("async", "overlap")
 WIDTH = 300
 """A weight of so many rows and columns is large enough to be copied under forward and backward."""
-
-context = multiprocessing.get_context("forkserver")
 
 
 class Big(L.LightningModule):
@@ -498,7 +496,6 @@ def fit_for(dirpath, max_epochs):
 
 def started(target, *args):
     """Start a process."""
-    context.set_forkserver_preload(["lightning.pytorch", "lightning_sbckpt"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

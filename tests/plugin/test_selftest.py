@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,19 @@ from pathlib import Path
 import exact_cells
 import pytest
 import torch
+from _processes import start_server
 
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin.selftest import KillPoint, assert_resume_exact, run_selftest
 
 HERE = Path(__file__).parent
 FEW = {"trainer": {"max_epochs": 2}, "checkpoint": {"every_n_train_steps": 3}}
+
+
+@pytest.fixture(autouse=True)
+def server():
+    """The processes of the self-test are forked from the server of all tests."""
+    start_server()
 
 
 def exact(dirpath):
@@ -127,6 +135,7 @@ def test_the_command_says_by_its_exit_code_whether_a_run_is_exact(name, code, sa
             *("--kill", "on_train_batch_start:5,on_train_batch_start:2"),
         ],
         cwd=HERE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,16 +12,24 @@ import lightning as L
 import pytest
 import torch
 from _ranks import checkpoints, make, run
+from _releases import needs_torch
 from _sharded_fits import InPieces, Renamed, differences, fit, local, prepare
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from torch import nn
 
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt.consolidation import consolidate
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
+
+pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")
 
 # Validated, and so saved, after each batch: within the windows, too.
 ACCUMULATING = {"accumulate_grad_batches": 3, "val_check_interval": 0.25}
@@ -43,11 +53,7 @@ def kept(folder: Path, name: str) -> str:
             {"trainer": ACCUMULATING},
             marks=pytest.mark.slow,
         ),
-        pytest.param(
-            "on_train_batch_end:10",
-            {"save_mode": "async", "every_n_train_steps": 2},
-            marks=pytest.mark.slow,
-        ),
+        ("on_train_batch_end:10", {"save_mode": "async", "every_n_train_steps": 2}),
         pytest.param(
             "on_train_batch_end:7",
             {
@@ -75,6 +81,43 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kill, options
     assert all(ckpt.paramfiles["model"].name == "model.dcp" for ckpt in found)
     assert all(ckpt.paramfiles["optimizer"].name == "optimizer.dcp" for ckpt in found)
     assert all(find_damage(ckpt.path) == [] for ckpt in found)
+
+
+def raise_with_a_save_in_flight(folder, rank, save_mode):
+    usual = LocalStorage.before
+
+    def slow(self, operation, path, target=None):
+        if threading.current_thread().name == "sbckpt-writer" and operation == "flush_file":
+            time.sleep(0.5)
+        usual(self, operation, path, target)
+
+    LocalStorage.before = slow
+
+    class Fail(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3 and rank == 1:
+                busy = callback.checkpointer.saver.busy
+                (folder / "busy.txt").write_text(str(busy))
+                raise ZeroDivisionError("rank one has failed")
+
+    trainer, module, callback, loaders = prepare(
+        folder, rank, every_n_train_steps=2, save_mode=save_mode
+    )
+    trainer.callbacks.insert(0, Fail())
+    trainer.fit(module, **loaders)
+
+
+@pytest.mark.parametrize("save_mode", ["async", pytest.param("overlap", marks=pytest.mark.slow)])
+def test_a_rank_that_raises_with_a_save_in_flight_ends_the_job(tmp_path, save_mode):
+    """Its pieces are written to their end first; what is visible then is whole."""
+    ended = run(raise_with_a_save_in_flight, tmp_path, save_mode)
+    assert kept(tmp_path, "busy.txt") == "True"
+    assert 0 not in ended.codes
+    assert "ZeroDivisionError: rank one has failed" in ended.outputs[1]
+    assert ended.seconds < 20
+    found = checkpoints(tmp_path)
+    assert all(find_damage(ckpt.path) == [] for ckpt in found)
+    assert [ckpt.meta["global_step"] for ckpt in found] == [2]
 
 
 def test_at_the_end_of_a_fit_each_rank_has_its_pieces_of_the_best(tmp_path):
@@ -228,13 +271,18 @@ def test_a_checkpoint_is_validated_by_its_path(tmp_path):
 
 
 def test_a_strategy_whose_format_is_not_known_is_refused_at_setup(tmp_path):
-    """FSDP's first version is one with Lightning; the sentence names it and a way out."""
-    trainer = SimpleNamespace(strategy=FSDPStrategy())
+    """The sentence names it and a way out; the two that are known are taken."""
+
+    class OfItsOwn(SingleDeviceStrategy):
+        def save_checkpoint(self, checkpoint, filepath, storage_options=None):
+            pass
+
     with pytest.raises(ConfigurationError) as caught:
-        refuse_what_cannot_work(trainer, [tmp_path])
-    assert "FSDPStrategy writes checkpoints in a format of its own" in str(caught.value)
-    assert "Use ModelParallelStrategy to shard the model" in str(caught.value)
-    refuse_what_cannot_work(SimpleNamespace(strategy=ModelParallelStrategy()), [tmp_path])
+        refuse_what_cannot_work(SimpleNamespace(strategy=OfItsOwn("cpu")), [tmp_path])
+    assert "OfItsOwn writes checkpoints in a format of its own" in str(caught.value)
+    assert "Use ModelParallelStrategy or FSDPStrategy to shard the model" in str(caught.value)
+    for known in (ModelParallelStrategy(), FSDPStrategy()):
+        refuse_what_cannot_work(SimpleNamespace(strategy=known), [tmp_path])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -16,7 +16,7 @@ from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._remote import places
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt._remote.retries import Retries
-from remote._s3_server import S3Server
+from remote._server import Server
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -64,15 +64,15 @@ class Machines:
         self.put(name, bytes(data))
 
 
-def find_by_environment(server: S3Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def find_by_environment(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process find the server as a user's does, with a cache of its own."""
     import fsspec.config
 
     for name, value in {**server.environment, "XDG_CACHE_HOME": str(cache)}.items():
         monkeypatch.setenv(name, value)
     # fsspec has read the variables when it was imported.
-    conf = {"s3": {"endpoint_url": server.endpoint}}
-    monkeypatch.setattr(fsspec.config, "conf", {**fsspec.config.conf, **conf})
+    conf = {**fsspec.config.conf, **server.configured}
+    monkeypatch.setattr(fsspec.config, "conf", conf)
 
 
 def impatient(url: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def impatient(url: str, options: dict[str, object], monkeypatch: pytest.MonkeyPa
     places._remotes.pop(url, None)
 
 
-def environment(server: S3Server, cache: Path) -> dict[str, str]:
+def environment(server: Server, cache: Path) -> dict[str, str]:
     """Return the variables of a process that finds the server, with a cache of its own."""
     return {
         **os.environ,
@@ -96,7 +96,7 @@ def environment(server: S3Server, cache: Path) -> dict[str, str]:
     }
 
 
-def run_python(code: str, server: S3Server, cache: Path, *args: object, code_wanted: int = 0):
+def run_python(code: str, server: Server, cache: Path, *args: object, code_wanted: int = 0):
     """Run lines of Python in a process of their own, and return what they print."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],

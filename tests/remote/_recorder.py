@@ -46,4 +46,6 @@ def record(folder) -> Recorder:
     """Put a recorder before the filesystem of a `RemoteFolder`."""
     recorder = Recorder(folder._store.filesystem)
     folder._store._filesystem = recorder
+    # It stays, whatever it is told to raise.
+    folder._store._forget = lambda: None
     return recorder

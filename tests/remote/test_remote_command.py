@@ -17,15 +17,15 @@ LOSSES = (0.9, 0.5, 0.7, 0.4, 0.6)
 
 
 @pytest.fixture
-def bucket(s3_server, request):
+def bucket(server, request):
     name = f"cli-{abs(hash(request.node.nodeid)) % 10**9}"
-    s3_server.bucket(name)
+    server.bucket(name)
     return name
 
 
 @pytest.fixture
-def machines(s3_server, bucket, tmp_path):
-    return Machines(f"s3://{bucket}/run", s3_server.options, tmp_path)
+def machines(server, bucket, tmp_path):
+    return Machines(f"{server.url(bucket)}/run", server.options, tmp_path)
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def run(machines):
 
 
 @pytest.fixture
-def call(s3_server, tmp_path, monkeypatch):
+def call(server, tmp_path, monkeypatch):
     """Run the command in this process, on a machine that has seen nothing before."""
-    find_by_environment(s3_server, tmp_path / "cache", monkeypatch)
+    find_by_environment(server, tmp_path / "cache", monkeypatch)
     monkeypatch.chdir(tmp_path)
 
     def invoke(*args, code=0):
@@ -54,11 +54,11 @@ def call(s3_server, tmp_path, monkeypatch):
     return invoke
 
 
-def call_process(s3_server, cache, *args, code=0, **changed):
+def call_process(server, cache, *args, code=0, **changed):
     """Run the command as a shell does."""
     done = subprocess.run(
         [sys.executable, "-m", "lightning_sbckpt.cli", *map(str, args)],
-        env={**environment(s3_server, cache), **changed},
+        env={**environment(server, cache), **changed},
         capture_output=True,
         text=True,
         timeout=60,
@@ -68,9 +68,9 @@ def call_process(s3_server, cache, *args, code=0, **changed):
     return done
 
 
-def test_a_shell_finds_the_store_by_its_environment(run, s3_server, tmp_path):
+def test_a_shell_finds_the_store_by_its_environment(run, server, tmp_path):
     """And a script gets the URL of the best checkpoint, which it can give to anything else."""
-    done = call_process(s3_server, tmp_path / "cache", "best", run)
+    done = call_process(server, tmp_path / "cache", "best", run)
     assert done.stdout == f"{run}/CKPT+e3\n"
     assert done.stderr == ""
 
@@ -128,6 +128,7 @@ def test_damage_in_the_store_is_an_answer_of_verify(run, machines, call):
     assert "2 sound, 1 damaged" in call("verify", run, code=1).stdout
 
 
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
 @pytest.mark.parametrize(
     ("path", "code", "said"),
     [
@@ -163,8 +164,9 @@ def test_who_names_the_run_where_a_checkpoint_is_meant_is_told(run, call):
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_is_said_in_bounded_time(run, s3_server, tmp_path):
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
+def test_a_server_that_does_not_answer_is_said_in_bounded_time(run, server, tmp_path):
     """Not waited for, and not taken for an empty one."""
     nobody = {"FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:9"}
-    done = call_process(s3_server, tmp_path, "ls", run, code=3, **nobody)
+    done = call_process(server, tmp_path, "ls", run, code=3, **nobody)
     assert f"can't list {run}" in done.stderr.strip().splitlines()[-1]

@@ -15,21 +15,23 @@ from lightning_sbckpt.errors import RemoteError, SaveError
 from lightning_sbckpt.verify import verify
 from remote._machines import Machines, filled, impatient, run_python
 
-BUCKET = "bucket"
-URL = f"s3://{BUCKET}/run"
+
+@pytest.fixture
+def server(own_server):
+    own_server.bucket("bucket")
+    return own_server
 
 
 @pytest.fixture
-def server(own_s3_server):
-    own_s3_server.bucket(BUCKET)
-    return own_s3_server
+def url(server):
+    return f"{server.url('bucket')}/run"
 
 
 @pytest.fixture
-def machines(server, tmp_path, monkeypatch):
+def machines(server, url, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    impatient(URL, server.options, monkeypatch)
-    return Machines(URL, server.options, tmp_path)
+    impatient(url, server.options, monkeypatch)
+    return Machines(url, server.options, tmp_path)
 
 
 def names_in(checkpointer):
@@ -50,12 +52,12 @@ def die_in_next_upload(server, monkeypatch):
     monkeypatch.setattr(Sender, "put", put)
 
 
-def test_a_save_whose_upload_fails_raises_and_names_the_url(server, machines, monkeypatch):
+def test_a_save_whose_upload_fails_raises_and_names_the_url(server, machines, monkeypatch, url):
     """The checkpoints before it are whole, and it goes up with the next save."""
     checkpointer = machines.another({"model": filled(1.0)})
     checkpointer.save_checkpoint(name="a")
     die_in_next_upload(server, monkeypatch)
-    with pytest.raises(SaveError, match=rf"CKPT\+b could not be uploaded to {URL}") as raised:
+    with pytest.raises(SaveError, match=rf"CKPT\+b could not be uploaded to {url}") as raised:
         checkpointer.save_checkpoint(name="b")
     assert isinstance(raised.value.__cause__, RemoteError)
     server.start()
@@ -68,7 +70,7 @@ def test_a_save_whose_upload_fails_raises_and_names_the_url(server, machines, mo
 
 @pytest.mark.parametrize("mode", ["sync", "async", "overlap"])
 def test_training_goes_on_without_the_store_if_it_is_asked_to(
-    mode, server, machines, monkeypatch, caplog
+    mode, server, machines, monkeypatch, caplog, url
 ):
     """A warning each time, and retention removes nothing until the store is back."""
     checkpointer = machines.another(save_mode=mode, on_save_error="warn")
@@ -78,7 +80,7 @@ def test_training_goes_on_without_the_store_if_it_is_asked_to(
     for name in "bc":
         checkpointer.save_and_keep_only(name=name)
         checkpointer.wait()
-        assert f"CKPT+{name} could not be uploaded to {URL}" in caplog.text
+        assert f"CKPT+{name} could not be uploaded to {url}" in caplog.text
     assert checkpointer.saver.failed == 2
     server.start()
     assert names_in(machines.another()) == ["CKPT+a"]
@@ -116,19 +118,20 @@ def test_what_waits_is_resumed_from_and_uploaded_at_the_next_start(server, machi
     assert names_in(machines.another()) == ["CKPT+a", "CKPT+b"]
 
 
-def test_a_store_that_can_not_be_reached_is_not_an_empty_one(server, machines):
+def test_a_store_that_can_not_be_reached_is_not_an_empty_one(server, machines, url):
     """A run that began anew would be worse than one that ends."""
     checkpointer = machines.another()
     checkpointer.save_checkpoint(name="a")
     server.kill()
-    with pytest.raises(RemoteError, match=URL):
+    with pytest.raises(RemoteError, match=url):
         checkpointer.recover_if_possible()
-    with pytest.raises(RemoteError, match=URL):
+    with pytest.raises(RemoteError, match=url):
         machines.another()
-    with pytest.raises(RemoteError, match=URL):
+    with pytest.raises(RemoteError, match=url):
         machines.another(access="read").list_checkpoints()
 
 
+@pytest.mark.parametrize("own_server", ["s3"], indirect=True)
 def test_a_bucket_that_is_not_there_is_said_at_once(machines):
     """At construction, and not after the first epoch."""
     with pytest.raises(RemoteError, match=r"there is no bucket 'nowhere'"):
@@ -215,30 +218,30 @@ with Checkpointer(sys.argv[1], {"model": filled(0.0), "other": filled(0.0)}) as 
     "point", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 5)] + [3, 6, 7]
 )
 def test_a_process_killed_in_an_upload_leaves_nothing_half_and_its_next_start_goes_on(
-    point, server, machines, tmp_path
+    point, server, machines, tmp_path, url
 ):
     """What it had saved here is what it resumes from, and is uploaded then."""
     cache = tmp_path / "of-the-process"
-    run_python(DIES, server, cache, URL, point, code_wanted=-9)
+    run_python(DIES, server, cache, url, point, code_wanted=-9)
     seen = machines.another({"model": filled(0.0), "other": filled(0.0)})
     assert names_in(seen) == (["CKPT+a", "CKPT+b"] if point == 7 else ["CKPT+a"])
     assert {found.status for found in verify(seen.checkpoints_dir)} == {"sound"}
-    assert run_python(GOES_ON, server, cache, URL).split() == ["CKPT+b", "3.0"]
+    assert run_python(GOES_ON, server, cache, url).split() == ["CKPT+b", "3.0"]
     assert names_in(seen) == ["CKPT+a", "CKPT+b"]
     assert {found.status for found in verify(seen.checkpoints_dir)} == {"sound"}
 
 
-def test_the_points_at_which_it_is_killed_are_all_there_are(server, tmp_path):
+def test_the_points_at_which_it_is_killed_are_all_there_are(server, tmp_path, url):
     """So that none of the tests above is one of a process that lives."""
-    said = run_python(DIES, server, tmp_path / "cache", URL, 100)
+    said = run_python(DIES, server, tmp_path / "cache", url, 100)
     assert said.split() == ["survived", "7"]
 
 
-def test_a_new_process_with_an_empty_cache_goes_on(server, machines, tmp_path):
+def test_a_new_process_with_an_empty_cache_goes_on(server, machines, tmp_path, url):
     """Another machine, or the same one after its disk was replaced."""
     both = {"model": filled(7.0), "other": filled(8.0)}
     machines.another(both).save_checkpoint(name="x")
-    assert run_python(GOES_ON, server, tmp_path / "new", URL).split() == ["CKPT+x", "7.0"]
+    assert run_python(GOES_ON, server, tmp_path / "new", url).split() == ["CKPT+x", "7.0"]
 
 
 def test_a_look_while_a_save_is_uploaded_takes_it_for_neither_gone_nor_new(machines, monkeypatch):
@@ -288,10 +291,10 @@ def test_threads_that_read_at_once_share_what_is_brought(machines, monkeypatch):
     assert len(fetched) == 1
 
 
-def test_the_reason_for_each_upload_is_said_once(machines, caplog):
+def test_the_reason_for_each_upload_is_said_once(machines, caplog, url):
     """One line for what was written here, one for what went up."""
     with caplog.at_level(logging.INFO, logger="lightning_sbckpt"):
         machines.another().save_checkpoint(name="a")
     said = [record.getMessage() for record in caplog.records]
     assert sum("saved" in line and "CKPT+a" in line for line in said) == 1
-    assert sum(f"uploaded {URL}/CKPT+a" in line for line in said) == 1
+    assert sum(f"uploaded {url}/CKPT+a" in line for line in said) == 1

@@ -27,8 +27,8 @@ BOUND = 60
 
 def remote(server, retries=QUICK, **options) -> RemoteFolder:
     server.bucket("bucket")
-    given = {**server.options, **options}
-    return RemoteFolder("s3://bucket/run", retries=retries, storage_options=given)
+    url = f"{server.url('bucket')}/run"
+    return RemoteFolder(url, retries=retries, storage_options={**server.options, **options})
 
 
 def once(work):
@@ -43,18 +43,18 @@ def once(work):
 
 
 def test_a_server_killed_in_the_middle_of_an_upload_is_an_error_in_bounded_time(
-    own_s3_server, tmp_path
+    own_server, tmp_path
 ):
     """Nothing of it is visible, what was there is whole, and the next upload works."""
-    folder = remote(own_s3_server)
+    folder = remote(own_server)
     folder.publish(local_checkpoint(tmp_path / "first"), "CKPT+first")
     local = local_checkpoint(tmp_path / "local", large=6 * BLOCK)
     started = time.monotonic()
-    with pytest.raises(RemoteError, match=r"upload s3://bucket/run/CKPT\+a.*3 times") as caught:
-        folder.publish(local, "CKPT+a", progress=once(own_s3_server.kill))
+    with pytest.raises(RemoteError, match=r"upload .*bucket/run/CKPT\+a.*3 times") as caught:
+        folder.publish(local, "CKPT+a", progress=once(own_server.kill))
     assert time.monotonic() - started < BOUND
     assert "Check that the store can be reached" in str(caught.value)
-    own_s3_server.start()
+    own_server.start()
     assert {name: sorted(files) for name, files in folder.listing().items()} == {
         "CKPT+first": FILES
     }
@@ -64,15 +64,15 @@ def test_a_server_killed_in_the_middle_of_an_upload_is_an_error_in_bounded_time(
     assert (tmp_path / "back").read_bytes() == (local / "model.ckpt").read_bytes()
 
 
-def test_a_server_that_is_back_after_two_seconds_costs_only_time(own_s3_server, tmp_path, caplog):
+def test_a_server_that_is_back_after_two_seconds_costs_only_time(own_server, tmp_path, caplog):
     """Even one that has forgotten the parts it had: the file is sent again."""
     caplog.set_level(logging.INFO, "lightning_sbckpt")
-    folder = remote(own_s3_server, Retries(attempts=5, first_delay=1.0))
+    folder = remote(own_server, Retries(attempts=5, first_delay=1.0))
     local = local_checkpoint(tmp_path / "local", large=6 * BLOCK)
 
     def restart():
-        own_s3_server.kill()
-        threading.Timer(2.0, own_s3_server.start).start()
+        own_server.kill()
+        threading.Timer(2.0, own_server.start).start()
 
     folder.publish(local, "CKPT+a", progress=once(restart))
     assert sorted(folder.listing()["CKPT+a"]) == FILES
@@ -82,47 +82,46 @@ def test_a_server_that_is_back_after_two_seconds_costs_only_time(own_s3_server, 
 
 
 def impatient(server, seconds) -> RemoteFolder:
-    waits = {"connect_timeout": seconds, "read_timeout": seconds}
-    return remote(server, Retries(attempts=2, first_delay=0.1), config_kwargs=waits)
+    return remote(server, Retries(attempts=2, first_delay=0.1), **server.impatient(seconds))
 
 
-def test_a_server_that_hangs_does_not_hang_us(own_s3_server, tmp_path):
+def test_a_server_that_hangs_does_not_hang_us(own_server, tmp_path):
     """An answer is waited for so long, so often; and the folder works when the server goes on."""
-    folder = remote(own_s3_server)
+    folder = remote(own_server)
     folder.publish(local_checkpoint(tmp_path / "local"), "CKPT+a")
-    hasty = impatient(own_s3_server, 1)
-    own_s3_server.hold()
+    hasty = impatient(own_server, 1)
+    own_server.hold()
     started = time.monotonic()
-    with pytest.raises(RemoteError, match=r"list s3://bucket/run: tried 2 times"):
+    with pytest.raises(RemoteError, match=r"list .*bucket/run: tried 2 times"):
         hasty.listing()
     with pytest.raises(RemoteError, match=r"CKPT\+b: tried 2 times"):
         hasty.publish(tmp_path / "local", "CKPT+b")
     assert time.monotonic() - started < BOUND
-    own_s3_server.go_on()
+    own_server.go_on()
     assert list(folder.listing()) == ["CKPT+a"]
 
 
-def test_a_server_that_hangs_in_the_middle_of_an_upload_does_not_hang_us(own_s3_server, tmp_path):
+def test_a_server_that_hangs_in_the_middle_of_an_upload_does_not_hang_us(own_server, tmp_path):
     """Its parts end within their waits, all together and not one after the other.
 
     What is sent to a server that does not read is bounded, too: the libraries bound answers only.
     """
-    folder = impatient(own_s3_server, 2)
+    folder = impatient(own_server, 2)
     local = local_checkpoint(tmp_path / "local", large=12 * BLOCK)
     started = time.monotonic()
-    with pytest.raises(RemoteError, match=r"upload s3://bucket/run/CKPT\+a"):
-        folder.publish(local, "CKPT+a", progress=once(own_s3_server.hold))
+    with pytest.raises(RemoteError, match=r"upload .*bucket/run/CKPT\+a"):
+        folder.publish(local, "CKPT+a", progress=once(own_server.hold))
     assert time.monotonic() - started < BOUND
-    own_s3_server.go_on()
-    assert remote(own_s3_server).listing() == {}
+    own_server.go_on()
+    assert remote(own_server).listing() == {}
 
 
-def test_a_server_that_is_not_there_is_never_an_empty_folder(own_s3_server):
+def test_a_server_that_is_not_there_is_never_an_empty_folder(own_server):
     """A run would start from scratch; the error says where it looked."""
-    folder = remote(own_s3_server)
-    own_s3_server.kill()
+    folder = remote(own_server)
+    own_server.kill()
     for look in (folder.listing, folder.check, folder.sweep):
-        with pytest.raises(RemoteError, match=r"list s3://bucket/run: tried 3 times"):
+        with pytest.raises(RemoteError, match=r"list .*bucket/run: tried 3 times"):
             look()
 
 
@@ -198,19 +197,17 @@ def killed_uploads(server, tmp_path: Path, count: int, seed: int) -> list[bool]:
     return visible
 
 
-def test_an_uploader_killed_at_any_time_leaves_nothing_or_a_whole_checkpoint(
-    own_s3_server, tmp_path
-):
+def test_an_uploader_killed_at_any_time_leaves_nothing_or_a_whole_checkpoint(own_server, tmp_path):
     """A few random times, the same at every run of the tests."""
-    killed_uploads(own_s3_server, tmp_path, 8, seed=6)
+    killed_uploads(own_server, tmp_path, 8, seed=6)
 
 
 @pytest.mark.slow
 def test_an_uploader_killed_at_many_times_leaves_nothing_or_a_whole_checkpoint(
-    own_s3_server, tmp_path
+    own_server, tmp_path
 ):
     """Both ends are met: some uploads were done when the kill came, most were not."""
-    visible = killed_uploads(own_s3_server, tmp_path, 80, seed=random.randrange(10**6))
+    visible = killed_uploads(own_server, tmp_path, 80, seed=random.randrange(10**6))
     assert any(visible)
     assert not all(visible)
 
@@ -238,8 +235,8 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 from lightning_sbckpt._remote.folder import RemoteFolder
-local, target = map(Path, sys.argv[1:])
-folder = RemoteFolder("s3://bucket/run")
+local, target = map(Path, sys.argv[1:3])
+folder = RemoteFolder(sys.argv[3])
 folder.check()
 
 def anonymous():
@@ -269,12 +266,16 @@ for work in (
 """
 
 
-def test_a_large_file_is_never_whole_in_memory(own_s3_server, tmp_path):
+@pytest.mark.parametrize(
+    "own_server", ["s3", pytest.param("sftp", marks=pytest.mark.slow)], indirect=True
+)
+def test_a_large_file_is_never_whole_in_memory(own_server, tmp_path):
     """200 MB go up, come down and are checked, each with less than 100 MB more than before."""
-    own_s3_server.bucket("bucket")
+    own_server.bucket("bucket")
     local = local_checkpoint(tmp_path / "local", large=200 * 10**6)
-    arguments = [sys.executable, "-c", MEASURE, str(local), str(tmp_path / "back")]
-    environment = {**os.environ, **own_s3_server.environment}
+    url = f"{own_server.url('bucket')}/run"
+    arguments = [sys.executable, "-c", MEASURE, str(local), str(tmp_path / "back"), url]
+    environment = {**os.environ, **own_server.environment}
     done = subprocess.run(
         arguments, env=environment, capture_output=True, text=True, check=False, timeout=200
     )

@@ -10,7 +10,6 @@ import os
 import pytest
 
 from lightning_sbckpt._remote.folder import RemoteFolder, Retries
-from lightning_sbckpt._remote.stores import open_filesystem
 from lightning_sbckpt._remote.streams import BLOCK
 from lightning_sbckpt.errors import RemoteError
 from remote._local_checkpoint import FILES, local_checkpoint
@@ -78,32 +77,3 @@ def test_a_folder_that_can_not_be_listed_is_an_error_and_not_an_empty_one(folder
     folder._store.filesystem.ls = refuse
     with pytest.raises(RemoteError, match=r"list file://.*check the credentials"):
         folder.listing()
-
-
-def test_sftp_waits_for_a_bounded_time_and_keeps_what_the_user_sets(monkeypatch):
-    """Connecting, logging in, and every answer after that."""
-    import fsspec
-
-    waits = []
-
-    class Channel:
-        settimeout = staticmethod(waits.append)
-
-    class Filesystem:
-        ftp = type("Client", (), {"get_channel": staticmethod(Channel)})
-
-        def __init__(self, **options):
-            waits.append(options)
-
-        @staticmethod
-        def _get_kwargs_from_urls(url):
-            return {"host": "there", "username": "me"}
-
-    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda scheme: Filesystem)
-    open_filesystem("sftp://me@there/run", {"timeout": 3, "password": "x"})
-    options, answer = waits
-    assert options["timeout"] == 3
-    assert 0 < options["auth_timeout"] <= 60
-    assert 0 < options["banner_timeout"] <= 60
-    assert (options["host"], options["password"]) == ("there", "x")
-    assert 0 < answer <= 60

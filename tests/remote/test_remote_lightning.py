@@ -20,22 +20,22 @@ RUN = Path(__file__).with_name("_lightning_run.py")
 
 
 @pytest.fixture
-def bucket(s3_server, request):
+def bucket(server, request):
     name = f"fit-{abs(hash(request.node.nodeid)) % 10**9}"
-    s3_server.bucket(name)
-    return f"s3://{name}"
+    server.bucket(name)
+    return server.url(name)
 
 
 @pytest.fixture
-def here(s3_server, tmp_path, monkeypatch):
+def here(server, tmp_path, monkeypatch):
     """Let this process find the server as a user's does: by the environment."""
-    find_by_environment(s3_server, tmp_path / "cache-here", monkeypatch)
+    find_by_environment(server, tmp_path / "cache-here", monkeypatch)
 
 
-def fit(s3_server, cache, url, out, *args, code=0):
+def fit(server, cache, url, out, *args, code=0):
     done = subprocess.run(
         [sys.executable, RUN, url, out, *map(str, args)],
-        env=environment(s3_server, cache),
+        env=environment(server, cache),
         capture_output=True,
         text=True,
         timeout=200,
@@ -61,13 +61,13 @@ def flat(value, place=""):
     ("mode", "kill_at"), [("sync", 14), pytest.param("async", 20, marks=pytest.mark.slow)]
 )
 def test_a_fit_killed_on_one_machine_ends_on_another_with_the_same_bits(
-    mode, kill_at, s3_server, bucket, tmp_path
+    mode, kill_at, server, bucket, tmp_path
 ):
     """Weights, optimizer, logged metrics and the next random number; only the URL is shared."""
-    whole = fit(s3_server, tmp_path / "one", f"{bucket}/whole", tmp_path / "whole.pt", mode)
+    whole = fit(server, tmp_path / "one", f"{bucket}/whole", tmp_path / "whole.pt", mode)
     url = f"{bucket}/killed"
-    fit(s3_server, tmp_path / "two", url, tmp_path / "no.pt", mode, kill_at, code=-9)
-    resumed = fit(s3_server, tmp_path / "three", url, tmp_path / "resumed.pt", mode)
+    fit(server, tmp_path / "two", url, tmp_path / "no.pt", mode, kill_at, code=-9)
+    resumed = fit(server, tmp_path / "three", url, tmp_path / "resumed.pt", mode)
     assert whole["resumed_at"] is None
     # A save every three steps; in the background the last one may have died with the process.
     assert resumed["resumed_at"] in ([12] if mode == "sync" else [15, 18])
