@@ -82,7 +82,10 @@ class Terminal:
         return self.process.returncode
 
     def _read(self, seconds):
-        if not select.select([self._master], [], [], seconds)[0]:
+        # Not `select`, which can't wait for a file whose number is above 1023.
+        waiting = select.poll()
+        waiting.register(self._master, select.POLLIN)
+        if not waiting.poll(1000 * seconds):
             return False
         with contextlib.suppress(OSError):  # The other end is closed.
             data = os.read(self._master, 65536)

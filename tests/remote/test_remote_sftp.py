@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 
 import pytest
 
@@ -68,7 +69,11 @@ def test_a_client_killed_in_the_middle_of_the_marker_leaves_no_checkpoint(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run_python(DIES, own_server, tmp_path / "of-the-process", url, code_wanted=-9)
     there = own_server.folder / "bucket" / "run" / "CKPT+b"
-    assert (there / ".CKPT.yaml.part").read_bytes() == b"unixtime: 17"
+    # The server has noticed that the client is gone, and ended what it had begun.
+    half, end = there / ".CKPT.yaml.part", time.monotonic() + 30
+    while not (half.exists() and half.read_bytes()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert half.read_bytes() == b"unixtime: 17"
     assert (there / "model.ckpt").exists()
     assert not (there / "CKPT.yaml").exists()
     machines = Machines(url, own_server.options, tmp_path)
