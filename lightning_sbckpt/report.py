@@ -18,6 +18,7 @@ from typing import Literal
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from lightning_sbckpt._disk.progress import Progress, Tally
 from lightning_sbckpt._folder.manifest import file_damage, find_damage, read_manifest
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._pictures.report_view import make_page
@@ -41,6 +42,7 @@ def report(
     min_key: str | None = None,
     max_key: str | None = None,
     verify: bool = False,
+    on_progress: Progress | None = None,
 ) -> Path:
     """Write a page of HTML about a folder of checkpoints.
 
@@ -54,6 +56,7 @@ def report(
         max_key: A metric whose highest value is to be marked as the best.
         verify: Read every byte of what is there to find damage, instead of looking at presence and
             size of the files.
+        on_progress: Called now and then with the bytes verified so far and all bytes there are.
 
     Returns:
         The file that was written.
@@ -85,14 +88,22 @@ def report(
     target = Path(path) if path is not None else beside / "report.html"
     keys, modes = chosen_keys(timeline, key, min_key=min_key, max_key=max_key)
     there = [life.checkpoint for life in timeline.lives if life.checkpoint is not None]
+    sizes = {ckpt.path.name: checkpoint_bytes(ckpt) for ckpt in there}
+    tally = Tally(
+        on_progress if verify else None, sum(sum(each.values()) for each in sizes.values())
+    )
+    damage = {}
+    for ckpt in there:
+        with tally.part(sum(sizes[ckpt.path.name].values())):
+            damage[ckpt.path.name] = _damage(ckpt, verify=verify)
     page = make_page(
         timeline,
         title=shown.rpartition("/")[2],
         where=shown,
         keys=keys,
         modes=modes,
-        sizes={ckpt.path.name: checkpoint_bytes(ckpt) for ckpt in there},
-        damage={ckpt.path.name: wrong for ckpt in there if (wrong := _damage(ckpt, verify=verify))},
+        sizes=sizes,
+        damage={name: wrong for name, wrong in damage.items() if wrong},
     )
     template = (files("lightning_sbckpt._pictures") / "report.html.jinja").read_text(
         encoding="utf-8"

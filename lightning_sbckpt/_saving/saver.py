@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt._folder.layout import unpublish
 from lightning_sbckpt._saving.jobs import SaveJob
 from lightning_sbckpt._saving.workshop import ChangedMeanwhileError, Description, Save, Workshop
@@ -295,8 +297,10 @@ class Saver:
         storage = self._workshop.storage
         try:
             removed = unpublish(folder, storage)
-            if _size(removed) < _WORTH_A_THREAD:
+            size = _size(removed)
+            if size < _WORTH_A_THREAD:
                 storage.remove_tree(removed)
+                moved(size)
                 return
         except CheckpointNotFoundError:
             raise
@@ -305,21 +309,25 @@ class Saver:
                 f"{folder} could not be removed: {error.strerror or error}. Every other checkpoint "
                 "is whole. Make its folder writable; what is left of it is cleared at the next start"
             ) from error
-        self._remover.submit(lambda: self._remove_files(removed))
+        # Whoever counts the bytes here counts them there, too.
+        self._remover.submit(partial(copy_context().run, self._remove_files, removed, size))
 
     def _take_away(self, replaced: Path) -> None:
-        if _size(replaced) < _WORTH_A_THREAD:
-            self._remove_files(replaced)
+        size = _size(replaced)
+        if size < _WORTH_A_THREAD:
+            self._remove_files(replaced, size)
         else:
-            self._remover.submit(lambda: self._remove_files(replaced))
+            self._remover.submit(lambda: self._remove_files(replaced, size))
 
-    def _remove_files(self, removed: Path) -> None:
+    def _remove_files(self, removed: Path, size: int) -> None:
         try:
             self._workshop.storage.remove_tree(removed)
         except OSError as error:
             logger.warning(
                 "%s could not be removed and is cleared at the next start: %s", removed, error
             )
+        else:
+            moved(size)
 
     def wait_for_removals(self) -> None:
         """Return when the files of every removed checkpoint are gone."""

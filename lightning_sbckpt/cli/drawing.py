@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from lightning_sbckpt._remote.urls import is_url
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, open_folder
 from lightning_sbckpt.report import report as write_report
@@ -90,9 +92,16 @@ def report(
     It is complete in itself and needs no network. Prints its path.
     """
     _with_something_to_draw(path)
-    written = write_report(
-        path, out, key=keys or None, min_key=min_key, max_key=max_key, verify=verify
-    )
+    with ExitStack() as stack:
+        written = write_report(
+            path,
+            out,
+            key=keys or None,
+            min_key=min_key,
+            max_key=max_key,
+            verify=verify,
+            on_progress=progress_bar(stack, "verifying") if verify else None,
+        )
     _say_written(written, as_json=as_json)
 
 

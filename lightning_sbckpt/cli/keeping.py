@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
 
+from lightning_sbckpt._disk.progress import Tally
 from lightning_sbckpt._folder.history import History
 from lightning_sbckpt._inspect.columns import freed_by, metric_keys, printable
 from lightning_sbckpt._pictures.wording import say_number, say_size
 from lightning_sbckpt._remote.places import said
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
@@ -66,7 +69,10 @@ def prune(
     if decisions and not as_json:
         _print_plan(rules, decisions)
     if yes and going:
-        decisions = _carry_out(folder, rules, protected)
+        with ExitStack() as stack:
+            tally = Tally(progress_bar(stack, "removing"), freed)
+            stack.enter_context(tally.part(freed))
+            decisions = _carry_out(folder, rules, protected)
         going = [each.checkpoint.path for each in decisions if not each.keep]
     if as_json:
         print_json(

@@ -68,6 +68,8 @@ def commands(run, in_pieces, tmp_path):
         "exporting all": ["export", run / "CKPT+e4", tmp_path / "out.ckpt"],
         "consolidating": ["consolidate", in_pieces],
         "verifying": ["verify", run],
+        "verifying a report": ["report", run, "--verify", "-o", tmp_path / "report.html"],
+        "removing": ["prune", run, "--keep", "Newest(1)", "--all-runs", "--yes"],
     }
 
 
@@ -78,6 +80,8 @@ COMMANDS = (
     "exporting all",
     "consolidating",
     "verifying",
+    "verifying a report",
+    "removing",
 )
 
 
