@@ -89,7 +89,6 @@ class Workshop:
         remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
             save. Without it the folder stays until the next start.
         last: Where the last checkpoint went.
-        right: What must not be let go of while anything is written or removed.
         stager: What copies the pieces of this rank, from the first save on that has some.
         history: Where it is noted that a checkpoint was saved.
     """
@@ -101,7 +100,6 @@ class Workshop:
     arena: Arena = field(default_factory=Arena)
     remove: Callable[[Path], object] | None = None
     last: Path | None = None
-    right: object = None
     stager: Stager | None = None
     history: History = field(init=False)
 
