@@ -8,7 +8,6 @@ is not saved yet; the name then ends in "+ fsync".
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,9 +64,12 @@ class Ours(Peer):
         self.checkpointer.wait()
 
     def watch(self) -> None:
-        """Look now and then; `wait` is for the thread that trains."""
-        while self.checkpointer.saver.busy:
-            time.sleep(0.002)
+        """Wait for the thread that writes; `wait` is for the thread that trains."""
+        self.checkpointer.saver.finish_here()
+        if not any(self.folder.glob("CKPT*/CKPT.yaml")):
+            raise FileNotFoundError(
+                f"the save in the background left no checkpoint in {self.folder}"
+            )
 
     def load(self, state: State) -> None:
         """Load by a checkpointer of the other state, as a new process would."""

@@ -13,6 +13,7 @@ import yaml
 from _counts import count
 
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._folder import manifest as manifest_module
 from lightning_sbckpt._folder.manifest import _checksum_line, find_damage
 from lightning_sbckpt.errors import DamagedCheckpointError
 from lightning_sbckpt.verify import verify
@@ -324,3 +325,18 @@ def test_the_manifest_lists_every_file_with_size_and_checksum(three):
         assert found == {"size": len(data), "xxh3-128": xxhash.xxh3_128_hexdigest(data)}
     # Some builds say more of themselves than their package does.
     assert fields["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_what_is_installed_is_looked_up_once(run, monkeypatch):
+    """Not at every save: reading it takes as long as all the rest of a small one."""
+    asked = []
+    look_up = manifest_module.metadata.version
+    monkeypatch.setattr(
+        manifest_module.metadata, "version", lambda name: asked.append(name) or look_up(name)
+    )
+    manifest_module._installed_version.cache_clear()
+    checkpointer, _ = run()
+    for _ in range(3):
+        checkpointer.save_checkpoint()
+    assert "torch" in asked
+    assert len(asked) == len(set(asked))

@@ -17,6 +17,7 @@ from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt._folder.sizes import real_bytes
+from lightning_sbckpt._saving.snapshot import Frozen
 from lightning_sbckpt.errors import SaveError
 
 # Only a file whose bytes are known before it is written can be a link instead.
@@ -98,6 +99,14 @@ class TestWhatIsLinked:
             assert find_damage(folder) == []
             assert torch.equal(stored(folder), parts["frozen"].weight)
         assert torch.equal(stored(folders[2], "head"), parts["head"].weight)
+
+    @pytest.mark.parametrize("mode", ["async", "overlap"])
+    def test_a_copy_is_told_by_the_checksum_that_it_has(self, save, mode, monkeypatch):
+        """Nothing of it is read once more, beside a training that wants memory, too."""
+        monkeypatch.delattr(Frozen, "sample")
+        folders = [save(save_mode=mode) for _ in range(2)]
+        assert links_of(folders[0]) == links_of(folders[1])
+        assert links_of(folders[0], "head") != links_of(folders[1], "head")
 
     @pytest.mark.parametrize("mode", MODES)
     def test_a_part_that_thaws_is_written_and_linked_again_when_frozen(self, save, parts, mode):

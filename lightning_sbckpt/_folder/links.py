@@ -26,7 +26,7 @@ class _Written:
     path: Path
     digest: FileDigest
     identity: tuple[int, int, int]
-    sample: object
+    looks: object
 
 
 class Links:
@@ -39,23 +39,23 @@ class Links:
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._written: dict[str, _Written] = {}
-        self._samples: dict[str, object] = {}
+        self._looks: dict[str, object] = {}
 
     def may_link(self, name: str, source: Source) -> bool:
         """Return whether the file is likely to need no bytes of its own."""
         written = self._written.get(name)
         if not self.enabled or written is None or written.digest.size != source.size:
             return False
-        return source.sample() == written.sample
+        return _looks(source) == written.looks
 
     def link_if_unchanged(
         self, name: str, source: Source, target: Path, storage: LocalStorage
     ) -> FileDigest | None:
         """Make the file as a link if its content is what was written last, or return None."""
-        sample = source.sample() if self.enabled and source.size >= _WORTHWHILE else None
-        self._samples[name] = sample
+        looks = _looks(source) if self.enabled and source.size >= _WORTHWHILE else None
+        self._looks[name] = looks
         written = self._written.get(name)
-        if sample is None or written is None or written.sample != sample:
+        if looks is None or written is None or written.looks != looks:
             return None
         if written.digest.size != source.size or _identity(written.path) != written.identity:
             return None
@@ -75,9 +75,9 @@ class Links:
         written = {}
         for name, digest in digests.items():
             identity = _identity(folder / name)
-            sample = self._samples.get(name)
-            if identity is not None and sample is not None:
-                written[name] = _Written(folder / name, digest, identity, sample)
+            looks = self._looks.get(name)
+            if identity is not None and looks is not None:
+                written[name] = _Written(folder / name, digest, identity, looks)
         self._written = written
 
 
@@ -87,6 +87,11 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _looks(source: Source) -> object:
+    """Return what tells most contents apart: the checksum if it is known, else what costs less."""
+    return source.checksum or source.sample()
 
 
 def _checksum(source: Source) -> str:

@@ -14,6 +14,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -218,8 +219,14 @@ def _library_versions() -> dict[str, str]:
     for name in ("lightning-sbckpt", "torch", "lightning", "torchmetrics", "numpy"):
         # Only what is in use: what is merely installed did not write this checkpoint.
         if name.replace("-", "_") in sys.modules:
-            try:
-                versions[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                versions[name] = "unknown"
+            versions[name] = _installed_version(name)
     return versions
+
+
+# Asked at every save, where reading what was installed would take longer than all else but the disk.
+@cache
+def _installed_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
