@@ -87,13 +87,16 @@ class Table:
         return list(dict.fromkeys(column for _, column in self.cells))
 
     def ratio(self, row: str, column: str, reference: str | None = None) -> list[float]:
-        """Return the ratio of two subjects in every round; empty if one was not measured."""
+        """Return the ratio of two subjects in every round; empty if one was not measured.
+
+        A subject that was measured in fewer rounds than the reference was so in the first ones.
+        """
         above = self.cells.get((row, column), [])
         below = self.cells.get((reference or self.reference or "", column), [])
-        if len(above) != len(below):
+        if len(above) > len(below):
             # Not taken in the same rounds: all there is to compare are the medians.
             return [median(above) / median(below)] if above and below else []
-        return [a / b for a, b in zip(above, below, strict=True) if b > 0]
+        return [a / b for a, b in zip(above, below, strict=False) if b > 0]
 
     def add(self, column: str, rounds: Mapping[str, Sequence[float]]) -> None:
         """Add what one interleaved measurement gave."""

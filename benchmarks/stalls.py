@@ -28,6 +28,7 @@ COPY = "one copy into ready memory"
 FLOOR = "one copy, then the raw write in a thread"
 _BIG = 1000
 _FOR_BIG = (f"{OURS}, async", f"{OURS}, overlap", "Lightning AsyncCheckpointIO + fsync")
+_CLOSE = (COPY, FLOOR, f"{OURS}, async", f"{OURS}, overlap")
 _SYNC_TOO = (f"{OURS}, sync", "torch.save + fsync")
 
 
@@ -121,18 +122,26 @@ def run_lost(settings: Settings) -> Section:
             subjects |= {
                 name: _loser(peer, state, step, rate_seconds) for name, peer in peers.items()
             }
-            table.add(
-                label,
-                interleave(
-                    subjects,
-                    rounds=settings.rounds(5),
-                    # One round says little here, where both processors are busy.
-                    at_least=settings.at_least if settings.quick else 4,
-                    seconds=settings.seconds / 3,
-                    warmup=0,
-                    failures=section.failures,
-                ),
+            measured = interleave(
+                subjects,
+                rounds=settings.rounds(5),
+                # One round says little here, where both processors are busy.
+                at_least=settings.at_least if settings.quick else 4,
+                seconds=settings.seconds / 4,
+                warmup=0,
+                failures=section.failures,
             )
+            # What lies closer together than two rounds of one subject needs more of them.
+            close = {name: subjects[name] for name in _CLOSE if name in measured}
+            more = interleave(
+                close,
+                rounds=settings.rounds(9),
+                at_least=settings.at_least if settings.quick else 7,
+                seconds=settings.seconds / 12,
+                warmup=0,
+                failures=section.failures,
+            )
+            table.add(label, {name: each + more.get(name, []) for name, each in measured.items()})
             print(f"  lost: {label} loop done", flush=True)
     return section
 
