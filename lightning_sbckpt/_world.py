@@ -7,6 +7,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
+from lightning_sbckpt._collectives import broadcast_object, gather_objects
 from lightning_sbckpt.errors import SBCheckpointError
 from lightning_sbckpt.typing import World
 
@@ -50,17 +51,11 @@ class TorchDistributed:
 
     def broadcast(self, obj: T) -> T:
         """Return rank zero's `obj`, pickled on the way between the ranks of this one job."""
-        box = [obj]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return broadcast_object(obj)
 
     def gather(self, obj: T) -> list[T] | None:
         """Return every rank's `obj` on rank zero, pickled on the way."""
-        # Not all_gather_object: it would hand all objects to all ranks, which is as many times more
-        # bytes and unpickling as there are ranks.
-        boxes: list[T] | None = [obj] * self.size if self.rank == 0 else None
-        dist.gather_object(obj, boxes, dst=0)
-        return boxes
+        return gather_objects(obj)
 
 
 def current_world() -> World:

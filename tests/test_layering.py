@@ -23,6 +23,7 @@ LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 ORDER = (
     "errors",
     "typing",
+    "_collectives",
     "_world",
     "_disk",
     "_disk.progress",
