@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import torch
 
-from lightning_sbckpt._disk.progress import Progress, Tally, moved
+from lightning_sbckpt._disk.growing import growth_counted
+from lightning_sbckpt._disk.progress import Progress, Tally
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._folder.layout import read_checkpoint
@@ -171,11 +173,14 @@ def to_safetensors(
         target.touch()
         mode = target.stat().st_mode
         try:
-            save_file(written, target, metadata)
-            # The library makes a file that nobody else may read.
-            target.chmod(mode)
-            # The library does not tell while it writes.
-            moved(size)
+            # The library does not tell while it writes, and has another name for the file then.
+            with TemporaryDirectory(prefix=".exporting-", dir=target.parent) as folder:
+                alone = Path(folder, "tensors")
+                with growth_counted(alone.parent):
+                    save_file(written, alone, metadata)
+                # The library makes a file that nobody else may read.
+                alone.chmod(mode)
+                alone.replace(target)
         except (ValueError, KeyError, TypeError) as error:
             raise MismatchError(
                 f"{where}, can't be written as safetensors: {error}. Leave such tensors out with "

@@ -27,6 +27,7 @@ ORDER = (
     "_world",
     "_disk",
     "_disk.progress",
+    "_disk.growing",
     "_disk.blocks",
     "_disk.storage",
     "_disk.regular",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -18,6 +19,7 @@ from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt._sharded.states import ShardedState
+from lightning_sbckpt.errors import SaveError
 
 pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")
 
@@ -124,6 +126,77 @@ def test_the_copy_is_kept_and_is_as_large_as_the_pieces_of_a_rank(tmp_path):
     for different, capacity, size in run(save_thrice, tmp_path):
         assert different == 1
         assert size - 64 <= capacity <= size
+
+
+def save_replicated(folder, rank, sizes):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = plain_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", sizes, mesh_dim_names=("of", "in")))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer, 2)
+    recoverables = {"model": model, "optimizer": optimizer}
+    expected = states_of(model, optimizer)
+    Checkpointer(folder.parent / "sync", recoverables).save_checkpoint(name="a")
+    with Checkpointer(folder, recoverables, save_mode="async") as checkpointer:
+        checkpointer.save_checkpoint(name="a")
+        train(model, optimizer, 1)
+        checkpointer.wait()
+        copied = checkpointer.saver._workshop.stager.capacity
+    if rank == 0:
+        torch.save(expected, folder.parent / "expected.pt")
+    pieces = [each.to_local().nbytes for each in model.parameters()]
+    # AdamW has two of each beside it, and a number.
+    largest = sum(3 * -(-size // 64) * 64 + 64 for size in pieces)
+    buffers = sum(-(-each.nbytes // 64) * 64 for each in model.buffers())
+    return copied, largest, buffers
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), pytest.param((2, 2), marks=pytest.mark.slow)])
+def test_what_is_replicated_is_copied_by_the_rank_alone_that_writes_it(tmp_path, sizes):
+    """The other replica's ranks stage their buffers and steps; the files are those of a sync save."""
+    answers = run(save_replicated, tmp_path, sizes, size=math.prod(sizes))
+    for rank, (copied, largest, buffers) in enumerate(answers):
+        if rank < sizes[1]:
+            assert largest - 64 <= copied <= largest + buffers
+        else:
+            assert copied <= buffers + 64 * 6
+    there, here = (tmp_path / name / "CKPT+a" for name in ("sync", "run"))
+    names = sorted(path.relative_to(here) for path in here.rglob("*.distcp"))
+    assert names == sorted(path.relative_to(there) for path in there.rglob("*.distcp"))
+    assert all((here / name).read_bytes() == (there / name).read_bytes() for name in names)
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert same(SavedShards(here / "model.dcp").state(), expected["model"])
+    assert find_damage(here) == []
+
+
+def save_on_the_second_alone(folder, rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = init_device_mesh("cpu", (2,))
+    both = DTensor.from_local(torch.ones(3), mesh, [Replicate()])
+    state = {"both": both, **({"second": both} if rank == 1 else {})}
+    Checkpointer(folder.parent / "sync", {"x": ShardedState(state)}).save_checkpoint(name="a")
+    checkpointer = Checkpointer(folder, {"x": ShardedState(state)}, save_mode="async")
+    checkpointer.save_checkpoint(name="a")
+    try:
+        checkpointer.wait()
+    except SaveError as error:
+        return str(error), visible(folder)
+    return "saved", visible(folder)
+
+
+def test_what_is_replicated_with_a_rank_that_does_not_give_it_is_refused(tmp_path):
+    """It would be copied by nobody; the sentence names the key and what to do."""
+    for message, names in run(save_on_the_second_alone, tmp_path):
+        assert "second is replicated" in message
+        assert "expected the same keys on all ranks of a mesh" in message
+        assert "save_mode='sync'" in message
+        assert names == []
+    saved = SavedShards(tmp_path / "sync" / "CKPT+a" / "x.dcp").state()
+    assert saved["second"].tolist() == [1, 1, 1]
 
 
 def talk_while_it_is_written(folder, rank):

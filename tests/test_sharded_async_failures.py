@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,61 @@ def test_a_rank_that_is_killed_in_the_background_leaves_nothing_visible_and_the_
     assert seconds < SECONDS
     assert names == ["CKPT+earlier"]
     assert find_damage(tmp_path / "run" / "CKPT+earlier") == []
+
+
+def die_before_meeting(folder, rank, dying):
+    from lightning_sbckpt._sharded import staging
+
+    staging._MEETING = timedelta(seconds=3)
+    checkpointer, _, _ = make(folder, save_mode="async")
+    if rank == dying:
+        dist.new_group = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        checkpointer.save_checkpoint(name="a")
+    except SaveError as error:
+        return str(error), time.monotonic() - began, os.listdir(folder)
+    return "saved", 0.0, os.listdir(folder)
+
+
+@needs_torch("2.9", "the time limit of a group that can be changed")
+@pytest.mark.parametrize(
+    ("dying", "size"), [(1, 2), (0, 2), pytest.param(1, 3, marks=pytest.mark.slow)]
+)
+def test_a_rank_that_is_killed_as_the_group_for_the_background_is_made_ends_the_others(
+    tmp_path, dying, size
+):
+    """Nothing is broken that they could learn it from, so there is a time limit of its own."""
+    answers = run(die_before_meeting, tmp_path, dying, dying=dying, size=size)
+    assert len(answers) == size - 1
+    for message, seconds, left in answers:
+        assert "at least one did not come within 3 seconds" in message
+        assert "Nothing of this checkpoint is kept" in message and "Start all ranks" in message
+        assert seconds < SECONDS
+        assert not [name for name in left if name.startswith("CKPT")]
+        # What rank zero began and could not clear away is swept at the next start.
+        assert dying == 0 or not [name for name in left if name.startswith(".staging")]
+
+
+def write_for_long(folder, rank):
+    from lightning_sbckpt._sharded import staging
+
+    staging._MEETING = timedelta(seconds=2)
+    checkpointer, _, _ = make(folder, save_mode="async")
+    if rank == 1:
+        slow = BusyOn("write", "__1_0.distcp", lambda: time.sleep(5))
+        checkpointer.saver._workshop.storage = slow
+    began = time.monotonic()
+    checkpointer.save_checkpoint(name="a")
+    checkpointer.wait()
+    return time.monotonic() - began
+
+
+def test_a_rank_may_write_for_longer_than_ranks_may_take_to_meet(tmp_path):
+    """The time limit of the group is that of torch as soon as it is there."""
+    seconds = run(write_for_long, tmp_path)
+    assert seconds[1] > 5
+    assert visible(tmp_path / "run") == ["CKPT+a"]
 
 
 def save_without_memory(folder, rank):

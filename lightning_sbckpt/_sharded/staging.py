@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.constants import default_pg_timeout
 
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._saving.snapshot import allocate, allocate_pinned
@@ -30,6 +32,9 @@ from lightning_sbckpt.errors import SaveError
 
 # What processors and torch's own allocator are used to.
 _ALIGNMENT = 64
+
+# All ranks come from one collective to make a group: who takes longer is gone.
+_MEETING = timedelta(minutes=2)
 
 
 class Frozen(Planner):
@@ -41,7 +46,8 @@ class Frozen(Planner):
         is_coordinator: Whether this is rank zero.
 
     Attributes:
-        data: The tensors and bytes of this rank; whoever makes one puts copies of tensors here.
+        data: The tensors and bytes that this rank writes; whoever makes one puts copies of tensors
+            here. What a lower rank of its mesh has too, and so writes, isn't among them.
     """
 
     def __init__(self, name: str, state: State, *, is_coordinator: bool) -> None:
@@ -49,7 +55,9 @@ class Frozen(Planner):
         super().set_up_planner(dict(state), is_coordinator=is_coordinator)
         self._local = super().create_local_plan()
         self.data: dict[MetadataIndex, torch.Tensor | io.BytesIO] = {
-            item.index: super(Frozen, self).resolve_data(item) for item in self._local.items
+            item.index: super(Frozen, self).resolve_data(item)
+            for item in self._local.items
+            if not _a_lower_rank_has(self.state_dict[item.index.fqn])
         }
         # It would keep the live tensors from being given back.
         self.state_dict = {}
@@ -67,7 +75,18 @@ class Frozen(Planner):
         return self._local
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Return the copy of a piece, or the bytes of a value."""
+        """Return the copy of a piece, or the bytes of a value.
+
+        Raises:
+            SaveError: A lower rank was to write it, and does not have it.
+        """
+        if write_item.index not in self.data:
+            raise SaveError(
+                f"the sharded state {self._name!r} was not written: {write_item.index.fqn} is "
+                "replicated, and a rank that has no such key is the lowest in its mesh, expected "
+                "the same keys on all ranks of a mesh. Give it on each of them, or use "
+                "save_mode='sync'. Nothing of this checkpoint is kept; earlier ones are whole"
+            )
         return self.data[write_item.index]
 
 
@@ -95,9 +114,27 @@ class Stager:
         return self._group is not None and self._within is dist.group.WORLD
 
     def make_group(self) -> None:
-        """Make the group of all ranks; every rank calls this, in the thread that trains."""
-        self._group = dist.new_group(backend="gloo")
-        self._within = dist.group.WORLD
+        """Make the group of all ranks; every rank calls this, in the thread that trains.
+
+        Raises:
+            SaveError: A rank did not come.
+        """
+        # A rank may write for longer than ranks may take to meet. Before torch 2.9 a group of gloo
+        # keeps the time limit that it was made with, so it has to be the one for writing.
+        may_change = hasattr(dist.ProcessGroup, "set_timeout")
+        limit = _MEETING if may_change else default_pg_timeout
+        try:
+            group = dist.new_group(backend="gloo", timeout=limit)
+        except RuntimeError as error:
+            raise SaveError(
+                "no group of all ranks to save in the background was made: at least one did not "
+                f"come within {limit.total_seconds():.0f} seconds, or was gone meanwhile "
+                f"({type(error).__name__}: {error}). Nothing of this checkpoint is kept; earlier "
+                "ones are whole. Start all ranks again"
+            ) from error
+        if may_change:
+            group.set_timeout(default_pg_timeout)
+        self._group, self._within = group, dist.group.WORLD
 
     def stage(self, states: Mapping[str, State], *, is_coordinator: bool) -> dict[str, Frozen]:
         """Copy this rank's pieces of states; those of the save before are overwritten.
@@ -188,6 +225,20 @@ class Stager:
                 "whole. Use save_mode='sync', which needs no copy"
             ) from error
         self.capacity, self._pinned = size, pinned
+
+
+def _a_lower_rank_has(found: Any) -> bool:
+    # Of DTensors alone it can be known without asking, from their mesh; `Planner` has the lowest of
+    # those that have a piece write it.
+    placements = getattr(found, "placements", ())
+    if not any(each.is_replicate() for each in placements):
+        return False
+    own = found.device_mesh.get_coordinate()
+    with_the_same = tuple(
+        slice(None) if placement.is_replicate() else at
+        for placement, at in zip(placements, own, strict=True)
+    )
+    return int(found.device_mesh.mesh[with_the_same].min()) < dist.get_rank()
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_sbckpt import Pretrainer
+from lightning_sbckpt._remote import places
 from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
 from remote._machines import Machines, filled, impatient
 
@@ -26,8 +27,10 @@ def pretrainer(machines, tmp_path, models, **kwargs):
     return Pretrainer(tmp_path / "collected", models, **options, **kwargs)
 
 
-def test_files_of_a_checkpoint_in_a_store_are_collected_and_loaded(machines, tmp_path):
+def test_files_of_a_checkpoint_in_a_store_are_collected_and_loaded(machines, tmp_path, monkeypatch):
     """By the checkpoint as the default source, by a URL of one file, and as `pathlib` spells it."""
+    # As in another process, which knows no more of the store than it is told here.
+    monkeypatch.setattr(places, "_remotes", {})
     source = f"{machines.url}/CKPT+a"
     models = {"encoder": filled(0.0), "decoder": filled(0.0), "third": filled(0.0)}
     paths = {"decoder": f"{source}/decoder.ckpt", "third": Path(f"{source}/encoder.ckpt")}
@@ -52,6 +55,8 @@ def test_files_of_folders_and_stores_go_together(machines, tmp_path):
     collector.collect_files(default_source=f"{machines.url}/CKPT+a")
     collector.load_collected()
     assert [model.bias[0] for model in models.values()] == [1.0, 7.0]
+    # What is a folder by another name needs no copy of its own.
+    assert (tmp_path / "collected" / "local.ckpt").samefile(tmp_path / "local.ckpt")
 
 
 def test_what_a_checkpointer_knows_of_its_store_is_known_here(machines, tmp_path):
