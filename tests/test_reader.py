@@ -10,6 +10,8 @@ from _counts import count
 from _processes import context
 
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._finding import catalog
+from lightning_sbckpt._folder.layout import folder_names
 from lightning_sbckpt.verify import verify
 
 SECONDS = 4
@@ -73,3 +75,57 @@ def test_a_reader_sees_whole_checkpoints_and_never_trips_over_one_that_vanishes(
         assert not any(one.problems for one in verify(run))
     assert len(seen) > 10
     count("checkpoints loaded while a run was pruning them", len(seen))
+
+
+def test_what_is_published_and_pruned_between_list_and_look_is_found(tmp_path, monkeypatch):
+    """A run must not begin anew since its only checkpoint was replaced just then."""
+    writer = Checkpointer(tmp_path, {"one": Numbers()})
+    writer.save_checkpoint(name="a")
+    listed = []
+
+    def names(root):
+        listed.extend(folder_names(root))
+        monkeypatch.undo()
+        writer.save_and_keep_only(name="b")
+        return listed
+
+    monkeypatch.setattr(catalog, "folder_names", names)
+    found = Checkpointer(tmp_path, {"one": Numbers()}, access="read").recover_if_possible()
+    assert listed == ["CKPT+a"]
+    assert found.path.name == "CKPT+b"
+
+
+def test_one_that_is_being_replaced_is_waited_for(tmp_path, monkeypatch):
+    """Under the same name: for a moment neither the old folder nor the new one has it."""
+    Checkpointer(tmp_path, {"one": Numbers()}).save_checkpoint(name="a")
+    aside = (tmp_path / "CKPT+a").rename(tmp_path / ".replaced+0+CKPT+a")
+    pauses = []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            aside.rename(tmp_path / "CKPT+a")
+
+    monkeypatch.setattr(catalog.time, "sleep", sleep)
+    reader = Checkpointer(tmp_path, {"one": Numbers()}, access="read")
+    assert reader.find_checkpoint().path.name == "CKPT+a"
+    assert len(pauses) == 3
+
+
+def test_a_replacement_that_was_interrupted_is_not_waited_for_long(tmp_path):
+    """Who writes there next brings the old one back; a reader changes nothing."""
+    Checkpointer(tmp_path, {"one": Numbers()}).save_checkpoint(name="a")
+    (tmp_path / "CKPT+a").rename(tmp_path / ".replaced+0+CKPT+a")
+    start = time.monotonic()
+    assert Checkpointer(tmp_path, access="read").find_checkpoint() is None
+    assert time.monotonic() - start < 5
+    assert Checkpointer(tmp_path).find_checkpoint().path.name == "CKPT+a"
+
+
+def test_a_folder_without_meta_is_no_reason_to_look_again(tmp_path, monkeypatch):
+    """It is there all the time, and somebody's own."""
+    (tmp_path / "CKPT+notes").mkdir()
+    listed = []
+    monkeypatch.setattr(catalog, "folder_names", lambda root: listed.append(root) or ["CKPT+notes"])
+    assert Checkpointer(tmp_path, access="read").find_checkpoint() is None
+    assert len(listed) == 1

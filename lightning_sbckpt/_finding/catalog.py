@@ -16,7 +16,12 @@ from pathlib import Path
 
 from lightning_sbckpt._finding.index import Entry, Identity, Row, read_index, write_index
 from lightning_sbckpt._finding.watch import Watch, watch
-from lightning_sbckpt._folder.layout import folder_names, paramfiles, read_folder
+from lightning_sbckpt._folder.layout import (
+    folder_names,
+    is_replacing,
+    paramfiles,
+    read_folder,
+)
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.selection import Criterion, rank_checkpoints, shortlist
@@ -36,6 +41,10 @@ _MANY = 64
 _TICK_NS = 100_000_000
 _COARSE_TICK_NS = 2_500_000_000
 
+# How often a folder is listed in which checkpoints come and go, and how much longer each time until
+# then: a tenth of a second in all.
+_ATTEMPTS = 8
+_PAUSE_SECONDS = 0.004
 
 _NO_IDENTITY: Identity = (0, 0, 0, 0, 0, 0, 0)
 
@@ -173,12 +182,35 @@ class Catalog:
             # Before anything is looked at, or what changes meanwhile would be noted by nobody.
             self._watch = watch(self._root, folder_names) if wanted else None
             self._can_watch = self._can_watch and (self._watch is not None or not wanted)
+        before = known = self._known
+        for attempt in range(_ATTEMPTS):
+            known, is_whole = self._take_stock(known, again=again)
+            if is_whole:
+                break
+            time.sleep(_PAUSE_SECONDS * attempt)
+        changed = list(known.values()) != list(before.values())
+        if changed:
+            self._ranked.clear()
+        if again:
+            self._calm = not changed
+        self._known = known
+        self._warn_of_unreadable()
+        self._index_if_behind()
+
+    def _take_stock(
+        self, before: dict[str, _Known], *, again: bool
+    ) -> tuple[dict[str, _Known], bool]:
+        """Return what is there, and whether it was so at one moment.
+
+        It was not if a checkpoint went after all were listed: whoever prunes has published a newer
+        one before, perhaps after the listing, too.
+        """
         names = folder_names(self._root)
-        before = self._known
         unknown = sum(name not in before for name in names)
         index = read_index(self._root) if unknown >= _MANY else {}
         start = f"{self._root}{os.sep}"
         known = {}
+        is_whole = True
         # Before anything is looked at, and that before it is read: what changes meanwhile will show.
         now = time.time_ns()
         for name in names:
@@ -189,7 +221,9 @@ class Catalog:
             try:
                 identity = _identify(start + name)
             except (FileNotFoundError, NotADirectoryError):
-                continue  # Without meta, or removed since the folder was listed.
+                # Without meta, or removed since the folder was listed.
+                is_whole = is_whole and os.path.lexists(start + name)
+                continue
             except OSError as error:
                 known[name] = _unreadable(_NO_IDENTITY, f"{start}{name}: {error.strerror}")
                 continue
@@ -199,14 +233,10 @@ class Catalog:
                 known[name] = _Known.from_index(identity, row)
             elif (found := self._read(name, identity, now)) is not None:
                 known[name] = found
-        changed = list(known.values()) != list(before.values())
-        if changed:
-            self._ranked.clear()
-        if again:
-            self._calm = not changed
-        self._known = known
-        self._warn_of_unreadable()
-        self._index_if_behind()
+            else:
+                is_whole = is_whole and os.path.lexists(start + name)
+        # The only one may be between its old folder and its new one.
+        return known, is_whole and (bool(known) or not is_replacing(self._root))
 
     def _read(self, name: str, identity: Identity, now: int) -> _Known | None:
         settled = _is_settled(identity, now)

@@ -260,6 +260,17 @@ def folder_names(root: Path) -> list[str]:
         return []
 
 
+def is_replacing(root: Path) -> bool:
+    """Return whether a checkpoint was set aside to make room for one of the same name.
+
+    So it is for a moment, or until the next start if the process that did it has died.
+    """
+    try:
+        return any(name.startswith(_REPLACED) for name in os.listdir(root))
+    except OSError:
+        return False
+
+
 def list_folders(root: Path) -> list[Path]:
     """Return the checkpoint folders in `root`, by name; a missing `root` has none."""
     return [root / name for name in folder_names(root) if _has_meta(root / name)]
