@@ -4,12 +4,14 @@ It has the methods and parameters of SpeechBrain's `speechbrain.utils.checkpoint
 whose scripts run with the import changed, and adds keyword-only ones. What it promises beyond it:
 a checkpoint is visible only when it is whole and on the disk; a damaged one is stepped over; no
 pickle is executed that the user did not trust.
+
+Saving is here. Each thing else that it does is a class of its own, one on top of the other:
+`Finder` finds, `Annotator` pins and annotates, `Curator` deletes, `Recoverer` loads.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,20 +19,15 @@ from pathlib import Path
 import torch
 
 from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding.loading import LoadOptions, load_into, require_sound
-from lightning_sbckpt._folder.layout import check_name, is_checkpoint, read_checkpoint, sweep
+from lightning_sbckpt._folder.layout import check_name, sweep
+from lightning_sbckpt._saving.description import Description, meta_of_new, time_after
 from lightning_sbckpt._saving.jobs import SaveJob, save_jobs
 from lightning_sbckpt._saving.saver import SavePolicy
-from lightning_sbckpt._saving.workshop import Description
 from lightning_sbckpt._world import decided_by_main
-from lightning_sbckpt.curator import Curator
-from lightning_sbckpt.errors import (
-    ConfigurationError,
-    MetaError,
-    SBCheckpointError,
-)
-from lightning_sbckpt.hooks import HookRegistry, check_signature, default_registry
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency, plain_meta
+from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.hooks import HookRegistry, default_registry
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.recoverer import Recoverer
 from lightning_sbckpt.retention import rules_from_keys
 from lightning_sbckpt.typing import (
     CheckpointPredicate,
@@ -42,13 +39,8 @@ from lightning_sbckpt.typing import (
 
 __all__ = ["Checkpointer"]
 
-logger = logging.getLogger("lightning_sbckpt")
 
-# The smallest step that a double still tells apart at today's count of seconds, generously.
-_TICK = 1e-5
-
-
-class Checkpointer(Curator):
+class Checkpointer(Recoverer):
     """Saves named objects together and brings them back.
 
     Args:
@@ -124,6 +116,12 @@ class Checkpointer(Curator):
     ) -> None:
         super().__init__(
             checkpoints_dir,
+            recoverables,
+            custom_load_hooks=custom_load_hooks,
+            custom_save_hooks=custom_save_hooks,
+            allow_partial_load=allow_partial_load,
+            registry=registry,
+            trust_pickle=trust_pickle,
             world=world,
             policy=SavePolicy(save_mode, on_save_error, when_busy),
             link_unchanged=link_unchanged,
@@ -132,24 +130,13 @@ class Checkpointer(Curator):
             local_dir=local_dir,
             storage_options=storage_options,
         )
-        self.optional_recoverables: dict[str, bool] = {}
-        self.custom_load_hooks: dict[str, LoadHook] = {}
-        self.custom_save_hooks: dict[str, SaveHook] = {}
-        self.allow_partial_load = allow_partial_load
-        self.registry = registry
-        self.trust_pickle = trust_pickle
-        self.lineage: dict[str, object] = {}
         self.documents: dict[str, str] = {}
         self._newest_saved = 0.0
         self._watched: dict[int, object] = {}
-        for name, load_hook in (custom_load_hooks or {}).items():
-            self._set_hook("load", name, load_hook)
-        for name, save_hook in (custom_save_hooks or {}).items():
-            self._set_hook("save", name, save_hook)
-        if recoverables is not None:
-            self.add_recoverables(recoverables)
-        if access == "read":
-            return
+        if access != "read":
+            self._open_for_saving()
+
+    def _open_for_saving(self) -> None:
         if self._mirror is not None:
             # Now, and not at the first save: hours may have gone by until then.
             decided_by_main(self.world, self._mirror.open)
@@ -162,76 +149,6 @@ class Checkpointer(Curator):
                     f"{error.strerror or error}"
                 ) from error
             sweep(self.checkpoints_dir, self._storage)
-
-    # ------------------------------------------------------------------ what is saved
-
-    def add_recoverable(
-        self,
-        name: str,
-        obj: object,
-        custom_load_hook: LoadHook | None = None,
-        custom_save_hook: SaveHook | None = None,
-        optional_load: bool = False,
-    ) -> None:
-        """Add an object to save and load.
-
-        Args:
-            name: Unique; it names the object's file. A name used before is replaced.
-            obj: The object.
-            custom_load_hook: `hook(obj, path, end_of_epoch)` for this object.
-            custom_save_hook: `hook(obj, path)` for this object.
-            optional_load: A checkpoint without this object is loaded with a warning.
-
-        Raises:
-            CheckpointNameError: The name would not stay inside a checkpoint folder.
-            HookSignatureError: A hook can't be called.
-
-        Example:
-            >>> import tempfile, torch
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> checkpointer.add_recoverable("model", torch.nn.Linear(1, 1))
-            >>> sorted(checkpointer.save_checkpoint().paramfiles)
-            ['model']
-        """
-        check_name(name, "recoverable")
-        if custom_load_hook is not None:
-            self._set_hook("load", name, custom_load_hook)
-        if custom_save_hook is not None:
-            self._set_hook("save", name, custom_save_hook)
-        self.recoverables[name] = obj
-        self.optional_recoverables[name] = optional_load
-
-    def add_recoverables(self, recoverables: Mapping[str, object]) -> None:
-        """Add several objects.
-
-        Args:
-            recoverables: From names to objects.
-
-        Raises:
-            AttributeError: Not a mapping.
-
-        Example:
-            >>> import tempfile, torch
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
-            >>> checkpointer.add_recoverables({"model": torch.nn.Linear(1, 1)})
-            >>> list(checkpointer.recoverables)
-            ['model']
-        """
-        if not isinstance(recoverables, Mapping):
-            raise AttributeError(
-                "recoverables must be a mapping from names to objects, a dict for example; got "
-                f"{recoverables!r}"
-            )
-        for name, obj in recoverables.items():
-            self.add_recoverable(
-                name, obj, optional_load=self.optional_recoverables.get(name, False)
-            )
-
-    def _set_hook(self, kind: str, name: str, hook: Callable[..., object]) -> None:
-        check_signature(kind, hook, repr(name))
-        (self.custom_load_hooks if kind == "load" else self.custom_save_hooks)[name] = hook
-
-    # ------------------------------------------------------------------ saving
 
     def save_checkpoint(
         self,
@@ -279,11 +196,7 @@ class Checkpointer(Curator):
             check_name(document, "document")
         jobs = self._save_jobs()
         unixtime = self._next_unixtime()
-        described = {
-            "unixtime": unixtime,
-            "end-of-epoch": bool(end_of_epoch),
-            **_checked(plain_meta(meta or {})),
-        }
+        described = meta_of_new(meta or {}, unixtime=unixtime, end_of_epoch=bool(end_of_epoch))
         self.claim()
         self._watch_optimizers()
         description = Description(
@@ -379,108 +292,6 @@ class Checkpointer(Curator):
     def _next_unixtime(self) -> float:
         if self.world.rank != 0:
             return time.time()  # It writes no meta: the disk is spared a look of each rank.
-        # A clock that stands still or jumps back must not change the order of checkpoints.
         with self._looking:
             newest = max(self._catalog.newest_time(), self._newest_saved)
-        return max(time.time(), newest + _TICK)
-
-    # ------------------------------------------------------------------ loading
-
-    def recover_if_possible(
-        self,
-        importance_key: ImportanceKey | None = None,
-        max_key: str | None = None,
-        min_key: str | None = None,
-        ckpt_predicate: CheckpointPredicate | str | None = None,
-    ) -> Checkpoint | None:
-        """Load the best sound checkpoint, by default the newest; do nothing if there is none.
-
-        Damaged checkpoints are stepped over, with one line each.
-
-        Args:
-            importance_key: See `find_checkpoint`.
-            max_key: See `find_checkpoint`.
-            min_key: See `find_checkpoint`.
-            ckpt_predicate: See `find_checkpoint`.
-
-        Returns:
-            The checkpoint that was loaded, or None.
-
-        Raises:
-            DamagedCheckpointError: There are checkpoints, and every one is damaged.
-            MismatchError: The checkpoint lacks a recoverable, or doesn't fit one.
-
-        Example:
-            >>> import tempfile, torch
-            >>> model = torch.nn.Linear(1, 1)
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": model})
-            >>> checkpointer.recover_if_possible() is None
-            True
-            >>> saved = checkpointer.save_checkpoint()
-            >>> checkpointer.recover_if_possible() == saved
-            True
-        """
-        self.wait()
-        while True:
-            chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
-            if chosen is None:
-                where = self.url or self.checkpoints_dir
-                logger.info("no checkpoint to recover from in %s yet", where)
-                return None
-            try:
-                self._load(chosen)
-            except SBCheckpointError:
-                # Several ranks can't agree on another one in the middle of loading.
-                if self.world.size > 1 or is_checkpoint(chosen.path):
-                    raise
-                logger.info("%s vanished while it was read, looking again", chosen.path)
-            else:
-                return chosen
-
-    def load_checkpoint(self, checkpoint: Checkpoint | str | Path) -> None:
-        """Load a checkpoint into the recoverables.
-
-        Args:
-            checkpoint: The checkpoint, or its folder.
-
-        Raises:
-            CheckpointNotFoundError: The folder is no checkpoint.
-            DamagedCheckpointError: A file is not the one that was written; nothing is loaded.
-            MismatchError: The checkpoint lacks recoverables (all are named, nothing is loaded), or
-                a state doesn't fit its object.
-
-        Example:
-            >>> import tempfile, torch
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
-            >>> checkpointer.load_checkpoint(checkpointer.save_checkpoint())
-        """
-        # What is still being copied must not change yet.
-        self.wait()
-        if not isinstance(checkpoint, tuple):
-            checkpoint = read_checkpoint(self.folder_of(checkpoint))
-        require_sound(checkpoint, self.recoverables)
-        self._load(checkpoint)
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        options = LoadOptions(
-            self.custom_load_hooks,
-            self.registry,
-            self.optional_recoverables,
-            self.allow_partial_load,
-            self.trust_pickle,
-        )
-        load_into(self.recoverables, checkpoint, options)
-        self.lineage["resumed-from"] = checkpoint.path.name
-
-
-def _checked(meta: dict[str, object]) -> dict[str, object]:
-    """Return meta given by a user, whose values for the two keys of ours must be usable."""
-    unixtime = meta.get("unixtime", 0.0)
-    usable = isinstance(unixtime, (int, float)) and math.isfinite(unixtime)
-    if not usable or not isinstance(meta.get("end-of-epoch", True), bool):
-        raise MetaError(
-            "meta sets a key that every checkpoint has: 'unixtime' must be a finite number of "
-            f"seconds and 'end-of-epoch' true or false, got {unixtime!r} and "
-            f"{meta.get('end-of-epoch', True)!r}. Choose other keys, or leave these out"
-        )
-    return meta
+        return time_after(newest)

@@ -80,7 +80,7 @@ class Curator(Annotator):
         workshop = Workshop(self.checkpoints_dir, self._storage, Links(enabled=link_unchanged))
         self._history = workshop.history
         self.saver = Saver(workshop, policy or SavePolicy())
-        self._lock = FolderLock(self.checkpoints_dir, shared=access == "shared")
+        self._lock = workshop.right = FolderLock(self.checkpoints_dir, shared=access == "shared")
         self._uploads: Uploads | None = None
         if self._mirror is not None:
             self._uploads = Uploads(self._mirror, alone=access == "exclusive")
@@ -144,6 +144,8 @@ class Curator(Annotator):
 
     def release(self) -> None:
         """Let other processes write to the folder; the next save takes it back.
+
+        A `Checkpointer` that nobody has any more lets them, too, and so does the end of the process.
 
         Example:
             >>> import tempfile

@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING
 
 from lightning_sbckpt._finding.catalog import Catalog
 from lightning_sbckpt._finding.loading import first_sound
-from lightning_sbckpt._folder.history import read_history
-from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.places import here, place_of
 from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._world import current_world, decided_by_main
-from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
+from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.selection import importance, newest_first
+from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, World
 
 if TYPE_CHECKING:
@@ -333,47 +331,24 @@ class Finder:
             >>> [(life.name, life.state) for life in checkpointer.timeline().lives]
             [('CKPT+a', 'removed'), ('CKPT+b', 'there')]
         """
-        from lightning_sbckpt._pictures.timeline import build_timeline
+        from lightning_sbckpt._pictures.folder_view import read_timeline
 
         self._ask_store()
-        try:
-            events = read_history(self.checkpoints_dir)
-        except OSError as error:
-            logger.warning("going on without the history: %s", error)
-            events = []
-        # After the history: what is saved between the two is there, and not taken for gone.
+        return read_timeline(self.checkpoints_dir, self._look, with_lineage=with_lineage)
+
+    def _look(self) -> tuple[list[Checkpoint], dict[Path, str]]:
         with self._looking:
-            there = self._catalog.checkpoints()
-            unreadable = {path.name: why for path, why in self._catalog.unreadable.items()}
-        lineage_of = _lineage_of if with_lineage else None
-        return build_timeline(there, events, unreadable=unreadable, lineage_of=lineage_of)
+            return self._catalog.checkpoints(), self._catalog.unreadable
 
     def _repr_html_(self) -> str:
-        from lightning_sbckpt._pictures.cards import failed_card, folder_table
+        from lightning_sbckpt._pictures.cards import failed_card
+        from lightning_sbckpt._pictures.folder_view import folder_card
 
         title = type(self).__name__
         try:
-            timeline = self.timeline(with_lineage=False)
-            there = [life.checkpoint for life in timeline.lives if life.checkpoint is not None]
-            newest = newest_first(there)
-            unreadable = [life for life in timeline.lives if life.state == "unreadable"]
-            remarks = [f"{life.name} can't be read: {life.reason}" for life in unreadable[:5]]
-            if len(unreadable) > 5:
-                remarks.append(f"and {len(unreadable) - 5:,} more can't be read")
-            shown = timeline.metrics_of_those_there()
-            return folder_table(
-                title, self.checkpoints_dir, newest, shown, timeline.marks(), remarks
-            )
+            return folder_card(title, self.checkpoints_dir, self.timeline(with_lineage=False))
         except Exception as error:  # A notebook would show a traceback in place of the value.
             return failed_card(title, self.checkpoints_dir, error)
-
-
-def _lineage_of(checkpoint: Checkpoint) -> Mapping[str, object]:
-    try:
-        manifest = read_manifest(checkpoint.path)
-    except (MetaError, OSError):
-        return {}
-    return manifest.lineage if manifest is not None else {}
 
 
 def _after_fork() -> None:

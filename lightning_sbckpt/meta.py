@@ -1,9 +1,7 @@
 """The record of one checkpoint, and its meta as plain YAML.
 
 Meta is what a person reads and what checkpoints are ranked by: `unixtime`, `end-of-epoch`, then
-whatever keys were given at save. It is written as YAML 1.1 that any safe loader reads. A tensor of
-more than one element becomes a mapping marked by the key `!tensor`; a YAML tag in its place would
-keep every other reader from listing the folder.
+whatever keys were given at save. It is written as YAML 1.1 that any safe loader reads.
 
 The file format is that of `CKPT.yaml` in SpeechBrain's `speechbrain.utils.checkpoints`.
 """
@@ -14,23 +12,19 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import yaml
 
 from lightning_sbckpt._disk.regular import NotRegularError, read_regular
-from lightning_sbckpt._flat_yaml import parse_flat
+from lightning_sbckpt._safe_yaml import MAX_META_BYTES, TENSOR_MARK, dump_yaml, parse_yaml
 from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import MetaError, MismatchError
 
-__all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "plain_meta", "read_meta"]
+__all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "parse_yaml", "plain_meta", "read_meta"]
 
 META_NAME = "CKPT.yaml"
-MAX_META_BYTES = 16 * 2**20
 _HEADER = "# yamllint disable\n"
-_TENSOR = "!tensor"
-_MAX_DEPTH = 200
 
 
 class Checkpoint(NamedTuple):
@@ -176,8 +170,8 @@ def _plain(value: object, where: str, problems: list[str]) -> object:
         tensor = value.detach().cpu()
         return tensor.item() if tensor.numel() == 1 and not tensor.is_complex() else tensor.clone()
     if isinstance(value, Mapping):
-        if _TENSOR in value:
-            problems.append(f"{where} has the key {_TENSOR!r}, which marks a tensor")
+        if TENSOR_MARK in value:
+            problems.append(f"{where} has the key {TENSOR_MARK!r}, which marks a tensor")
         return {
             _plain(key, f"a key in {where}", problems): _plain(item, f"{where}[{key!r}]", problems)
             for key, item in value.items()
@@ -197,76 +191,6 @@ def _plain(value: object, where: str, problems: list[str]) -> object:
     return None
 
 
-class _Dumper(yaml.SafeDumper):
-    """The safe dumper, and our marked mapping for tensors."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        """Write every value in full: an alias would make a person look for its anchor."""
-        return True
-
-
-def _represent_tensor(dumper: _Dumper, tensor: torch.Tensor) -> yaml.Node:
-    fields = {
-        _TENSOR: str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "data": _numbers(tensor),
-    }
-    return dumper.represent_mapping("tag:yaml.org,2002:map", fields, flow_style=True)
-
-
-def _numbers(tensor: torch.Tensor) -> list[object]:
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    numbers: list[object] = tensor.flatten().tolist()
-    return numbers
-
-
-def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
-    # PyYAML can't read these back, which YAML 1.1 takes for ends of lines, unless they are escaped.
-    quoted = any(character in text for character in "\x85\u2028\u2029")
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
-
-
-_Dumper.add_representer(torch.Tensor, _represent_tensor)
-_Dumper.add_representer(str, _represent_text)
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader, in C where PyYAML was built with it."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Refuse merge keys: a few lines of them grow without end, and no writer makes them."""
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise MetaError("it has the merge key '<<'")
-        super().flatten_mapping(node)
-
-
-def _with_tensors(value: object, seen: dict[int, object]) -> object:
-    # What stands behind several aliases is looked at once, or a small file could keep us for years.
-    if id(value) not in seen:
-        if isinstance(value, dict) and _TENSOR in value:
-            seen[id(value)] = _tensor_from(value)
-        elif isinstance(value, (dict, list)):
-            seen[id(value)] = value
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, item in list(items):
-                value[key] = _with_tensors(item, seen)
-        else:
-            return value
-    return seen[id(value)]
-
-
-def _tensor_from(fields: dict[str, object]) -> torch.Tensor:
-    dtype = getattr(torch, str(fields[_TENSOR]), None)
-    if not isinstance(dtype, torch.dtype):
-        raise MetaError(f"a tensor in meta has the unknown dtype {fields[_TENSOR]!r}")
-    shape = [int(length) for length in cast("list[int]", fields["shape"])]
-    if dtype.is_complex:
-        parts = torch.tensor(fields["data"], dtype=dtype.to_real()).reshape(*shape, 2)
-        return torch.view_as_complex(parts)
-    return torch.tensor(fields["data"], dtype=dtype).reshape(shape)
-
-
 def dump_meta(meta: Mapping[str, object]) -> bytes:
     r"""Return `meta` as the bytes of a `CKPT.yaml`.
 
@@ -280,90 +204,7 @@ def dump_meta(meta: Mapping[str, object]) -> bytes:
         >>> dump_meta({"unixtime": 1.5, "end-of-epoch": True})
         b'# yamllint disable\nunixtime: 1.5\nend-of-epoch: true\n'
     """
-    text = yaml.dump(dict(meta), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return (_HEADER + text).encode()
-
-
-def parse_yaml(data: bytes, path: Path | str) -> dict[str, object]:
-    """Return the mapping that a YAML file of ours holds; tags of Python are never executed.
-
-    Args:
-        data: The bytes of the file.
-        path: Where they are from, for the message.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        MetaError: The bytes are not YAML, hold a tag that isn't safe, or are not a mapping.
-
-    Example:
-        >>> parse_yaml(b"loss: 0.5", "CKPT.yaml")
-        {'loss': 0.5}
-        >>> parse_yaml(b"!!python/object/apply:os.getcwd []", "CKPT.yaml")
-        Traceback (most recent call last):
-        lightning_sbckpt.errors.MetaError: CKPT.yaml can't be read as safe YAML: ...
-    """
-    if len(data) > MAX_META_BYTES:
-        raise MetaError(
-            f"{path} has {len(data):,} bytes, more than the {MAX_META_BYTES:,} that meta may have"
-        )
-    flat = parse_flat(data)
-    if flat is not None:
-        return flat
-    try:
-        _refuse_depth(data)
-        loaded = yaml.load(data, Loader=_Loader)  # noqa: S506 - it is safe
-        _refuse_growth(loaded, {})
-        parsed = loaded
-        if isinstance(loaded, dict):
-            # The meta itself is no tensor, whatever its keys.
-            seen: dict[int, object] = {id(loaded): loaded}
-            parsed = {key: _with_tensors(value, seen) for key, value in loaded.items()}
-    except Exception as error:  # PyYAML's constructors raise whatever a strange value leads to.
-        raise MetaError(f"{path} can't be read as safe YAML: {error}") from error
-    if not isinstance(parsed, dict):
-        raise MetaError(f"{path} holds a {type(parsed).__name__}, expected a mapping of keys")
-    return parsed
-
-
-def _refuse_growth(value: object, seen: dict[int, int | None]) -> int:
-    """Return about how many characters a value has when it is written without aliases.
-
-    A few lines of aliases of aliases take no memory, and more time than there is as soon as
-    somebody prints, compares or copies them.
-    """
-    if isinstance(value, str):
-        return 1 + len(value)
-    if isinstance(value, int):
-        return 1 + value.bit_length() // 3
-    if not isinstance(value, (dict, list, tuple, set)):
-        return 1
-    size = seen.get(id(value), 0)
-    if size is None:
-        raise MetaError("it has a value that contains itself")
-    if not size:
-        seen[id(value)] = None
-        items = [*value, *value.values()] if isinstance(value, dict) else value
-        size = 1 + sum(_refuse_growth(item, seen) for item in items)
-        if size > MAX_META_BYTES:
-            raise MetaError("its aliases grow without end")
-        seen[id(value)] = size
-    return size
-
-
-def _refuse_depth(data: bytes) -> None:
-    # The parser in C recurses, and what is nested too deep ends the process.
-    if sum(map(data.count, (b"[", b"{", b"- ", b"? ", b": "))) <= _MAX_DEPTH:
-        return
-    depth = 0
-    for event in yaml.parse(data, Loader=_Loader):
-        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
-            depth += 1
-            if depth > _MAX_DEPTH:
-                raise MetaError(f"it is nested more than {_MAX_DEPTH} deep")
-        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-            depth -= 1
+    return (_HEADER + dump_yaml(meta)).encode()
 
 
 def read_meta(path: Path) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import random
@@ -144,6 +145,7 @@ def write(path):
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """After each test: no thread, no open file, and all buffers free."""
+    gc.collect()  # What the tests before have forgotten to close is not closed meanwhile.
     threads = set(threading.enumerate())
     files = os.listdir("/proc/self/fd")
     yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -12,12 +13,17 @@ import socket
 import sys
 import threading
 import time
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from _in_flight import HeldUp
 from _processes import context
 
+from lightning_sbckpt import Checkpointer, EpochCounter
 from lightning_sbckpt._folder import lock as lock_module
 from lightning_sbckpt._folder import owner
 from lightning_sbckpt._folder.lock import LOCK_NAME, FolderLock
@@ -76,6 +82,17 @@ def no_locks(descriptor, operation, *rest):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
+@contextmanager
+def no_garbage_collector():
+    """Inside, what is in a cycle stays."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @pytest.fixture
 def start():
     """A function that starts a child which takes the folder; all are ended at the end."""
@@ -86,12 +103,13 @@ def start():
         child = context.Process(target=hold, args=(folder, theirs), kwargs=options)
         child.start()
         theirs.close()
-        children.append(child)
+        # With the pipe, whose end the child would take for its own.
+        children.append((child, ours))
         assert ours.poll(60)
         return child, ours, ours.recv()
 
     yield start_child
-    for child in children:
+    for child, _ in children:
         child.kill()
         child.join()
 
@@ -169,7 +187,8 @@ class TestTwoProcesses:
         assert os.listdir(tmp_path) == []
         script = (
             "import sys; from pathlib import Path; from lightning_sbckpt._folder.lock import FolderLock;"
-            "FolderLock(Path(sys.argv[1])).acquire(); assert Path(sys.argv[1], '.lock').exists()"
+            "lock = FolderLock(Path(sys.argv[1])); lock.acquire();"
+            "assert Path(sys.argv[1], '.lock').exists()"
         )
         done = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", script, str(tmp_path)])
         assert done == 0
@@ -219,6 +238,84 @@ class TestOneProcess:
         second.release()
         _, _, answer = start(tmp_path)
         assert answer[0] == "held"
+
+    def test_one_that_nobody_has_any_more_gives_it_up(self, tmp_path, start):
+        """But not what another one of this process still holds."""
+        forgotten, kept = FolderLock(tmp_path), FolderLock(tmp_path)
+        for lock in (forgotten, kept):
+            lock.acquire()
+        del forgotten, lock
+        gc.collect()
+        _, _, answer = start(tmp_path)
+        assert "is in use" in answer
+        kept.release()
+        assert not (tmp_path / LOCK_NAME).exists()
+
+    def test_one_that_is_forgotten_while_another_takes_the_folder_does_not_lose_it(
+        self, tmp_path, start, monkeypatch
+    ):
+        """The garbage collector may come at any moment."""
+        locks = [FolderLock(tmp_path)]
+        locks[0].acquire()
+        taking = lock_module._Claim.take
+
+        def take(claim, **options):
+            taking(claim, **options)
+            locks.clear()
+            gc.collect()
+
+        monkeypatch.setattr(lock_module._Claim, "take", take)
+        kept = FolderLock(tmp_path)
+        kept.acquire()
+        assert locks == []
+        _, _, answer = start(tmp_path)
+        assert "is in use" in answer
+        kept.release()
+        assert not (tmp_path / LOCK_NAME).exists()
+
+    def test_many_checkpointers_one_after_the_other_keep_no_file_open(self, tmp_path):
+        """A search over a thousand settings opens a thousand folders, and closes none by name."""
+        with no_garbage_collector():
+            for number in range(20):
+                Checkpointer(tmp_path / str(number), {"epochs": EpochCounter(3)}).save_checkpoint()
+            assert list(tmp_path.glob(f"*/{LOCK_NAME}")) == []
+            fds = os.listdir("/proc/self/fd")
+        opened = [os.path.realpath(f"/proc/self/fd/{name}") for name in fds]
+        assert not [path for path in opened if path.startswith(str(tmp_path))]
+
+    @pytest.mark.parametrize("mode", ["async", "overlap"])
+    def test_the_memory_for_copies_goes_with_the_checkpointer(self, tmp_path, mode):
+        """It is as large as the state: nobody wants it to wait for the garbage collector."""
+        with no_garbage_collector():
+            model = torch.nn.Linear(300, 300)
+            checkpointer = Checkpointer(tmp_path, {"model": model}, save_mode=mode)
+            checkpointer.save_checkpoint()
+            checkpointer.wait()
+            arena = weakref.ref(checkpointer.saver._workshop.arena)
+            assert arena().capacity
+            del checkpointer
+            assert arena() is None
+
+    def test_a_save_in_flight_keeps_the_folder(self, tmp_path):
+        """Also if nobody has its `Checkpointer` any more."""
+        disk = HeldUp()
+        checkpointer = Checkpointer(
+            tmp_path, {"epochs": EpochCounter(3)}, save_mode="async", storage=disk
+        )
+        checkpointer.save_checkpoint(name="a")
+        assert disk.arrived.wait(20)
+        gone = weakref.ref(checkpointer)
+        del checkpointer
+        gc.collect()
+        assert gone() is None
+        assert (tmp_path / LOCK_NAME).exists()
+        disk.go_on.set()
+        end = time.monotonic() + 20
+        while (tmp_path / LOCK_NAME).exists() and time.monotonic() < end:
+            gc.collect()
+            time.sleep(0.02)
+        assert not (tmp_path / LOCK_NAME).exists()
+        assert (tmp_path / "CKPT+a" / "CKPT.yaml").exists()
 
     def test_what_one_has_alone_another_cannot_make_shared(self, tmp_path, start):
         """Both are of this process, so nobody is kept out, and no stranger let in."""

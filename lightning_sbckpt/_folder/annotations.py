@@ -19,15 +19,9 @@ from pathlib import Path
 
 from lightning_sbckpt._disk.regular import NotRegularError, read_regular
 from lightning_sbckpt._disk.storage import LocalStorage, digest_bytes
+from lightning_sbckpt._safe_yaml import MAX_META_BYTES, parse_yaml
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SaveError
-from lightning_sbckpt.meta import (
-    MAX_META_BYTES,
-    META_NAME,
-    dump_meta,
-    parse_yaml,
-    plain_meta,
-    read_meta,
-)
+from lightning_sbckpt.meta import META_NAME, dump_meta, plain_meta, read_meta
 
 logger = logging.getLogger("lightning_sbckpt")
 

@@ -19,8 +19,9 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,8 +49,8 @@ _Identity = tuple[int, int]
 class FolderLock:
     """The right of this process to write checkpoints into a folder.
 
-    Several locks of one process on one folder share that right, and the last that is released
-    gives it up.
+    Several locks of one process on one folder share that right, and the last that is released, or
+    that nobody has any more, gives it up.
 
     Args:
         root: The folder of all checkpoints.
@@ -71,12 +72,13 @@ class FolderLock:
             FolderInUseError: Another process has it; nothing was changed.
             SaveError: The folder can't be written to.
         """
-        with _guard:
+        with _undisturbed():
             try:
                 identity = _identity(self._root)
                 claim = _claims.get(identity) or _Claim(self._root, identity)
                 if self._claim is not None and self._claim is not claim:
-                    self._give_up()
+                    _give_up(self._claim)
+                    self._claim = None
                 claim.root = self._root  # The folder may have been moved, and be known by both.
                 claim.take(shared=self._shared)
             except OSError as error:
@@ -91,18 +93,21 @@ class FolderLock:
 
     def release(self) -> None:
         """Give the right up; nothing happens if it isn't held, or was held before a fork."""
-        with _guard:
-            self._give_up()
+        with _undisturbed():
+            claim, self._claim = self._claim, None
+            if claim is not None:
+                _give_up(claim)
 
-    def _give_up(self) -> None:
-        claim, self._claim = self._claim, None
-        # In a forked child the table is empty: what the parent holds is the parent's.
-        if claim is None or _claims.get(claim.identity) is not claim:
-            return
-        claim.holders -= 1
-        if claim.holders == 0:
-            del _claims[claim.identity]
-            claim.drop()
+    def __del__(self) -> None:
+        """Give the right up, now or as soon as nobody is at it."""
+        if self._claim is not None:
+            _orphans.append(self._claim)
+            # This may run in the middle of anything, also of what changes claims.
+            if _guard.acquire(blocking=False):
+                try:
+                    _give_up_orphans()
+                finally:
+                    _guard.release()
 
 
 @dataclass(eq=False)
@@ -244,13 +249,52 @@ class _Claim:
 
 _guard = threading.RLock()
 _claims: dict[_Identity, _Claim] = {}
+# One entry for each lock that was never released, and that nobody has any more.
+_orphans: deque[_Claim] = deque()
+_busy = False
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Change claims inside the block; no other thread does, nor does the garbage collector."""
+    global _busy  # noqa: PLW0603 - it goes with the guard
+    with _guard:
+        outer, _busy = _busy, True
+        try:
+            yield
+        finally:
+            _busy = outer
+            _give_up_orphans()
+
+
+def _give_up_orphans() -> None:
+    global _busy  # noqa: PLW0603 - it goes with the guard
+    if _busy:
+        return
+    _busy = True
+    try:
+        while _orphans:
+            _give_up(_orphans.popleft())
+    finally:
+        _busy = False
+
+
+def _give_up(claim: _Claim) -> None:
+    # In a forked child the table is empty: what the parent holds is the parent's.
+    if _claims.get(claim.identity) is not claim:
+        return
+    claim.holders -= 1
+    if claim.holders == 0:
+        del _claims[claim.identity]
+        claim.drop()
 
 
 def _after_fork_in_child() -> None:
-    global _guard  # noqa: PLW0603 - another thread of the parent may hold the old one for ever
-    _guard = threading.RLock()
+    global _guard, _busy
+    _guard, _busy = threading.RLock(), False
     # What the parent holds is the parent's. The descriptors stay open: closing one would not harm it.
     _claims.clear()
+    _orphans.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -13,8 +13,8 @@ from typing import Literal
 
 import yaml
 
+from lightning_sbckpt._safe_yaml import parse_yaml
 from lightning_sbckpt.errors import MetaError
-from lightning_sbckpt.meta import parse_yaml
 
 _RECORD_BYTES = 4096
 _ATTEMPTS = 20

@@ -9,29 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
-from typing import TypeVar
-
-import xxhash
 
 from lightning_sbckpt._disk.progress import Told
-from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._folder.layout import CKPT_PREFIX
+from lightning_sbckpt._remote.files import RemoteFiles
 from lightning_sbckpt._remote.listing import RemoteFile, absent, list_files
 from lightning_sbckpt._remote.retries import Retries, patiently, said
-from lightning_sbckpt._remote.stores import Store
-from lightning_sbckpt._remote.streams import (
-    Sender,
-    give_up_parts,
-    in_parallel,
-    is_on_its_way,
-    put_whole,
-    read_blocks,
-)
-from lightning_sbckpt._remote.urls import normal_url
+from lightning_sbckpt._remote.streams import Sender, give_up_parts, in_parallel, is_on_its_way
 from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
 from lightning_sbckpt.meta import META_NAME
 
@@ -39,44 +27,19 @@ __all__ = ["RemoteFile", "RemoteFolder", "Retries"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
-T = TypeVar("T")
-
-_SMALL = 16 * 2**20
 _DAY = 24 * 3600.0
 # For tidying up after a failure: the store that just failed is not waited for again.
 _ONCE = Retries(attempts=1)
 
 
-class RemoteFolder:
-    """The checkpoints below one URL.
+class RemoteFolder(RemoteFiles):
+    """The checkpoints below one URL; made from what `RemoteFiles` are made from.
 
-    It may be used from several threads, and after a fork. Every operation tries again what failed
-    for a reason that passes, and raises `RemoteError` when that did not help.
-
-    Args:
-        url: Of the folder, as `s3://bucket/run`.
-        retries: How often and how long.
-        storage_options: For fsspec's filesystem, beyond what its configuration says.
-
-    Raises:
-        ConfigurationError: It is no URL, or one with a password in it.
+    Attributes:
+        answered: Whether the store has been listed with these options.
     """
 
-    def __init__(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        retries: Retries | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        self.url = normal_url(url)
-        self.retries = retries or Retries()
-        self.options = dict(storage_options or {})
-        self.answered = False  # Whether the store has been listed by these options.
-        self._store = Store(self.url, self.options)
-
-    def __repr__(self) -> str:
-        return f"RemoteFolder({self.url!r})"
+    answered = False
 
     def check(self) -> None:
         """Find out whether the folder can be listed; it need not exist, its bucket must.
@@ -111,86 +74,6 @@ class RemoteFolder:
             for name, files in self._folders().items()
             if META_NAME in files
         }
-
-    def read(self, name: str, file: str, most: int = _SMALL) -> bytes:
-        """Return the bytes of a small file of a checkpoint, or with no name, of the run's folder.
-
-        Raises:
-            CheckpointNotFoundError: It isn't there.
-            RemoteError: It can't be read, or has more than `most` bytes.
-        """
-        doing = f"read {self._shown(name, file)}"
-
-        def get() -> bytes:
-            with self._store.use() as filesystem:
-                path = self._store.path(name, file)
-                # No range of an empty file can be asked for.
-                size: int = filesystem.info(path)["size"]
-                if size > most:
-                    raise RemoteError(f"can't {doing}: it has {size:,} bytes, more than {most:,}")
-                data: bytes = filesystem.cat_file(path)
-            return data
-
-        return self._try(get, doing)
-
-    def write(self, name: str, file: str, data: bytes) -> None:
-        """Put one small file in one step: a reader sees the old or the new; names as in `read`.
-
-        Raises:
-            RemoteError: It can't be put.
-        """
-        path = self._store.path(name, file)
-        self._try(lambda: put_whole(self._store, path, data), f"write {self._shown(name, file)}")
-
-    def fetch(self, name: str, file: str, target: Path, told: Told | None = None) -> None:
-        """Bring one file here, durably; `target` is there when it is whole.
-
-        Args:
-            name: The checkpoint's.
-            file: The file's in it.
-            target: Where it is to be.
-            told: Is told how many bytes more have come.
-
-        Raises:
-            CheckpointNotFoundError: It isn't there, or was removed meanwhile.
-            RemoteError: It can't be read, or was replaced meanwhile.
-            OSError: It can't be written here.
-        """
-        beside = target.with_name(f"{target.name}.part")
-        try:
-            with beside.open("wb", buffering=0) as stream:
-                for block in self._blocks(name, file, "fetch"):
-                    left = memoryview(block)
-                    while left:
-                        left = left[stream.write(left) :]
-                    if told is not None:
-                        told(len(block))
-                os.fsync(stream.fileno())
-            beside.replace(target)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def digest(self, name: str, file: str, told: Told | None = None) -> FileDigest:
-        """Return size and checksum of a file, read in full and kept nowhere; arguments as in `fetch`.
-
-        Raises:
-            CheckpointNotFoundError: It isn't there, or was removed meanwhile.
-            RemoteError: It can't be read, or was replaced meanwhile.
-        """
-        hasher = xxhash.xxh3_128()
-        size = 0
-        for block in self._blocks(name, file, "read"):
-            hasher.update(block)
-            size += len(block)
-            if told is not None:
-                told(len(block))
-        return FileDigest(size, hasher.hexdigest())
 
     def publish(
         self,
@@ -293,28 +176,6 @@ class RemoteFolder:
             return False
         return True
 
-    def _blocks(self, name: str, file: str, verb: str) -> Iterator[bytes]:
-        """Give the bytes of a file, all of one version of it."""
-        doing = f"{verb} {self._shown(name, file)}"
-        try:
-            before = self._info(name, file, doing)
-            path = self._store.path(name, file)
-            yield from read_blocks(self._store, path, before.size, self.retries, doing)
-            after = self._info(name, file, doing)
-        except FileNotFoundError as error:
-            raise self._not_there(doing, error) from error
-        if after.tag != before.tag:
-            raise RemoteError(
-                f"can't {doing}: it was replaced by another while it was read. Read it again"
-            )
-
-    def _info(self, name: str, file: str, doing: str) -> RemoteFile:
-        def look() -> RemoteFile:
-            with self._store.use() as filesystem:
-                return RemoteFile.of(filesystem.info(self._store.path(name, file)))
-
-        return patiently(look, self.retries, doing)
-
     def _folders(self) -> dict[str, dict[str, RemoteFile]]:
         found: dict[str, dict[str, RemoteFile]] = {}
         there = list_files(self._store, self.retries)
@@ -376,20 +237,6 @@ class RemoteFolder:
         for folder in [*(f"{name}/{folder}" for folder in deepest_first), name]:
             with suppress(Exception), self._store.use() as filesystem:
                 filesystem.rmdir(self._store.path(folder))
-
-    def _shown(self, *parts: str) -> str:
-        return "/".join([self.url, *filter(None, parts)])
-
-    def _try(self, work: Callable[[], T], doing: str) -> T:
-        try:
-            return patiently(work, self.retries, doing)
-        except FileNotFoundError as error:
-            raise self._not_there(doing, error) from error
-
-    def _not_there(self, doing: str, error: FileNotFoundError) -> CheckpointNotFoundError:
-        return CheckpointNotFoundError(
-            f"can't {doing}: it is not there, or was removed meanwhile ({said(error)})"
-        )
 
 
 def _files_below(folder: Path) -> Iterator[str]:

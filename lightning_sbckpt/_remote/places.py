@@ -13,8 +13,8 @@ from lightning_sbckpt._folder.layout import CKPT_PREFIX, folder_names
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt._remote.mirror import REMOTE_NAME, Mirror
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
+from lightning_sbckpt._safe_yaml import parse_yaml
 from lightning_sbckpt.errors import ConfigurationError, MetaError
-from lightning_sbckpt.meta import parse_yaml
 
 # What is needed to open a store is not written to the disk, so it is known to this process alone.
 # For each URL the last that was used, and before it the last that the store has answered.

@@ -18,8 +18,9 @@ from typing import Literal
 
 from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt._folder.layout import unpublish
+from lightning_sbckpt._saving.description import Description
 from lightning_sbckpt._saving.jobs import SaveJob
-from lightning_sbckpt._saving.workshop import ChangedMeanwhileError, Description, Save, Workshop
+from lightning_sbckpt._saving.workshop import ChangedMeanwhileError, Save, Workshop
 from lightning_sbckpt._saving.writer import Background
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.errors import (
@@ -97,7 +98,6 @@ class Saver:
         self.retake: Callable[[], object] | None = None
         self.then_upload: Callable[[Path], object] | None = None
         self._workshop = workshop
-        workshop.remove = self._take_away
         self._writer = Background("sbckpt-writer")
         self._remover = Background("sbckpt-remover")
         self._mode = policy.mode
@@ -159,7 +159,7 @@ class Saver:
         world: World,
         then: Callable[[], object] | None,
     ) -> Checkpoint | None:
-        save = Save(self._workshop, description)
+        save = Save(self._workshop, description, self._take_away)
         if self._mode == "sync":
             save.begin(jobs, world, copy="no")
             checkpoint = decided_by_main(world, lambda: self._completed(save, then))

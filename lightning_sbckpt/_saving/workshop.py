@@ -33,6 +33,7 @@ from lightning_sbckpt._folder.layout import (
 )
 from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_manifest
+from lightning_sbckpt._saving.description import Description
 from lightning_sbckpt._saving.jobs import Contents, SaveJob
 from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._saving.pieces import Pieces, new_stager
@@ -57,25 +58,6 @@ class ChangedMeanwhileError(SaveError):
     """What was to be saved changed before it was copied."""
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a checkpoint says about itself.
-
-    Attributes:
-        meta: Plain meta, see `lightning_sbckpt.meta.plain_meta`.
-        name: The checkpoint's own name, or None to name it by time.
-        lineage: Where these weights come from, for the manifest.
-        verbosity: The level of the log line.
-        documents: Small files of text for people, by name.
-    """
-
-    meta: Mapping[str, object]
-    name: str | None
-    lineage: Mapping[str, object]
-    verbosity: int
-    documents: Mapping[str, str] = field(default_factory=dict)
-
-
 @dataclass
 class Workshop:
     """What is kept from save to save.
@@ -86,9 +68,8 @@ class Workshop:
         templates: The forms of the files.
         links: The files of the newest checkpoint.
         arena: The memory for copies of the state.
-        remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
-            save. Without it the folder stays until the next start.
         last: Where the last checkpoint went.
+        right: What must not be let go of while anything is written or removed.
         stager: What copies the pieces of this rank, from the first save on that has some.
         history: Where it is noted that a checkpoint was saved.
     """
@@ -98,8 +79,8 @@ class Workshop:
     links: Links
     templates: Templates = field(default_factory=Templates)
     arena: Arena = field(default_factory=Arena)
-    remove: Callable[[Path], object] | None = None
     last: Path | None = None
+    right: object = None
     stager: Stager | None = None
     history: History = field(init=False)
 
@@ -114,6 +95,8 @@ class Save:
     Args:
         workshop: What is kept from save to save.
         description: What the checkpoint says about itself.
+        remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
+            save.
 
     Attributes:
         pieces: What this rank has of sharded states; on ranks other than zero somebody has to write
@@ -121,9 +104,12 @@ class Save:
         late_copy: A copy that goes on while training does, if there is one.
     """
 
-    def __init__(self, workshop: Workshop, description: Description) -> None:
+    def __init__(
+        self, workshop: Workshop, description: Description, remove: Callable[[Path], object]
+    ) -> None:
         self._workshop = workshop
         self._description = description
+        self._remove = remove
         self._started = time.perf_counter()
         self._staging = ExitStack()
         self._staged: Path | None = None
@@ -335,8 +321,8 @@ class Save:
                     raise
             else:
                 workshop.last = target
-                if replaced is not None and workshop.remove is not None:
-                    workshop.remove(replaced)
+                if replaced is not None:
+                    self._remove(replaced)
                 return target
 
     def abandon(self, error: BaseException) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,14 +15,17 @@ from lightning_sbckpt._folder.layout import (
     is_checkpoint,
     read_checkpoint,
 )
+from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
 from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import NO, REFUSED, Failure, collected_warnings, echo
 from lightning_sbckpt.cli._rules import best_by, run_rules
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import Criterion, newest_first, rank_checkpoints
+from lightning_sbckpt.verify import verify
 
 # What a run leaves in its folder beside checkpoints: such a folder is ours, and may be empty yet.
 _OURS = ("HISTORY.jsonl", ".lock", ".index.json", ".staging+", ".removed+", ".replaced+")
@@ -190,6 +193,28 @@ def best_of(folder: Folder, criterion: Criterion, predicate: str | None = None) 
     if not found:
         raise Failure(f"no checkpoint in {folder.shown} is a candidate: {criterion.describe()}", NO)
     return found[0]
+
+
+def first_sound(candidates: Iterable[Checkpoint], *, aloud: bool = False) -> Checkpoint | None:
+    """Return the first checkpoint whose files are those that were written.
+
+    Args:
+        candidates: Are read one after the other; those removed meanwhile are passed over.
+        aloud: Warn of each that is stepped over.
+    """
+    for ckpt in candidates:
+        with ExitStack() as stack:
+            try:
+                found = verify(ckpt.path, on_progress=progress_bar(stack, "verifying"))
+            except CheckpointNotFoundError:
+                continue
+        problems = [problem for one in found for problem in one.problems]
+        if not problems:
+            return ckpt
+        if aloud:
+            name, why = printable(ckpt.path.name), printable(problems[0])
+            echo(f"Warning: stepped over {name}: {why}", err=True)
+    return None
 
 
 def require_key(key: str, checkpoints: Sequence[Checkpoint]) -> None:

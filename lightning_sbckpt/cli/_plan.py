@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import click
 
-from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
+from lightning_sbckpt._pictures.folder_view import lineage_of
 from lightning_sbckpt._pictures.timeline import build_timeline
-from lightning_sbckpt.cli._bars import progress_bar
-from lightning_sbckpt.cli._folders import Folder, require_key
+from lightning_sbckpt.cli._folders import Folder, first_sound, require_key
 from lightning_sbckpt.cli._rules import RunRules, best_by, events_of, run_rules
-from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SelectionError
+from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression
 from lightning_sbckpt.inspect import marks_of
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -32,7 +30,6 @@ from lightning_sbckpt.retention import (
 )
 from lightning_sbckpt.selection import Criterion
 from lightning_sbckpt.typing import RetentionRule
-from lightning_sbckpt.verify import verify
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -115,24 +112,21 @@ def careful_plan(
         all_runs: Let go also what another run wrote, and what was made by hand.
         also_newest: Let go also the newest that is whole.
     """
-    protected: Protected = [] if all_runs else _of_other_runs(folder, _lineage)
+    protected: Protected = [] if all_runs else _of_other_runs(folder, lineage_of)
     found = _planned(folder, rules, protected)
     if not all_runs:
         averages = [
             (each.checkpoint, "made by hand: an average")
             for each in found
-            if not each.keep and _lineage(each.checkpoint).get("averaged-from")
+            if not each.keep and lineage_of(each.checkpoint).get("averaged-from")
         ]
         protected += averages
         found = _planned(folder, rules, protected) if averages else found
     if not also_newest and not all(each.keep for each in found):
-        sound = _newest_sound([each.checkpoint for each in found])
-        if any(each.checkpoint.path == sound and not each.keep for each in found):
-            protected += [
-                (each.checkpoint, "the newest that is whole, to resume from")
-                for each in found
-                if each.checkpoint.path == sound
-            ]
+        sound = first_sound(each.checkpoint for each in found)
+        going = {each.checkpoint.path for each in found if not each.keep}
+        if sound is not None and sound.path in going:
+            protected += [(sound, "the newest that is whole, to resume from")]
             found = _planned(folder, rules, protected)
     return found, protected
 
@@ -163,26 +157,6 @@ def _of_other_runs(
         for life in there
         if life.run != mine and life.checkpoint is not None
     ]
-
-
-def _lineage(checkpoint: Checkpoint) -> Mapping[str, object]:
-    try:
-        manifest = read_manifest(checkpoint.path)
-    except (MetaError, OSError):
-        return {}
-    return manifest.lineage if manifest is not None else {}
-
-
-def _newest_sound(newest_first: Sequence[Checkpoint]) -> Path | None:
-    for ckpt in newest_first:
-        with ExitStack() as stack:
-            try:
-                found = verify(ckpt.path, on_progress=progress_bar(stack, "verifying"))
-            except CheckpointNotFoundError:
-                continue  # Removed meanwhile.
-        if not any(one.problems for one in found):
-            return ckpt.path
-    return None
 
 
 @dataclass(frozen=True)

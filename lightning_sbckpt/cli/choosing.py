@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
 from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import said
-from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,
@@ -18,12 +16,10 @@ from lightning_sbckpt.cli._common import (
     json_option,
     print_json,
 )
-from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
+from lightning_sbckpt.cli._folders import Folder, first_sound, open_folder, require_key
 from lightning_sbckpt.cli._rules import best_by, run_rules
-from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import Criterion, importance, rank_checkpoints
-from lightning_sbckpt.verify import verify
 
 __all__ = ["best"]
 
@@ -56,7 +52,7 @@ def best(
     else:
         require_key(criterion.key, folder.checkpoints)
     candidates = rank_checkpoints(folder.checkpoints, criterion, where, None if sound else 1)
-    found = _first_sound(candidates) if sound else next(iter(candidates), None)
+    found = first_sound(candidates, aloud=True) if sound else next(iter(candidates), None)
     if found is None:
         raise Failure(_why_none(folder, criterion, where, candidates), NO)
     if as_json:
@@ -66,22 +62,6 @@ def best(
     else:
         # A script must get the path itself.
         click.echo(said(found.path))
-
-
-def _first_sound(candidates: list[Checkpoint]) -> Checkpoint | None:
-    for ckpt in candidates:
-        with ExitStack() as stack:
-            try:
-                found = verify(ckpt.path, on_progress=progress_bar(stack, "verifying"))
-            except CheckpointNotFoundError:
-                continue  # Removed meanwhile.
-        problems = [problem for one in found for problem in one.problems]
-        if not problems:
-            return ckpt
-        echo(
-            f"Warning: stepped over {printable(ckpt.path.name)}: {printable(problems[0])}", err=True
-        )
-    return None
 
 
 def _why_none(

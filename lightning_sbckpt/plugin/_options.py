@@ -9,8 +9,8 @@ from functools import wraps
 from lightning_sbckpt._folder.layout import check_name
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.collect import RESERVED, is_reserved
-from lightning_sbckpt.plugin.run import BestBy
 from lightning_sbckpt.retention import Best, Important, Newest
 from lightning_sbckpt.triggers import (
     AnyOf,

@@ -11,7 +11,7 @@ from weakref import proxy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._saving.saver import SavePolicy
@@ -19,6 +19,7 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _compat, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation
+from lightning_sbckpt.plugin.best import restore_weights
 from lightning_sbckpt.plugin.collect import FolderReader, is_folder
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
@@ -275,16 +276,8 @@ class SBCheckpoint(LightningCheckpoint):
             kernels = exact.weak_points(trainer.strategy.root_device)
             for sentence in [*self._tracker.warnings(), *kernels]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
-
-        checkpointer = self.checkpointer
-        if checkpointer is not None and not pl_module.automatic_optimization:
-            if self._policy.mode == "overlap":
-                rank_zero_info(
-                    "SBCheckpoint: this module optimizes manually, so nobody tells when parameters "
-                    "are about to change: copies are made before training goes on (save_mode "
-                    "'async')"
-                )
-            checkpointer.saver.fall_back()
+        if self._saving is not None:
+            self._saving.begin(pl_module)
         if self._watch is not None and self._watch.ask(TrainerWorld(trainer), now=True):
             # Nothing has been trained that is not in a checkpoint.
             raise self._watch.ending()
@@ -388,20 +381,7 @@ class SBCheckpoint(LightningCheckpoint):
         if not (self._restore_best and self._best_by.is_given and self._run is not None):
             return
         best = self._run.best_sound()
-        criterion = self._best_by.criterion.describe()
-        if best is None:
-            rank_zero_warn(
-                f"SBCheckpoint: no checkpoint in {self.dirpath} has a value for the {criterion}, "
-                "so the last weights stay. Log that metric in validation, or pass "
-                "restore_best=False"
-            )
-            return
-        dump = self._reader.read(best.path)
-        self._reader.load_weights(dump, module)
-        rank_zero_info(
-            f"SBCheckpoint: restored the best weights, {criterion} "
-            f"({self._best_by.value(best):g}), from {best.path}"
-        )
+        restore_weights(best, self._best_by, self._reader, module, self.dirpath)
 
 
 def _stage_of(trainer: Trainer) -> str:

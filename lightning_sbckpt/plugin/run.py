@@ -10,53 +10,16 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.collect import is_resumable
-from lightning_sbckpt.selection import importance
-from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
-
-
-@dataclass(frozen=True)
-class BestBy:
-    """Which checkpoint is best: by one of three keys, or by none, and then it is the newest."""
-
-    importance_key: ImportanceKey | None = None
-    max_key: str | None = None
-    min_key: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse more than one key."""
-        self.criterion  # noqa: B018 - making it is the check
-
-    @property
-    def criterion(self) -> Any:
-        """The criterion of the core."""
-        return importance(**self.keys)
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The three keys, as the core's methods take them."""
-        return {
-            "importance_key": self.importance_key,
-            "max_key": self.max_key,
-            "min_key": self.min_key,
-        }
-
-    @property
-    def is_given(self) -> bool:
-        """Whether there is a key."""
-        return any(key is not None for key in self.keys.values())
-
-    def value(self, checkpoint: Checkpoint) -> float:
-        """Return the value of the key, as it was logged."""
-        score = float(self.criterion.score(checkpoint))
-        return -score if self.criterion.lowest else score
+from lightning_sbckpt.typing import CheckpointPredicate, RetentionRule
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sbckpt.plugin import _compat
 from lightning_sbckpt.plugin.gather import Gatherer
@@ -45,6 +46,19 @@ class Saving:
     announce: Callable[[], object]
     _unannounced: bool = False
     _failed: int = 0
+
+    def begin(self, module: LightningModule) -> None:
+        """Hide no copy behind training where nobody tells when parameters are about to change."""
+        if module.automatic_optimization:
+            return
+        saver = self.run.checkpointer.saver
+        if saver.policy.mode == "overlap":
+            rank_zero_info(
+                "SBCheckpoint: this module optimizes manually, so nobody tells when parameters "
+                "are about to change: copies are made before training goes on (save_mode "
+                "'async')"
+            )
+        saver.fall_back()
 
     def after_batch(self, trainer: Trainer) -> None:
         """Save if it is due; end the run after it if it was asked to end.

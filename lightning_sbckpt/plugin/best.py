@@ -1,0 +1,83 @@
+"""The best checkpoint of a run: which one that is, and its weights back in the module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin.collect import FolderReader
+from lightning_sbckpt.selection import importance
+from lightning_sbckpt.typing import ImportanceKey
+
+
+@dataclass(frozen=True)
+class BestBy:
+    """Which checkpoint is best: by one of three keys, or by none, and then it is the newest."""
+
+    importance_key: ImportanceKey | None = None
+    max_key: str | None = None
+    min_key: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse more than one key."""
+        self.criterion  # noqa: B018 - making it is the check
+
+    @property
+    def criterion(self) -> Any:
+        """The criterion of the core."""
+        return importance(**self.keys)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The three keys, as the core's methods take them."""
+        return {
+            "importance_key": self.importance_key,
+            "max_key": self.max_key,
+            "min_key": self.min_key,
+        }
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a key."""
+        return any(key is not None for key in self.keys.values())
+
+    def value(self, checkpoint: Checkpoint) -> float:
+        """Return the value of the key, as it was logged."""
+        score = float(self.criterion.score(checkpoint))
+        return -score if self.criterion.lowest else score
+
+
+def restore_weights(
+    best: Checkpoint | None,
+    best_by: BestBy,
+    reader: FolderReader,
+    module: LightningModule,
+    dirpath: Path | str,
+) -> None:
+    """Put the weights of the best checkpoint into a module.
+
+    Args:
+        best: The checkpoint; None if there is none, which is said.
+        best_by: By what it is the best.
+        reader: Reads it.
+        module: Gets the weights.
+        dirpath: Where it was looked for.
+    """
+    criterion = best_by.criterion.describe()
+    if best is None:
+        rank_zero_warn(
+            f"SBCheckpoint: no checkpoint in {dirpath} has a value for the {criterion}, "
+            "so the last weights stay. Log that metric in validation, or pass "
+            "restore_best=False"
+        )
+        return
+    reader.load_weights(reader.read(best.path), module)
+    rank_zero_info(
+        f"SBCheckpoint: restored the best weights, {criterion} "
+        f"({best_by.value(best):g}), from {best.path}"
+    )
