@@ -12,11 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from _releases import needs_torch
+from torch.distributed import checkpoint as dcp
 
 ROOT = Path(__file__).resolve().parents[1]
 # At the end: the package under test is the installed one.
@@ -83,6 +86,7 @@ def save_ratio(folder: Path, mode: str) -> float:
 SAVE_LIMITS = {"sync": 1.5, "async": 0.8, "overlap": 0.8}
 
 
+@needs_torch("2.6", "torch.serialization.skip_data, by which a save needs no pickling,")
 @pytest.mark.parametrize("mode", SAVE_LIMITS)
 def test_a_save_keeps_its_distance_to_torch_save(tmp_path, mode):
     """A durable save is not slower than `torch.save` and fsync; one in the background returns
@@ -216,17 +220,18 @@ IMPORT_LIMIT = 0.4
 @pytest.fixture(scope="module")
 def import_seconds() -> dict[str, float]:
     modules = ("torch", "lightning_sbckpt", "lightning.pytorch")
-    # Processor time, and the lesser of two: other programs on the machine must not count.
-    code = "import time\n" + "".join(
-        f"start = time.process_time()\nimport {module}\nprint(time.process_time() - start)\n"
-        for module in modules
-    )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout
-        for _ in range(2)
-    ]
-    seconds = zip(*(map(float, run.split()) for run in runs), strict=True)
-    return dict(zip(modules, map(min, seconds), strict=True))
+    # Processor time, and the lesser of two: other programs on the machine must not count. Lightning
+    # is large enough to be seen in one.
+    runs: dict[str, list[float]] = {module: [] for module in modules}
+    for some in (modules, modules[:2]):
+        code = "import time\n" + "".join(
+            f"start = time.process_time()\nimport {module}\nprint(time.process_time() - start)\n"
+            for module in some
+        )
+        done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+        for module, seconds in zip(some, done.stdout.split(), strict=True):
+            runs[module].append(float(seconds))
+    return {module: min(seconds) for module, seconds in runs.items()}
 
 
 def test_the_import_adds_little_to_that_of_torch(import_seconds):
@@ -262,6 +267,10 @@ def test_a_second_copy_in_memory_is_noticed(tmp_path):
 # ---------------------------------------------------------------------- the benchmarks themselves
 
 
+@pytest.mark.skipif(
+    "no_dist" not in signature(dcp.async_save).parameters,
+    reason="torch's own asynchronous save needs a process group in this release",
+)
 def test_every_peer_saves_and_loads_the_whole_state(tmp_path):
     """What is timed is real: after a save and a load the other state has the same bits."""
     state = State(0.2)

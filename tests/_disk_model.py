@@ -16,10 +16,11 @@ a flush counts only when its thread has gone on, or when a mark says that all is
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -211,7 +212,7 @@ class Disk:
         self.base = base
         self._root = _scan(start)
         self._pending: list[_Change] = []
-        self._events: list[Event] = []
+        self._done: list[int] = []
         self._index = 0
 
     def after_power_cut(self, events: list[Event], at: int, choose: Chooser, into: Path) -> None:
@@ -225,7 +226,7 @@ class Disk:
             choose: What survives.
             into: The folder to make.
         """
-        self._events = events
+        self._done = _moments(events)
         for self._index, event in enumerate(events[:at]):
             self._replay(event, done=self._is_done(self._index, at))
         durable = {id(folder): dict(folder.durable) for folder in _folders(self._root)}
@@ -250,7 +251,8 @@ class Disk:
         if event.operation == "flush_dir":
             self._replay_flush_of_folder(event, done=done)
             return
-        folder, name = self._folder(event.path.parent), event.path.name
+        *above, name = _parts(event.path, self.base)
+        folder = self._folder(above)
         there = folder.current.get(name)
         if event.operation in ("make_dir", "create"):
             new: _File | _Folder = _Folder() if event.operation == "make_dir" else _File()
@@ -260,12 +262,13 @@ class Disk:
                 self._change((folder, name, there, False))
         elif event.operation == "rename":
             assert event.target is not None and there is not None, event
-            into = self._folder(event.target.parent)
-            self._change((into, event.target.name, there, True), (folder, name, there, False))
+            *above, new_name = _parts(event.target, self.base)
+            into = self._folder(above)
+            self._change((into, new_name, there, True), (folder, name, there, False))
         elif event.operation == "link":
             assert event.target is not None and there is not None, event
-            into = self._folder(event.target.parent)
-            self._change((into, event.target.name, there, True))
+            *above, new_name = _parts(event.target, self.base)
+            self._change((self._folder(above), new_name, there, True))
         elif event.operation == "flush_file":
             if there is None:  # Written by a hook: this is the first that is seen of it.
                 there = _File()
@@ -280,7 +283,7 @@ class Disk:
             raise AssertionError(f"an operation that this model does not know: {event}")
 
     def _replay_flush_of_folder(self, event: Event, *, done: bool) -> None:
-        flushed = self._folder(event.path)
+        flushed = self._folder(_parts(event.path, self.base))
         for entry, content_or_none in event.listing.items():
             if entry not in flushed.current:
                 unseen: _File | _Folder = _Folder()
@@ -310,28 +313,43 @@ class Disk:
 
     def _is_done(self, index: int, at: int) -> bool:
         """Return whether one operation had returned when another was announced."""
-        thread = self._events[index].thread
-        return any(
-            later.operation == "mark" or later.thread == thread
-            for later in self._events[index + 1 : at + 1]
-        )
+        return self._done[index] <= at
 
     def _find(self, path: Path) -> _File | _Folder | None:
         node: _File | _Folder | None = self._root
-        for part in path.relative_to(self.base).parts:
+        for part in _parts(path, self.base):
             node = node.current.get(part) if isinstance(node, _Folder) else None
         return node
 
-    def _folder(self, path: Path) -> _Folder:
+    def _folder(self, parts: Iterable[str]) -> _Folder:
         node = self._root
-        for part in path.relative_to(self.base).parts:
+        for part in parts:
             inner = node.current.get(part)
             if inner is None:  # Made by a hook, or by somebody who did not announce it.
                 inner = _Folder()
                 self._change((node, part, inner, True))
-            assert isinstance(inner, _Folder), path
+            assert isinstance(inner, _Folder), parts
             node = inner
         return node
+
+
+@functools.cache
+def _parts(path: Path, base: Path) -> tuple[str, ...]:
+    # The record is gone through for every cut, and has the same paths each time.
+    return path.relative_to(base).parts
+
+
+def _moments(events: list[Event]) -> list[int]:
+    """Return for each event the first one at which it had returned, or one more than there are."""
+    never = len(events) + 1
+    found, mark, next_of = [never] * len(events), never, {}
+    for index in range(len(events) - 1, -1, -1):
+        event = events[index]
+        found[index] = min(mark, next_of.get(event.thread, never))
+        next_of[event.thread] = index
+        if event.operation == "mark":
+            mark = index
+    return found
 
 
 def _scan(path: Path) -> _Folder:

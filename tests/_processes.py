@@ -14,7 +14,13 @@ context = multiprocessing.get_context("forkserver")
 
 LOADED = (
     "lightning.pytorch",
+    "lightning_sbckpt.cli",
     "lightning_sbckpt.plugin.selftest",
+    "paramiko",
+    "rich.progress",
+    "rich.table",
+    "s3fs",
+    "sklearn.datasets",
     "torch._dynamo",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",

@@ -6,13 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
+from _python import python
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.storage import LocalStorage
@@ -59,7 +58,7 @@ from lightning_sbckpt._disk.storage import LocalStorage
 for folder, bleu in zip(sys.argv[1:], (31.5, 30.0)):
     annotate(Path(folder), {"bleu": bleu}, storage=LocalStorage())
 """
-        subprocess.run([sys.executable, "-c", code, first.path, second.path], check=True)
+        python("-c", code, first.path, second.path).check_returncode()
         best = checkpointer.find_checkpoint(max_key="bleu")
         assert (best.path, best.meta["bleu"]) == (first.path, 31.5)
         assert len(checkpointer.find_checkpoints(ckpt_predicate=lambda c: c.meta["bleu"] > 31)) == 1

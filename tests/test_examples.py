@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from _python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -20,20 +19,14 @@ def example(tmp_path):
     """A function that runs an example in an empty folder and returns what it printed."""
 
     def run(name: str, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, EXAMPLES / name, *arguments],
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+        done = python(
+            EXAMPLES / name,
+            *arguments,
             cwd=tmp_path,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "TMPDIR": str(tmp_path),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            env={**os.environ, **environment},
             timeout=300,
-            check=False,
+            together=True,
         )
         assert done.returncode == code, done.stdout
         return done.stdout

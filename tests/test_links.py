@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 from textwrap import dedent
 
 import pytest
 import torch
+from _python import python
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
@@ -343,16 +342,7 @@ class TestWhatIsNotLinked:
                 checkpointer.save_checkpoint()
             """
         )
-        resumed = []
-        for _ in range(2):
-            found = subprocess.run(
-                [sys.executable, "-c", script, str(tmp_path)],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-                timeout=120,
-            )
-            resumed.append(found.stdout.strip())
+        resumed = [python("-c", script, tmp_path).stdout.strip() for _ in range(2)]
         assert resumed == ["False", "True"]
         checkpointer = Checkpointer(tmp_path)
         folders = [ckpt.path for ckpt in checkpointer.list_checkpoints()]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from _python import python
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._folder.manifest import find_damage, read_manifest
@@ -200,8 +201,7 @@ def test_a_folder_that_a_run_is_writing_to_is_left_to_it(folder, tmp_path):
     checkpointer.claim()
 
     def average(where):
-        command = [sys.executable, "-c", AVERAGE, where, *map(str, sources(folder))]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+        return python("-c", AVERAGE, where, *sources(folder))
 
     refused = average(str(folder))
     assert refused.returncode == 1

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from _python import python
 from _releases import needs_torch
 from _sharded_ranks import make, plain_model, run, same, train, whole
 
@@ -152,12 +153,7 @@ def test_the_whole_is_never_in_memory(tmp_path):
 
 
 def command(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_sbckpt.cli", *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return python("-m", "lightning_sbckpt.cli", *words)
 
 
 def test_the_command_prints_the_path_of_what_it_wrote(saved, tmp_path):

@@ -8,13 +8,14 @@ Sources: the docstrings and unit tests of `speechbrain.utils.checkpoints`.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from _numbered import Plain, make_counter_class, read_number, write_number
+from _python import python
 
 
 class TestHookRegistration:
@@ -327,22 +328,13 @@ class TestSeveralProcesses:
         """Two real processes: rank 1 gets None back, and runs only `save_on_main_only=False`."""
         which = "original" if request.config.getoption("--original") else "ours"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", TWO_RANKS, str(rank), which, str(tmp_path)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-            )
-            for rank in range(2)
-        ]
-        try:
-            outputs = [process.communicate(timeout=120)[0] for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
+
+        def run(rank):
+            arguments = ("-c", TWO_RANKS, str(rank), which, tmp_path)
+            return python(*arguments, env=environment, together=True).stdout
+
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(run, range(2)))
         for rank, output in enumerate(outputs):
             assert f"done {rank}" in output, output
         names = set(os.listdir(tmp_path))

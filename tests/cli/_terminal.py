@@ -15,8 +15,12 @@ import termios
 import time
 from pathlib import Path
 
+from _python import start as start_python
+
 COMMAND = Path(sys.executable).with_name("lightning-sbckpt")
 ROWS, COLUMNS = 30, 100
+# The same, as arguments of a Python that has loaded it.
+AS_MODULE = ("-m", "lightning_sbckpt.cli")
 # A loaded machine imports torch in ten seconds and more.
 PATIENCE = 120.0
 
@@ -43,21 +47,28 @@ class Terminal:
     Args:
         args: Of the command.
         columns: How wide the terminal is.
-        program: What to call in place of the command.
+        out: The file that stdout is, in place of the terminal.
+        program: What to call in place of the command: arguments of Python, or `COMMAND`, the real one.
         environment: Further variables.
     """
 
-    def __init__(self, *args, columns=COLUMNS, program=(COMMAND,), **environment):
+    def __init__(self, *args, columns=COLUMNS, out=None, program=AS_MODULE, **environment):
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, columns, 0, 0))
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", TAKE_TERMINAL, *map(str, (*program, *args))],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**ENVIRONMENT, **environment},
-            start_new_session=True,
-        )
+        arguments = [*map(str, (*program, *args))]
+        environment = {**ENVIRONMENT, **environment}
+        if program == (COMMAND,):
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-c", TAKE_TERMINAL, *arguments],
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                env=environment,
+                start_new_session=True,
+            )
+        else:
+            files = (slave, slave if out is None else out.fileno(), slave)
+            self.process = start_python(arguments, files, env=environment, terminal=True)
         os.close(slave)
         self.raw = ""
 

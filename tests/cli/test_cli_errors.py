@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from _python import python
 
 from lightning_sbckpt import cli
 from lightning_sbckpt.cli import _common, _folders, listing
@@ -207,11 +208,5 @@ def test_json_has_no_words_for_nan_and_still_is_json(capsys):
 def test_what_the_encoding_lacks_is_spelled_out():
     """A terminal of another age still gets a table."""
     code = "from lightning_sbckpt.cli._common import echo; echo('─ ü …')"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python("-c", code, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.stdout == "- \\xfc ...\n"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import torch
+from _python import python
+from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._folder.manifest import read_manifest
@@ -116,6 +116,7 @@ def test_long_lists_are_cut_with_a_word(root, call):
     assert "... and 3 more tensors that changed less" in output
 
 
+@needs_torch("2.8", "torch.float4_e2m1fn_x2")
 def test_every_kind_of_difference_has_a_line(tmp_path, call):
     """What came, what went, other shapes, other values, and what could not be compared."""
 
@@ -246,8 +247,7 @@ def test_average_leaves_a_folder_in_use_to_its_run(root):
     """Exit code 3, by the name of the process."""
     checkpointer = Checkpointer(root)
     checkpointer.claim()
-    command = [sys.executable, "-m", "lightning_sbckpt.cli", "average", str(root), "a", "b"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "lightning_sbckpt.cli", "average", root, "a", "b")
     assert done.returncode == 3
     assert done.stderr.startswith("Error: ")
     assert len(list(root.glob("CKPT*"))) == 3

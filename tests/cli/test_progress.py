@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
+from _python import python
 
 from cli._terminal import ENVIRONMENT, terminals
 from lightning_sbckpt import Checkpointer
@@ -17,15 +16,20 @@ from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt.cli import _bars
 from lightning_sbckpt.cli._bars import Bars
 
-# The command, in which every step that is told takes a while.
+# The command, in which each of the first steps that are told takes a while: the bar comes after a
+# second, and has to move then.
 SLOW = """
 import sys, time
 from lightning_sbckpt import verify
 from lightning_sbckpt._disk import progress
 
+left = [None] * 7
+
 def slow(told):
     def wait(*args):
-        time.sleep(float(sys.argv[1]))
+        if left:
+            left.pop()
+            time.sleep(float(sys.argv[1]))
         return told(*args)
     return wait
 
@@ -40,7 +44,7 @@ BAR = re.compile(r"(\w+ing) +[━╺╸]+ *[\d.,]+/[\d.,]+ (bytes|[kMG]B)")
 
 
 def slowed(pause, patience=1.0):
-    return sys.executable, "-c", SLOW, pause, patience
+    return "-c", SLOW, str(pause), str(patience)
 
 
 @pytest.fixture
@@ -111,13 +115,8 @@ def test_with_json_there_is_none(command, commands, terminal):
 
 def test_there_is_none_where_stderr_is_no_terminal(commands):
     """A log file gets the words of the command, and nothing else."""
-    done = subprocess.run(
-        [*map(str, slowed(0.4)), *map(str, commands["averaging"])],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python(*slowed(0.4), *commands["averaging"], env=ENVIRONMENT)
+    done.check_returncode()
     assert "━" not in done.stdout
     assert not any(character in done.stderr for character in "━\x1b\r")
 
@@ -132,10 +131,9 @@ def test_there_is_none_for_what_is_done_in_time(commands, terminal):
 
 def test_what_the_command_prints_is_all_on_stdout(commands, terminal, tmp_path):
     """A script takes it while a person watches the bar."""
-    code = "import subprocess, sys; out = open(sys.argv[1], 'w'); sys.exit(subprocess.call(sys.argv[2:], stdout=out))"
-    program = [sys.executable, "-c", code, tmp_path / "out", *slowed(0.4)]
-    screen = terminal(*commands["averaging"], program=program)
-    assert screen.finish() == 0
+    with (tmp_path / "out").open("w") as out:
+        screen = terminal(*commands["averaging"], program=slowed(0.4), out=out)
+        assert screen.finish() == 0
     assert "averaging" in screen.text
     assert (tmp_path / "out").read_text().endswith("/CKPT+mean\n")
 
@@ -160,7 +158,7 @@ def test_a_row_is_one_line_however_narrow_the_screen(columns, run, terminal):
         f"with Bars(0).transfer('downloading [bold]{name}', 2000) as told:\n"
         "    told(1234); time.sleep(0.5)\n"
     )
-    screen = terminal(program=(sys.executable, "-c", code), columns=columns)
+    screen = terminal(program=("-c", code), columns=columns)
     assert screen.finish() == 0, screen.text
     lines = re.split(r"[\r\n]+", screen.text)
     assert any("1.2/2.0 kB" in line for line in lines), screen.text
@@ -240,7 +238,7 @@ class TestBars:
             "    logging.getLogger('lightning_sbckpt').warning('the server is slow')\n"
             "    time.sleep(0.3)\n"
         )
-        screen = terminal(program=(sys.executable, "-c", code))
+        screen = terminal(program=("-c", code))
         assert screen.finish() == 0, screen.text
         lines = [line.strip() for line in re.split(r"[\r\n]+", screen.text)]
         assert "Warning: the server is slow" in lines

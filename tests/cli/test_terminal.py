@@ -6,9 +6,10 @@ import re
 import subprocess
 
 import pytest
+from _python import python
 from click.testing import CliRunner
 
-from cli._terminal import COLOUR, COLUMNS, COMMAND, ENVIRONMENT, terminals
+from cli._terminal import AS_MODULE, COLOUR, COLUMNS, COMMAND, ENVIRONMENT, terminals
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt.cli import main
 from lightning_sbckpt.retention import Newest
@@ -22,13 +23,9 @@ def terminal():
 
 
 def piped(*args, **environment):
-    return subprocess.run(
-        [str(COMMAND), *map(str, args)],
-        env={**ENVIRONMENT, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python(*AS_MODULE, *args, env={**ENVIRONMENT, **environment})
+    done.check_returncode()
+    return done
 
 
 class TestTable:
@@ -36,7 +33,7 @@ class TestTable:
 
     def test_it_fits_and_is_in_colour(self, run, terminal):
         """No line is wider than the screen, and no name is cut."""
-        screen = terminal("ls", run)
+        screen = terminal("ls", run, program=(COMMAND,))
         assert screen.finish() == 0
         lines = screen.text.splitlines()
         assert max(map(len, lines)) <= COLUMNS

@@ -57,18 +57,12 @@ def on_cpu() -> Iterator[None]:
         FullyShardedDataParallel.__init__ = wrap
 
 
-class Wrapped(_ranks.Model):
-    """The model of the other fits without what each rank has of its own."""
+class Wrapped(_sharded_fits.Alike):
+    """Wrapped by FSDP."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(_ranks.FEATURES, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 8)
-        )
-        # The same weights on every rank, which draw numbers of their own.
-        generator = torch.Generator().manual_seed(5)
-        for parameter in self.parameters():
-            parameter.data.uniform_(-0.3, 0.3, generator=generator)
+        self.draw_weights()
 
     def configure_optimizers(self):
         # With `use_orig_params=False` there are other parameters than those of the module.
@@ -109,16 +103,8 @@ class Tied(Wrapped):
         return self.head(inner) + self.again(inner.square())
 
 
-class Renamed(Wrapped):
-    """The same model with another name for a part of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.top = self.head
-        del self.head
-
-    def forward(self, x):
-        return self.top(self.body(x))
+class Renamed(_sharded_fits.HeadRenamed, Wrapped):
+    """With another name for its head."""
 
 
 class LooksAtTheGraph(Wrapped):
@@ -140,22 +126,15 @@ def prepare(
     folder: Path,
     rank: int,
     *,
-    size: int = 2,
     module: Callable[[], nn.Module] = Wrapped,
     trainer: Mapping[str, object] | None = None,
     strategy_options: Mapping[str, object] | None = None,
     **options: object,
-):
+) -> _ranks.Made:
     """Return what a rank fits."""
-    chosen = {"auto_wrap_policy": {nn.Sequential}, **(strategy_options or {})}
-    return _ranks.make(
-        folder / "checkpoints",
-        rank,
-        size=size,
-        module=module,
-        trainer={"strategy": OnCPU(**chosen), **(trainer or {})},
-        **options,
-    )
+    strategy = OnCPU(**{"auto_wrap_policy": {nn.Sequential}, **(strategy_options or {})})
+    trainer = {"strategy": strategy, **(trainer or {})}
+    return _ranks.make(folder / "checkpoints", rank, module=module, trainer=trainer, **options)
 
 
 def fit(folder: Path, rank: int, kill: str | None, options: Mapping[str, object]) -> None:

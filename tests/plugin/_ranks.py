@@ -232,6 +232,9 @@ class Model(L.LightningModule):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
+Made = tuple[L.Trainer, L.LightningModule, SBCheckpoint, dict[str, DataLoader]]
+
+
 def make(
     dirpath: Path,
     rank: int = 0,
@@ -241,7 +244,7 @@ def make(
     callbacks: Sequence[L.Callback] = (),
     trainer: Mapping[str, object] | None = None,
     **checkpoint: object,
-) -> tuple[L.Trainer, L.LightningModule, SBCheckpoint, dict[str, DataLoader]]:
+) -> Made:
     """Return what a rank fits; every rank draws numbers of its own."""
     L.seed_everything(SEED + rank, verbose=False)
     callback = SBCheckpoint(dirpath, **{"min_key": "val_loss", **checkpoint})
@@ -271,24 +274,37 @@ def make(
 
 
 def traced_fit(folder: Path, rank: int, kill: str | None, options: Mapping[str, object]) -> None:
+    """Make what a rank fits, and fit it as `trace` does."""
+    made = make(folder / "checkpoints", rank, **options)
+    trace(folder, rank, kill, made, lambda module: dict(module.state_dict()))
+
+
+def trace(
+    folder: Path,
+    rank: int,
+    kill: str | None,
+    made: Made,
+    weights: Callable[[L.LightningModule], object],
+) -> None:
     """Fit, writing down all that can be compared, and kill itself where told to."""
-    trainer, module, callback, loaders = make(folder / "checkpoints", rank, **options)
-    trace = folder / f"trace{rank}.jsonl"
-    trace.unlink(missing_ok=True)
-    recorder = selftest._Recorder(trace)
+    trainer, module, callback, loaders = made
+    lines = folder / f"trace{rank}.jsonl"
+    lines.unlink(missing_ok=True)
+    recorder = selftest._Recorder(lines)
     trainer.callbacks.insert(0, recorder)
     if kill is not None:
         trainer.callbacks.insert(0, selftest._killer(selftest.KillPoint.parse(kill)))
     trainer.loggers = [selftest._TraceLogger(recorder)]
     trainer.fit(module, **loaders)
-    after = {"at the end of training": recorder.state, "after the fit": dict(module.state_dict())}
+    after = {"at the end of training": recorder.state, "after the fit": weights(module)}
     torch.save(after, folder / f"final{rank}.pt")
+    (folder / f"best{rank}.txt").write_text(callback.best_model_path)
     if callback.resume_report is not None:
         (folder / f"report{rank}.txt").write_text(str(callback.resume_report))
 
 
 def outcome(folder: Path, rank: int) -> _comparison.Outcome:
-    """Return what a rank of `traced_fit` has written down."""
+    """Return what a rank has written down by `trace`."""
     import json
 
     lines = (folder / f"trace{rank}.jsonl").read_text().splitlines()

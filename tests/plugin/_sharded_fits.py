@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import _ranks
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from lightning_sbckpt.plugin import _comparison, selftest
+from lightning_sbckpt.plugin import selftest
 
 
-class InPieces(_ranks.Model):
-    """The model of the other fits without what each rank has of its own, sharded by FSDP2."""
+class Alike(_ranks.Model):
+    """The model of the other fits without what each rank has of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Linear(_ranks.FEATURES, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 8)
         )
+
+    def draw_weights(self) -> None:
+        """Have the same weights on every rank, which draw numbers of their own."""
+        generator = torch.Generator().manual_seed(5)
+        for parameter in self.parameters():
+            parameter.data.uniform_(-0.3, 0.3, generator=generator)
+
+
+class InPieces(Alike):
+    """Sharded by FSDP2."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.prepared = False
 
     def configure_model(self) -> None:
@@ -30,17 +42,14 @@ class InPieces(_ranks.Model):
         from torch.distributed.fsdp import fully_shard
 
         self.prepared = True
-        # The same weights on every rank, which draw numbers of their own.
-        generator = torch.Generator().manual_seed(5)
-        for parameter in self.parameters():
-            parameter.data.uniform_(-0.3, 0.3, generator=generator)
+        self.draw_weights()
         mesh = self.device_mesh["data_parallel"]
         fully_shard(self.body, mesh=mesh)
         fully_shard(self, mesh=mesh)
 
 
-class Renamed(InPieces):
-    """The same model with another name for a part of it."""
+class HeadRenamed:
+    """Before a model: the same one with another name for a part of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,6 +58,10 @@ class Renamed(InPieces):
 
     def forward(self, x):
         return self.top(self.body(x))
+
+
+class Renamed(HeadRenamed, InPieces):
+    """With another name for its head."""
 
 
 def local(state: object) -> object:
@@ -74,7 +87,7 @@ def prepare(
     trainer: Mapping[str, object] | None = None,
     strategy_options: Mapping[str, object] | None = None,
     **options: object,
-):
+) -> _ranks.Made:
     """Return what a rank fits."""
     chosen = {"strategy": strategy(size, **(strategy_options or {}))}
     return _ranks.make(
@@ -97,29 +110,24 @@ def fit(
     rank: int,
     kill: str | None,
     options: Mapping[str, object],
-    prepare: Callable[..., tuple[Any, ...]] = prepare,
+    prepare: Callable[..., _ranks.Made] = prepare,
     weights: Callable[[nn.Module], object] = weights,
 ) -> None:
     """Fit, writing down all that can be compared, and kill itself where told to."""
     selftest.weights = weights
     clone = selftest.clone
     selftest.clone = lambda state: clone(local(state))
-    trainer, module, callback, loaders = prepare(folder, rank, **options)
-    trace = folder / f"trace{rank}.jsonl"
-    trace.unlink(missing_ok=True)
-    recorder = selftest._Recorder(trace)
-    trainer.callbacks.insert(0, recorder)
-    if kill is not None:
-        trainer.callbacks.insert(0, selftest._killer(selftest.KillPoint.parse(kill)))
-    trainer.loggers = [selftest._TraceLogger(recorder)]
-    trainer.fit(module, **loaders)
-    after = {"at the end of training": recorder.state, "after the fit": clone(weights(module))}
-    torch.save(after, folder / f"final{rank}.pt")
-    (folder / f"best{rank}.txt").write_text(callback.best_model_path)
-    if callback.resume_report is not None:
-        (folder / f"report{rank}.txt").write_text(str(callback.resume_report))
+    made = prepare(folder, rank, **options)
+    _ranks.trace(folder, rank, kill, made, lambda module: clone(weights(module)))
 
 
-def differences(reference: Path, resumed: Path, rank: int) -> list[str]:
-    """Return what differs between a rank of two runs, in words."""
-    return _comparison.differences(_ranks.outcome(reference, rank), _ranks.outcome(resumed, rank))
+def fit_or_tell(
+    folder: Path, rank: int, prepare: Callable[..., _ranks.Made], options: Mapping[str, object]
+) -> None:
+    """Fit; what is raised is written down, too."""
+    trainer, module, _, loaders = prepare(folder, rank, **options)
+    try:
+        trainer.fit(module, **loaders)
+    except Exception as error:
+        (folder / f"error{rank}.txt").write_text(str(error))
+        raise

@@ -1,12 +1,13 @@
-"""A run of Lightning alone, for processes in which this package can't be imported.
+"""Runs of Lightning alone, one after the other, for a process in which this package can't be imported.
 
 `python plain_run.py fit EPOCHS OUT [CKPT]` trains, from a file if one is given, and writes weights
 and place to OUT; `save EPOCHS OUT CKPT` trains and writes Lightning's own file to CKPT as well;
-`load CKPT OUT` only loads.
+`load CKPT OUT` only loads. Between two of them stands `then`.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import lightning as L
@@ -80,4 +81,6 @@ def main(what: str, *words: str) -> None:
 if __name__ == "__main__":
     # Whoever imports it, however deep, fails.
     sys.modules["lightning_sbckpt"] = None  # type: ignore[assignment]
-    main(*sys.argv[1:])
+    for _, words in itertools.groupby(sys.argv[1:], "then".__ne__):
+        if (run := list(words)) != ["then"]:
+            main(*run)

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from _releases import needs_lightning
 from _runs import (
     At,
     Steps,
@@ -20,7 +21,7 @@ from _runs import (
     saved,
     steps_saved,
 )
-from lightning.pytorch.callbacks import EarlyStopping, Timer, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import nn
 
 UP_AND_DOWN = by_epoch(0.5, 0.25, 0.75)
@@ -146,8 +147,11 @@ class TestAfterTheFit:
         assert run.module.steps == 8
         assert run.callback.best_model_score == 0.25
 
+    @needs_lightning("2.6", "WeightAveraging")
     def test_the_averaged_weights_are_what_is_best(self, tmp_path):
         """With WeightAveraging the average was validated, so the average is what comes back."""
+        from lightning.pytorch.callbacks import WeightAveraging
+
         seen = []
 
         class Watched(Steps):

@@ -11,6 +11,7 @@ import random
 import exact_cells
 import pytest
 from _processes import start_server
+from _releases import needs_lightning
 
 from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
@@ -26,12 +27,15 @@ def server():
     start_server()
 
 
+def marks(name):
+    slow = [] if name in SHARE else [pytest.mark.slow]
+    if "weight averaging" in name:
+        return [*slow, needs_lightning("2.6", "EMAWeightAveraging")]
+    return slow
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in SHARE else pytest.mark.slow)
-        for name in exact_cells.CELLS
-    ],
+    "name", [pytest.param(name, marks=marks(name)) for name in exact_cells.CELLS]
 )
 def test_a_killed_run_ends_with_the_same_bits(name):
     """Killed at batches of two epochs, twice in one, in validation and at an epoch's end."""

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _python import python
 
 from lightning_sbckpt import Preemption, SBCheckpoint
 from lightning_sbckpt.errors import ConfigurationError
@@ -95,10 +96,14 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "preemptible"
 
 def run_example(tmp_path, *arguments, loop=True):
     """Run the example, started again until it is done; return what it printed."""
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1]), "OMP_NUM_THREADS": "1"}
+    if not loop and "--devices" not in arguments:
+        script = EXAMPLE / "train.py"
+        done = python(script, *arguments, cwd=tmp_path, env=environment, together=True)
+        return done.returncode, done.stdout
     command = [sys.executable, str(EXAMPLE / "train.py"), *arguments]
     if loop:
         command = ["bash", str(EXAMPLE / "run-until-done.sh"), *command]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command,
         cwd=tmp_path,

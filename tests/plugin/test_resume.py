@@ -10,6 +10,7 @@ import signal
 import lightning as L
 import pytest
 import torch
+from _releases import needs_lightning
 from _runs import (
     At,
     Steps,
@@ -26,7 +27,7 @@ from _runs import (
     saved,
     steps_saved,
 )
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
 from torch import nn
 
 from lightning_sbckpt import Checkpointer
@@ -356,8 +357,10 @@ class TestWhatComesBack:
         assert run.module.steps == 12
         assert run.module.part.weight.item() == pytest.approx(-0.25 * 8)
 
+    @needs_lightning("2.6", "WeightAveraging")
     def test_weight_averaging(self, tmp_path):
         """The average goes on, and so do the weights that are averaged."""
+        from lightning.pytorch.callbacks import WeightAveraging
 
         def run(dirpath, max_epochs):
             averaging = WeightAveraging(avg_fn=lambda avg, new, n: avg + (new - avg) / (n + 1))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from _in_flight import contents
 from _processes import context
+from _releases import needs_torch, since
 from _runs import (
     At,
     Steps,
@@ -172,8 +173,10 @@ class TestSameBits:
                 found, wanted = contents(other.path), contents(one.path)
                 for name in ("model", "optimizer", "lr_scheduler", "rng", "loaders", "metrics"):
                     assert found[f"{name}.ckpt"] == wanted[f"{name}.ckpt"], name
-            # The last save of a fit has no step that would wait for it.
-            hidden = len(saved(tmp_path / mode)) - 1 if mode == "overlap" else 0
+            # The last save of a fit has no step that would wait for it; older releases of torch
+            # have no skip_data, without which a state is copied at once.
+            hides = mode == "overlap" and since(torch.__version__, "2.6")
+            hidden = len(saved(tmp_path / mode)) - 1 if hides else 0
             assert len(copies) == hidden
             assert run.callback.checkpointer.saver._mode == mode
         assert "dropped" not in caplog.text
@@ -205,6 +208,7 @@ class TestSameBits:
         for one, other in zip(saved(tmp_path / "sync"), saved(tmp_path / "overlap"), strict=True):
             assert contents(one.path)["model.ckpt"] == contents(other.path)["model.ckpt"]
 
+    @needs_torch("2.6", "torch.serialization.skip_data")
     def test_a_tensor_written_to_between_batches_is_noticed(self, tmp_path, copies, caplog):
         """The checkpoint is taken anew after the batch, and copies are made at once from then on."""
 

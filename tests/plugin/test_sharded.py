@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from _ranks import checkpoints, make, run
+from _ranks import checkpoints, differences, make, run
 from _releases import needs_torch
-from _sharded_fits import InPieces, Renamed, differences, fit, local, prepare
+from _sharded_fits import InPieces, Renamed, fit, fit_or_tell, local, prepare
 from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
@@ -212,26 +212,18 @@ def test_what_was_put_together_within_a_window_of_accumulation_is_gone_on_from(t
         assert "gradients" in restored
 
 
-def go_on_renamed(folder, rank, options):
-    trainer, module, _, loaders = prepare(folder, rank, module=Renamed, **options)
-    try:
-        trainer.fit(module, **loaders)
-    except Exception as error:
-        (folder / f"error{rank}.txt").write_text(str(error))
-        raise
-
-
 @pytest.mark.slow
 def test_a_model_that_was_renamed_is_refused_with_a_list_and_taken_by_a_key_map(tmp_path):
     """As with a model that is in one piece."""
     ended_well(run(fit, tmp_path, None, {"trainer": {"max_epochs": 1}}))
-    ended = run(go_on_renamed, tmp_path, {})
+    ended = run(fit_or_tell, tmp_path, prepare, {"module": Renamed})
     assert 0 not in ended.codes
     for rank in range(2):
         message = kept(tmp_path, f"error{rank}.txt")
         assert "top.weight: only in the module" in message
         assert "head.bias: only in the checkpoint" in message
-    ended_well(run(go_on_renamed, tmp_path, {"key_map": {"head.": "top."}}))
+    by_name = {"module": Renamed, "key_map": {"head.": "top."}}
+    ended_well(run(fit_or_tell, tmp_path, prepare, by_name))
 
 
 def with_recoverables(folder, rank, epochs):

