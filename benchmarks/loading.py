@@ -86,6 +86,7 @@ def _named(name: str) -> str:
 
 def _into_live(peer: Peer, target: State) -> Callable[[], float]:
     def load() -> float:
+        target.settle()
         target.change()
         warm(peer.folder)
         peer.before_load(target)

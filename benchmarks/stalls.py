@@ -125,18 +125,18 @@ def run_lost(settings: Settings) -> Section:
             measured = interleave(
                 subjects,
                 rounds=settings.rounds(5),
-                # One round says little here, where both processors are busy.
-                at_least=settings.at_least if settings.quick else 4,
+                at_least=settings.at_least,
                 seconds=settings.seconds / 4,
                 warmup=0,
                 failures=section.failures,
             )
-            # What lies closer together than two rounds of one subject needs more of them.
+            # What lies closer together than two rounds of one subject needs more of them, since both
+            # processors are busy here.
             close = {name: subjects[name] for name in _CLOSE if name in measured}
             more = interleave(
                 close,
                 rounds=settings.rounds(9),
-                at_least=settings.at_least if settings.quick else 7,
+                at_least=settings.at_least if settings.quick else 6,
                 seconds=settings.seconds / 12,
                 warmup=0,
                 failures=section.failures,

@@ -69,6 +69,12 @@ class State:
             tensor.view(-1)[0] += 1
 
     @torch.no_grad()
+    def settle(self) -> None:
+        """Give the moments ordinary memory: what was loaded last may be a mapping of its file."""
+        for values in self.optimizer.state.values():
+            values.update({name: value.clone() for name, value in values.items()})
+
+    @torch.no_grad()
     def touch(self) -> float:
         """Read one number per page of every tensor, so that what is loaded lazily is loaded."""
         return sum(float(tensor.view(-1)[::1024].sum()) for tensor in self.tensors())
