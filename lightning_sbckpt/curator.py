@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.links import Links
@@ -29,6 +29,18 @@ __all__ = ["Curator"]
 C = TypeVar("C", bound="Curator")
 
 logger = logging.getLogger("lightning_sbckpt")
+
+
+class FolderOptions(TypedDict, total=False):
+    """The keyword arguments of `Curator`, for a class that hands them down as it gets them."""
+
+    world: World | None
+    policy: SavePolicy | None
+    link_unchanged: bool
+    access: str
+    storage: LocalStorage | None
+    local_dir: str | Path | None
+    storage_options: Mapping[str, object] | None
 
 
 class Curator(Annotator):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._finding.loading import LoadOptions, load_into, require_sound
 from lightning_sbckpt._folder.layout import check_name, is_checkpoint, read_checkpoint
-from lightning_sbckpt._saving.saver import SavePolicy
-from lightning_sbckpt.curator import Curator
+from lightning_sbckpt.curator import Curator, FolderOptions
 from lightning_sbckpt.errors import SBCheckpointError
 from lightning_sbckpt.hooks import HookRegistry, check_signature, default_registry
 from lightning_sbckpt.meta import Checkpoint
@@ -19,8 +18,10 @@ from lightning_sbckpt.typing import (
     ImportanceKey,
     LoadHook,
     SaveHook,
-    World,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Recoverer"]
 
@@ -38,13 +39,7 @@ class Recoverer(Curator):
         allow_partial_load: See `Checkpointer`.
         registry: See `Checkpointer`.
         trust_pickle: See `Checkpointer`.
-        world: The ranks that load together; by default those of `torch.distributed`.
-        policy: How saves go on.
-        link_unchanged: See `Checkpointer`.
-        access: See `Checkpointer`.
-        storage: How the disk is changed.
-        local_dir: See `Checkpointer`.
-        storage_options: See `Checkpointer`.
+        **options: Those of `Curator`.
 
     Attributes:
         recoverables: The objects by name.
@@ -76,24 +71,9 @@ class Recoverer(Curator):
         allow_partial_load: bool = False,
         registry: HookRegistry = default_registry,
         trust_pickle: bool = False,
-        world: World | None = None,
-        policy: SavePolicy | None = None,
-        link_unchanged: bool = True,
-        access: str = "exclusive",
-        storage: LocalStorage | None = None,
-        local_dir: str | Path | None = None,
-        storage_options: Mapping[str, object] | None = None,
+        **options: Unpack[FolderOptions],
     ) -> None:
-        super().__init__(
-            checkpoints_dir,
-            world=world,
-            policy=policy,
-            link_unchanged=link_unchanged,
-            access=access,
-            storage=storage,
-            local_dir=local_dir,
-            storage_options=storage_options,
-        )
+        super().__init__(checkpoints_dir, **options)
         self.optional_recoverables: dict[str, bool] = {}
         self.custom_load_hooks: dict[str, LoadHook] = {}
         self.custom_save_hooks: dict[str, SaveHook] = {}

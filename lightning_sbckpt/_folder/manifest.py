@@ -25,8 +25,9 @@ from lightning_sbckpt._disk.digests import read_digest, recent_digest
 from lightning_sbckpt._disk.regular import NotRegularError, open_regular, read_regular
 from lightning_sbckpt._disk.storage import FileDigest, digest_bytes
 from lightning_sbckpt._disk.threads import run_all
+from lightning_sbckpt._safe_yaml import parse_yaml
 from lightning_sbckpt.errors import MetaError
-from lightning_sbckpt.meta import parse_yaml
+from lightning_sbckpt.meta import Checkpoint
 
 MANIFEST_NAME = "MANIFEST.yaml"
 FORMAT_VERSION = 1
@@ -99,6 +100,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not isinstance(files, dict) or not isinstance(lineage, (dict, type(None))):
         raise MetaError(f"{path} is damaged: it does not describe files and a lineage")
     return Manifest({name: _described(name, files[name], path) for name in files}, lineage or {})
+
+
+def lineage_of(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """Return where the weights of a checkpoint come from, as far as its manifest tells."""
+    try:
+        manifest = read_manifest(checkpoint.path)
+    except (MetaError, OSError):
+        return {}
+    return manifest.lineage if manifest is not None else {}
 
 
 def _described(name: object, found: object, path: Path) -> FileDigest:

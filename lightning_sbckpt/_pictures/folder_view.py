@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lightning_sbckpt._folder.history import read_history
-from lightning_sbckpt._folder.manifest import read_manifest
+from lightning_sbckpt._folder.manifest import lineage_of
 from lightning_sbckpt._pictures import cards
 from lightning_sbckpt._pictures.timeline import Timeline, build_timeline
-from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import newest_first
 
@@ -44,15 +43,6 @@ def read_timeline(
     return build_timeline(
         there, events, unreadable=unreadable, lineage_of=lineage_of if with_lineage else None
     )
-
-
-def lineage_of(checkpoint: Checkpoint) -> Mapping[str, object]:
-    """Return where the weights of a checkpoint come from, as far as its manifest tells."""
-    try:
-        manifest = read_manifest(checkpoint.path)
-    except (MetaError, OSError):
-        return {}
-    return manifest.lineage if manifest is not None else {}
 
 
 def folder_card(title: str, root: Path, timeline: Timeline) -> str:

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import click
 
+from lightning_sbckpt._folder.manifest import lineage_of
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
-from lightning_sbckpt._pictures.folder_view import lineage_of
 from lightning_sbckpt._pictures.timeline import build_timeline
 from lightning_sbckpt.cli._folders import Folder, first_sound, require_key
 from lightning_sbckpt.cli._rules import RunRules, best_by, events_of, run_rules
