@@ -207,7 +207,7 @@ def dump_meta(meta: Mapping[str, object]) -> bytes:
     return (_HEADER + dump_yaml(meta)).encode()
 
 
-def read_meta(path: Path) -> dict[str, object]:
+def read_meta(path: str | Path) -> dict[str, object]:
     """Return the meta in the file `path`.
 
     Args:

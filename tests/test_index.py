@@ -77,7 +77,7 @@ def reads(monkeypatch):
     real = catalog_module.read_folder
 
     def count(folder):
-        names.append(folder.name)
+        names.append(Path(folder).name)
         return real(folder)
 
     monkeypatch.setattr(catalog_module, "read_folder", count)

@@ -43,13 +43,19 @@ def fetch_by(fetcher: Fetcher) -> None:
 
 def record_path(folder: Path) -> Path:
     """Return where it is noted what a checkpoint has in the store."""
-    return folder.parent / RECORDS_NAME / f"{folder.name}.json"
+    return Path(_record_path(folder))
 
 
-def identity(folder: Path) -> list[int] | None:
+def _record_path(folder: str | Path) -> str:
+    # Asked of thousands of checkpoints that have none, where to make paths takes longer than to look.
+    root, name = os.path.split(folder)
+    return f"{root or os.curdir}{os.sep}{RECORDS_NAME}{os.sep}{name}.json"
+
+
+def identity(folder: str | Path) -> list[int] | None:
     """Return what tells the `CKPT.yaml` of a folder from that of another one of its name."""
     try:
-        found = os.lstat(folder / _META_NAME)
+        found = os.lstat(f"{folder}{os.sep}{_META_NAME}")
     except OSError:
         return None
     return [found.st_ino, found.st_mtime_ns]
@@ -60,11 +66,11 @@ def dump_record(of: list[int] | None, files: Mapping[str, Stored]) -> bytes:
     return json.dumps({"of": of, "files": files}).encode()
 
 
-def stored_files(folder: Path) -> dict[str, Stored]:
+def stored_files(folder: str | Path) -> dict[str, Stored]:
     """Return what a checkpoint has in the store, by name; nothing for one that is not there."""
     try:
         # A record that leads elsewhere, or anything else that somebody put there, is none.
-        record = json.loads(read_regular(record_path(folder), _MAX_BYTES))
+        record = json.loads(read_regular(_record_path(folder), _MAX_BYTES))
         if record["of"] != identity(folder):
             return {}
         return {

@@ -241,7 +241,7 @@ class Catalog:
     def _read(self, name: str, identity: Identity, now: int) -> _Known | None:
         settled = _is_settled(identity, now)
         try:
-            meta, names = read_folder(self._root / name)
+            meta, names = read_folder(f"{self._root}{os.sep}{name}")
         except CheckpointNotFoundError:
             return None
         except MetaError as error:

@@ -296,7 +296,7 @@ def paramfiles(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     }
 
 
-def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
+def read_folder(folder: str | Path) -> tuple[dict[str, object], list[str]]:
     """Return the meta of a checkpoint folder, annotations over it, and its recoverables' names.
 
     A name that ends in `SHARDED_EXT` is that of a folder of a sharded state.
@@ -306,7 +306,8 @@ def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
         MetaError: Its meta can't be read.
     """
     try:
-        meta = read_meta(folder / META_NAME)
+        # Not a Path: of thousands of checkpoints, to make paths takes longer than to read metas.
+        meta = read_meta(f"{folder}{os.sep}{META_NAME}")
         stored = {name.partition("/")[0] for name in stored_files(folder)}
         present = sorted(stored.union(os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -314,9 +315,10 @@ def read_folder(folder: Path) -> tuple[dict[str, object], list[str]]:
             f"{folder} is not a checkpoint: it has no readable {META_NAME}"
         ) from error
     except OSError as error:
-        raise MetaError(f"{folder / META_NAME} can't be read: {error.strerror or error}") from error
+        problem = error.strerror or error
+        raise MetaError(f"{folder}{os.sep}{META_NAME} can't be read: {problem}") from error
     if ANNOTATIONS_NAME in present:
-        meta = annotated(folder, meta)
+        meta = annotated(Path(folder), meta)
     # What only pickle can hold lies beside a recoverable's file and is no recoverable.
     pickled = PICKLED_SUFFIX + PARAMFILE_EXT
     return meta, [
