@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
+import xxhash
 
 from benchmarks.disk import scratch, warm
 from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
@@ -13,6 +17,9 @@ from benchmarks.peers import FOUND, LOADING, opened
 from benchmarks.states import State
 
 READ = "one read of the bytes"
+HASHED = "hash, then read, in all threads"
+# As much as fits into the cache of a processor.
+_BLOCK = 2**18
 _BIG = 1000
 _FOR_BIG = ("lightning-sbckpt, sync", FOUND, "torch.save + fsync", "torch.load, mmap=True")
 # How the peers are called when it is their loading that is measured.
@@ -33,7 +40,9 @@ def run(settings: Settings) -> Section:
         "every tensor has been read, so that what is mapped lazily is loaded too. This package "
         "finds the newest checkpoint and verifies its checksums within that time; the others "
         "verify nothing, so there is a row for loading a checkpoint that was found and verified "
-        f"before. The reference is *{READ}* into memory that is ready. DCP and "
+        f"before. The reference is *{READ}* into memory that is ready. *{HASHED}*: the same bytes, "
+        "in equal shares, and nothing else: the least that a load can take which verifies first and "
+        "needs no second copy. DCP and "
         "torch_checkpointing load in place and need moments that exist.",
         {"live": live, "fresh": fresh},
     )
@@ -54,7 +63,7 @@ def run(settings: Settings) -> Section:
             time.sleep(2.5)
             ready = {name: peer for name, peer in peers.items() if name not in section.failures}
             target = State(size, seed=1)
-            one_read = OneRead(folder / "bytes", state.bytes())
+            file = Bytes(folder / "bytes", state.bytes())
             for table, subjects in (
                 (live, {_named(name): _into_live(peer, target) for name, peer in ready.items()}),
                 (
@@ -69,7 +78,7 @@ def run(settings: Settings) -> Section:
                 table.add(
                     size_label(size),
                     interleave(
-                        {READ: one_read, **subjects},
+                        {READ: file.read, HASHED: file.hash_and_read, **subjects},
                         rounds=settings.rounds(7),
                         at_least=settings.at_least,
                         seconds=seconds,
@@ -105,21 +114,44 @@ def _into_fresh(peer: Peer, size: int) -> Callable[[], float]:
     return load
 
 
-class OneRead:
-    """Reads a file of as many bytes as a state has into memory that is ready."""
+class Bytes:
+    """A file of as many bytes as a state has, and memory that is ready for them."""
 
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._buffer = bytearray(size)
         path.write_bytes(self._buffer)
+        threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(threads)
+        share = -(-size // threads)
+        self._shares = [(start, min(share, size - start)) for start in range(0, size, share)]
 
-    def __call__(self) -> float:
+    def read(self) -> float:
         """Read, and return the seconds."""
         warm(self._path)
-        return timed(self._read)
+        return timed(lambda: self._fill((0, len(self._buffer))))
 
-    def _read(self) -> None:
-        left = memoryview(self._buffer)
+    def hash_and_read(self) -> float:
+        """Hash, then read, in equal shares by as many threads as torch has; return the seconds."""
+        warm(self._path)
+        return timed(
+            lambda: [list(self._pool.map(do, self._shares)) for do in (self._hash, self._fill)]
+        )
+
+    def _hash(self, share: tuple[int, int]) -> None:
+        start, size = share
+        hasher = xxhash.xxh3_128()
         with self._path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            block = memoryview(bytearray(_BLOCK))
+            while count := stream.readinto(block[:size]):
+                hasher.update(block[:count])
+                size -= count
+
+    def _fill(self, share: tuple[int, int]) -> None:
+        start, size = share
+        left = memoryview(self._buffer)[start : start + size]
+        with self._path.open("rb", buffering=0) as stream:
+            stream.seek(start)
             while count := stream.readinto(left):
                 left = left[count:]

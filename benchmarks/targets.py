@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.finding import AGAIN, NEW_PROCESS, NO_INDEX, SPEECHBRAIN
 from benchmarks.finding import FLOOR as LOOKING
-from benchmarks.loading import READ
+from benchmarks.loading import HASHED, READ
 from benchmarks.measure import Settings, Table, median, size_label
 from benchmarks.peer import OURS
 from benchmarks.peers import FOUND
@@ -94,15 +94,15 @@ def verdicts(tables: Mapping[str, Table], settings: Settings) -> list[Verdict]:
                 f"load into {into}, {how}, against torch.load + load_state_dict",
                 2.5,
                 faster(f"load {table}", row, _TORCH_LOAD, main),
-                (READ, faster(f"load {table}", READ, _TORCH_LOAD, main)),
+                (bound, faster(f"load {table}", bound, _TORCH_LOAD, main)),
             )
             for table, into in (
                 ("live", "a live model and optimizer"),
                 ("fresh", "a new optimizer, whose moments have to be made"),
             )
-            for row, how in (
-                (FOUND, "verified before"),
-                (OURS, "found and verified within the time"),
+            for row, how, bound in (
+                (FOUND, "verified before", READ),
+                (OURS, "found and verified within the time", HASHED),
             )
         ),
         _verdict(

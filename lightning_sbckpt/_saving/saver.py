@@ -201,7 +201,8 @@ class Saver:
         more.
         """
         again = self._again
-        if self._end_hiding(world, instead="saved anew"):
+        # Asked before every step of the optimizer, when hardly ever anything is in flight.
+        if self._in_flight is None or self._end_hiding(world, instead="saved anew"):
             return
         self._wait_for_writer(world)
         if self.retake is not None:

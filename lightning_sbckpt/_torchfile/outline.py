@@ -106,9 +106,12 @@ class _UnknownError(Exception):
 
 def span(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
     """Return how many bytes lie from the first to the last element of a tensor in its memory."""
-    if 0 in size:
-        return 0
-    return (1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))) * dtype.itemsize
+    last = 0
+    for length, step in zip(size, stride, strict=True):
+        if not length:
+            return 0
+        last += (length - 1) * step
+    return (last + 1) * dtype.itemsize
 
 
 def read_outline(path: Path, make: Callable[[Stored], object]) -> Outline | None:

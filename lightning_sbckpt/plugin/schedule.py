@@ -74,7 +74,8 @@ class Schedule:
         step = trainer.global_step
         previous, self._previous_step = self._previous_step, step
         validated, self._validated = self._validated, False
-        at_limit = at_max_steps(trainer)
+        # As `at_max_steps`; to ask for the step once more takes as long as all the rest here.
+        at_limit = 0 <= trainer.max_steps <= step
         retake, self._retake = self._retake, False
         if not (validated or at_limit or retake) and self._batch_triggers.quiet(step, previous):
             return None
