@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.calm import MACHINE
+
 _LIBRARIES = (
     "lightning-sbckpt",
     "torch",
@@ -32,6 +34,7 @@ def describe(folder: Path) -> dict[str, str]:
         "Python": platform.python_version(),
         **{library: _version(library) for library in _LIBRARIES},
         "torch threads": str(torch.get_num_threads()),
+        **MACHINE.describe(),
     }
 
 

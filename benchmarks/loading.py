@@ -81,6 +81,7 @@ def run(settings: Settings) -> Section:
                         {READ: file.read, HASHED: file.hash_and_read, **subjects},
                         rounds=settings.rounds(7),
                         at_least=settings.at_least,
+                        patience=settings.patience,
                         seconds=seconds,
                         failures=section.failures,
                     ),

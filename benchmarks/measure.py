@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.calm import MACHINE
+
 
 class UnavailableError(Exception):
     """A subject can't be measured here; the text says why."""
@@ -56,6 +58,11 @@ class Settings:
     def at_least(self) -> int:
         """How many rounds to take even if the time is over."""
         return 1 if self.quick else 3
+
+    @property
+    def patience(self) -> float:
+        """The share of the time that may be spent on waiting for a quieter machine, on top of it."""
+        return 0.0 if self.quick else 0.3
 
 
 @dataclass
@@ -145,6 +152,7 @@ def interleave(
     at_least: int = 2,
     warmup: int = 1,
     seed: int = 0,
+    patience: float = 0.0,
     failures: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Measure all subjects in turn, and return the values of each.
@@ -156,6 +164,7 @@ def interleave(
         at_least: How many rounds to take even so.
         warmup: Rounds at the start that don't count.
         seed: Of the order within the rounds.
+        patience: How long to wait for a quieter machine at most, in all, as a share of `seconds`.
         failures: A subject that raises is left out from then on and noted here; without a
             dictionary to note it in, the error is raised.
 
@@ -166,11 +175,16 @@ def interleave(
     order = random.Random(seed)  # noqa: S311 - an order, not a secret
     values: dict[str, list[float]] = {name: [] for name in subjects}
     start = time.perf_counter()
+    waited = 0.0
     for number in range(-warmup, rounds):
-        spent = time.perf_counter() - start
+        spent = time.perf_counter() - start - waited
         if number >= at_least and spent + spent / (number + warmup) > seconds:
             break
         for name in order.sample(list(values), len(values)):
+            if patience:
+                # No more for one than for the others: the last ones should find some left.
+                left = patience * seconds - waited
+                waited += MACHINE.wait(min(left, patience * seconds / 10))
             try:
                 value = subjects[name]()
             except Exception as error:

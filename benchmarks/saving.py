@@ -46,6 +46,7 @@ def run(settings: Settings) -> Section:
                     subjects,
                     rounds=settings.rounds(15 if size <= 100 else 7),
                     at_least=settings.at_least,
+                    patience=settings.patience,
                     seconds=seconds,
                     warmup=0 if size >= _BIG else 1,
                     failures=section.failures,

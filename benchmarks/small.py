@@ -50,6 +50,7 @@ def run_small(settings: Settings) -> Section:
             subjects,
             rounds=settings.rounds(30),
             at_least=settings.at_least,
+            patience=settings.patience,
             seconds=settings.seconds,
             failures=section.failures,
         )
@@ -109,6 +110,7 @@ def run_removal(settings: Settings) -> Section:
             {REMOVE: plain, f"{OURS}, sync": ours},
             rounds=settings.rounds(5),
             at_least=settings.at_least,
+            patience=settings.patience,
             seconds=settings.seconds,
         )
         peer.close()

@@ -66,6 +66,7 @@ def run_idle(settings: Settings) -> Section:
             subjects,
             rounds=settings.rounds(11),
             at_least=settings.at_least,
+            patience=settings.patience,
             seconds=settings.seconds,
         )
     step.add("per step", rounds)

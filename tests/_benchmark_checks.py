@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # At the end: the package under test is the installed one.
 sys.path.append(str(ROOT))
 
-from benchmarks import finding, memory, report  # noqa: E402
+from benchmarks import finding, measure, memory, report  # noqa: E402
+from benchmarks.calm import Calm  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     Section,
     Settings,
@@ -315,6 +316,35 @@ def test_rounds_end_when_their_time_is_over():
     assert 2 <= len(counted["a"]) < 10
     counted = interleave({"a": lambda: timed(lambda: time.sleep(0.02))}, rounds=9, seconds=0.001)
     assert len(counted["a"]) == 2
+
+
+def test_a_measurement_waits_for_a_quieter_machine_for_a_while(monkeypatch):
+    calm = Calm()
+    times = iter([0.01] * 30 + [0.015] * 3 + [0.013] * 3 + [0.015] * 1_000)
+    monkeypatch.setattr(calm, "_copy", lambda *_: _best_of(calm, next(times)))
+    assert 0.1 <= calm.wait(60) < 60
+    assert (calm.begun, calm.disturbed) == (1, 0)
+    assert 0.3 <= calm.wait(0.3) < 60
+    assert (calm.begun, calm.disturbed) == (2, 1)
+    found = list(calm.describe().values())
+    assert found[1] == "1 of 2 measurements"
+
+
+def _best_of(calm, taken):
+    calm._best = min(calm._best, taken)
+    return taken
+
+
+def test_only_who_is_patient_waits(monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure.MACHINE, "wait", lambda left: asked.append(left) or left)
+    subjects = {"a": lambda: 1.0, "b": lambda: 2.0}
+    interleave(subjects, rounds=2, seconds=10)
+    assert asked == []
+    measured = interleave(subjects, rounds=3, seconds=10, patience=0.2, warmup=0)
+    # A tenth of what there is for each, until nothing is left.
+    assert asked == pytest.approx([0.2] * 6)
+    assert measured == {"a": [1.0] * 3, "b": [2.0] * 3}
 
 
 def test_ratios_are_taken_within_the_rounds():
