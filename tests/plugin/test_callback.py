@@ -164,6 +164,14 @@ class TestWhenItSaves:
         fit(tmp_path, val=val, trainer={"max_steps": max_steps, "max_epochs": -1}, **ALL)
         assert steps_saved(tmp_path) == [4, max_steps]
 
+    def test_max_steps_within_an_epoch_are_saved_where_nothing_else_is_due(self, tmp_path):
+        """And as what they are: in the middle of an epoch, to go on from there."""
+        often = {"every_n_epochs": None, "every_n_train_steps": 4}
+        fit(tmp_path, trainer={"max_steps": 6, "max_epochs": -1}, **often, **ALL)
+        assert steps_saved(tmp_path) == [4, 6]
+        assert reasons(tmp_path) == ["every 4 steps", "max_steps is reached"]
+        assert saved(tmp_path)[-1].meta["end-of-epoch"] is False
+
     def test_a_run_told_to_stop_is_saved(self, tmp_path):
         """should_stop within an epoch: the last steps are not lost."""
         run = make(tmp_path, every_n_epochs=None, every_n_train_steps=4, **ALL)
