@@ -7,7 +7,7 @@ chosen operation, under the weakest promises that a filesystem gives:
 - after the last flush of a file, any of its later content survives: none, all, the first part, all
   of the length and none of the bytes, or some blocks of each;
 - after the last flush of a folder, any subset of the later changes of its entries survives
-  (create, rename, unlink, rmdir, link); one rename is atomic.
+  (create, rename, exchange, unlink, rmdir, link); one rename is atomic, and one exchange.
 
 What nobody announces (the files that hooks of users write) is seen when it is flushed, and is as
 unsafe as anything else until then. Other threads may be in the middle of what they announced last:
@@ -265,6 +265,12 @@ class Disk:
             *above, new_name = _parts(event.target, self.base)
             into = self._folder(above)
             self._change((into, new_name, there, True), (folder, name, there, False))
+        elif event.operation == "exchange":
+            assert event.target is not None and there is not None, event
+            *above, other_name = _parts(event.target, self.base)
+            into = self._folder(above)
+            other = into.current[other_name]
+            self._change((into, other_name, there, True), (folder, name, other, True))
         elif event.operation == "link":
             assert event.target is not None and there is not None, event
             *above, new_name = _parts(event.target, self.base)

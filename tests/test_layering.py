@@ -29,6 +29,7 @@ ORDER = (
     "_disk.progress",
     "_disk.growing",
     "_disk.blocks",
+    "_disk.exchange",
     "_disk.storage",
     "_disk.regular",
     "_disk.absent",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -14,7 +15,10 @@ import pytest
 import torch
 from _processes import context
 
+import lightning_sbckpt._disk.exchange as exchange_module
+import lightning_sbckpt._disk.storage as storage_module
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._disk.exchange import exchange
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._finding.index import INDEX_NAME
 from lightning_sbckpt._folder import layout
@@ -79,6 +83,19 @@ def whole_numbers(folder):
     return numbers
 
 
+@pytest.fixture
+def no_swap(monkeypatch):
+    """Two folders can't swap their names here, as on NFS."""
+    monkeypatch.setattr(storage_module, "exchange", lambda one, other: False)
+
+
+@pytest.fixture(params=["swap", "no_swap"])
+def each_way(request):
+    """Folders swap their names, or can't."""
+    if request.param == "no_swap":
+        request.getfixturevalue("no_swap")
+
+
 class TestWhatIsVisible:
     """During a save and after a failed one."""
 
@@ -97,6 +114,7 @@ class TestWhatIsVisible:
         assert seen[1][0] == ["CKPT+a"]
         assert os.listdir(tmp_path) and leftovers(tmp_path) == []
 
+    @pytest.mark.usefixtures("each_way")
     def test_a_name_used_again_is_replaced_at_the_end(self, tmp_path):
         """While the new one is written the old one is there, whole."""
         checkpointer = checkpointer_of(tmp_path, 1)
@@ -107,6 +125,23 @@ class TestWhatIsVisible:
         checkpointer.add_recoverable("hooked", object(), custom_save_hook=look)
         checkpointer.save_checkpoint(name="a")
         assert during == [{"CKPT+a": 1}]
+        assert whole_numbers(tmp_path) == {"CKPT+a": 2}
+        assert leftovers(tmp_path) == []
+
+    def test_a_name_used_again_is_never_without_a_checkpoint(self, tmp_path):
+        """At any instant: who evaluates it, or is started while the run is dead, finds one."""
+        seen = []
+
+        class Watching(LocalStorage):
+            def before(self, operation, path, target=None):
+                (found,) = Checkpointer(tmp_path, access="read").list_checkpoints()
+                assert find_damage(found.path) == []
+                seen.append(found.meta["n"])
+
+        checkpointer_of(tmp_path, 1).save_checkpoint({"n": 1}, name="a")
+        checkpointer_of(tmp_path, 2, storage=Watching()).save_checkpoint({"n": 2}, name="a")
+        assert seen == sorted(seen)
+        assert {1, 2} == set(seen)
         assert whole_numbers(tmp_path) == {"CKPT+a": 2}
         assert leftovers(tmp_path) == []
 
@@ -239,6 +274,7 @@ def operations(tmp_path, name):
 class TestFailingDisk:
     """An error of the disk at each of the operations, one after the other."""
 
+    @pytest.mark.usefixtures("each_way")
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
     @pytest.mark.parametrize("name", ["new", "kept"])
     def test_earlier_checkpoints_stay_whole_at_every_failure(self, tmp_path, name, code):
@@ -309,6 +345,7 @@ class Mortal(Recording):
 class TestInterruptedSteps:
     """The process ends between two operations, and the next one starts."""
 
+    @pytest.mark.usefixtures("each_way")
     @pytest.mark.parametrize("name", ["new", "kept"])
     def test_at_every_operation_all_is_whole_and_the_next_start_clears_up(self, tmp_path, name):
         """Whatever the replaced, removed or new checkpoint had come to."""
@@ -332,6 +369,25 @@ class TestInterruptedSteps:
             expected = 2 if 2 in numbers.values() else 1
             assert recovered.recoverables["number"].number == expected
         assert len(seen) >= 3
+
+    def test_what_was_given_up_is_so_durably_before_its_files_go(self, tmp_path):
+        """The process died before it flushed; without it a power cut could bring back the name."""
+        checkpointer_of(tmp_path, 1).save_checkpoint(name="a")
+        (tmp_path / "CKPT+a").rename(tmp_path / f".removed+{'0' * 32}+CKPT+a")
+        storage = Recording()
+        checkpointer_of(tmp_path, storage=storage)
+        what = [operation for operation, *_ in storage.done]
+        assert storage.done[0] == ("flush_dir", tmp_path)
+        assert "remove_file" in what and leftovers(tmp_path) == []
+
+    def test_what_can_not_be_flushed_is_not_cleared(self, tmp_path):
+        """There is time enough at the next start."""
+        checkpointer_of(tmp_path, 1).save_checkpoint(name="a")
+        left = (tmp_path / "CKPT+a").rename(tmp_path / f".removed+{'0' * 32}+CKPT+a")
+        checkpointer_of(tmp_path, storage=Recording(1, OSError(errno.EIO, "the disk")))
+        assert find_damage(left) == []
+        checkpointer_of(tmp_path)
+        assert leftovers(tmp_path) == []
 
     def test_a_replacement_interrupted_between_its_renames_is_undone(self, tmp_path, caplog):
         """The old one is brought back, and said so."""
@@ -373,6 +429,7 @@ class TestInterruptedSteps:
             assert leftovers(run) == []
             shutil.rmtree(run)
 
+    @pytest.mark.usefixtures("no_swap")
     def test_a_refused_removal_does_not_cost_the_checkpoint_after_it(self, tmp_path):
         """The disk refuses once while the replaced one goes; the next replacement is killed."""
 
@@ -507,3 +564,40 @@ class TestKilledProcesses:
         child.join()
         assert whole_numbers(tmp_path) == {"CKPT+third": 3}
         assert leftovers(tmp_path) == []
+
+
+class TestExchange:
+    """Two names swap what they stand for."""
+
+    def test_folders_swap_their_names(self, tmp_path):
+        """With all that is in them."""
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / f"was {name}").touch()
+        assert exchange(tmp_path / "a", tmp_path / "b")
+        assert os.listdir(tmp_path / "a") == ["was b"]
+        assert os.listdir(tmp_path / "b") == ["was a"]
+
+    def test_one_that_is_missing_is_an_error(self, tmp_path):
+        """The disk's own, with both names; nothing has changed."""
+        (tmp_path / "a").mkdir()
+        with pytest.raises(FileNotFoundError) as raised:
+            exchange(tmp_path / "a", tmp_path / "b")
+        assert (raised.value.filename, raised.value.filename2) == (
+            str(tmp_path / "a"),
+            str(tmp_path / "b"),
+        )
+        assert os.listdir(tmp_path) == ["a"]
+
+    @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV])
+    def test_a_system_that_can_not_says_so(self, tmp_path, monkeypatch, code):
+        """An old kernel, or a filesystem without it: no error, and nothing is done."""
+
+        def refuse(*_):
+            ctypes.set_errno(code)
+            return -1
+
+        monkeypatch.setattr(exchange_module, "_renameat2", lambda: refuse)
+        assert not exchange(tmp_path / "a", tmp_path / "b")
+        monkeypatch.setattr(exchange_module, "_renameat2", lambda: None)
+        assert not exchange(tmp_path / "a", tmp_path / "b")

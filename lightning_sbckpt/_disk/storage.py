@@ -18,6 +18,7 @@ from typing import Literal
 import xxhash
 
 from lightning_sbckpt._disk.blocks import Source, write_source
+from lightning_sbckpt._disk.exchange import exchange
 from lightning_sbckpt._disk.progress import moved
 
 _CHUNK = 2**18
@@ -29,6 +30,7 @@ Operation = Literal[
     "flush_file",
     "flush_dir",
     "rename",
+    "exchange",
     "link",
     "remove_file",
     "remove_dir",
@@ -52,7 +54,7 @@ class LocalStorage:
         Args:
             operation: What is about to be done.
             path: To which file or folder.
-            target: The new name, of a rename and a link.
+            target: The new name, of a rename and a link; the other one of an exchange.
         """
 
     def make_dir(self, path: Path) -> None:
@@ -148,6 +150,11 @@ class LocalStorage:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise FileExistsError(f"{target} exists already") from error
             raise
+
+    def exchange(self, one: Path, other: Path) -> bool:
+        """Let two folders swap their names in one step; return False where the system can't."""
+        self.before("exchange", one, other)
+        return exchange(one, other)
 
     def remove_file(self, path: Path) -> None:
         """Remove a file, a link (not what it points to), or nothing if another was faster."""

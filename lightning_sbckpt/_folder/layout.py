@@ -1,6 +1,7 @@
 """Folders: their names, how one is published, listed, removed, and leftovers swept.
 
-A checkpoint is written into a staging folder beside its place and becomes visible by one rename.
+A checkpoint is written into a staging folder beside its place and becomes visible by one rename,
+or by one exchange with the older one of its name.
 Removal is the mirror: one rename makes it no checkpoint, then its files go. So every folder whose
 name starts with `CKPT` is whole, at every instant; what a dying process leaves behind starts with a
 dot.
@@ -130,26 +131,43 @@ def publish(staged: Path, target: Path, storage: LocalStorage, *, replace: bool)
         OSError: It could not be done; what was visible before is visible again.
     """
     storage.flush_dir(staged)
-    replaced = None
+    if replace and target.exists():
+        return _publish_in_place_of(target, staged, storage)
     try:
-        if replace and target.exists():
-            # Set aside, not removed: should we die before the next line, `sweep` brings it back.
-            replaced = target.with_name(f"{_REPLACED}{uuid.uuid4().hex}+{target.name}")
-            storage.rename(target, replaced)
         storage.rename(staged, target)
         storage.flush_dir(target.parent)
     except BaseException:
         with suppress(OSError):
             if not staged.exists():
                 storage.rename(target, staged)
-            if replaced is not None and replaced.exists():
-                storage.rename(replaced, target)
         raise
-    if replaced is not None:
-        # The new one is durable, so the save did not fail; the rest is swept at the next start.
+    return None
+
+
+def _publish_in_place_of(target: Path, staged: Path, storage: LocalStorage) -> Path | None:
+    new = staged.stat()
+    # Where two names can't be swapped, the older one is set aside and not removed: should we die
+    # before the next line, `sweep` brings it back.
+    aside = target.with_name(f"{_REPLACED}{uuid.uuid4().hex}+{target.name}")
+    try:
+        if not storage.exchange(staged, target):
+            storage.rename(target, aside)
+            storage.rename(staged, target)
+        storage.flush_dir(target.parent)
+    except BaseException:
         with suppress(OSError):
-            # Renamed before the first file goes: half of it must never look like what to bring back.
-            return _give_up(replaced, name=target.name, storage=storage)
+            if target.exists() and os.path.samestat(target.stat(), new):
+                if staged.exists():
+                    storage.exchange(staged, target)
+                else:
+                    storage.rename(target, staged)
+            if aside.exists():
+                storage.rename(aside, target)
+        raise
+    # The new one is durable, so the save did not fail; the rest is swept at the next start.
+    with suppress(OSError):
+        # Renamed before the first file goes: half of it must never look like what to bring back.
+        return _give_up(aside if aside.exists() else staged, name=target.name, storage=storage)
     return None
 
 
@@ -179,6 +197,9 @@ def sweep(root: Path, storage: LocalStorage) -> None:
     """Clear what processes that died left behind, and bring back what one was replacing."""
     try:
         leftovers = [Path(entry.path) for entry in os.scandir(root) if _is_leftover(entry)]
+        if leftovers:
+            # Who died may not have come to it: no file goes before the names that say it may.
+            storage.flush_dir(root)
     except OSError:
         return
     # Of two that were set aside under one name the newer is brought back.
