@@ -150,6 +150,8 @@ ORDER = (
     "inspect",
     "verify",
     "plugin._compat",
+    "plugin._compat_callbacks",
+    "plugin._compat_finders",
     "plugin._compat_logged",
     "plugin._compat_loops",
     "plugin._compat_spawn",

@@ -33,6 +33,45 @@ def _finite(number: float) -> float | None:
     return None if number == float("-inf") else number
 
 
+class LoaderStage:
+    """Knows whose loaders are being made, those of training or of validation, and is called to say.
+
+    `trainer.training` doesn't tell: a finder of batch sizes has both made while it is true.
+
+    Args:
+        trainer: Its loops make loaders in their `setup_data`.
+
+    Attributes:
+        begins: Called with the stage before those of a stage are made anew, if they are.
+        undo: Leaves the loops as they were.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.begins: Callable[[str], object] | None = None
+        self._stage = ""
+        fit_loop = trainer.fit_loop
+        self.undo = [
+            wrap(loop, "setup_data", partial(self._make, stage))
+            for loop, stage in (
+                (fit_loop, "train"),
+                (fit_loop.epoch_loop.val_loop, "validate"),
+            )
+        ]
+
+    def __call__(self) -> str:
+        """Return `"train"` or `"validate"`; nothing if neither are being made."""
+        return self._stage
+
+    def _make(self, stage: str, original: Callable[..., Any]) -> None:
+        before, self._stage = self._stage, stage
+        if self.begins is not None:
+            self.begins(stage)
+        try:
+            original()
+        finally:
+            self._stage = before
+
+
 class LoopResumption:
     """Takes the fit loop to the place it was saved at, once, whatever the release would do.
 

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.plugin import _compat_callbacks
 from lightning_sbckpt.plugin.collect import MODEL, OPTIMIZER, SCHEDULER, numbered
 
 _COMPILED = "_orig_mod."
@@ -98,6 +99,8 @@ class Adaptation:
             MismatchError: They don't fit; every mismatch is listed.
         """
         problems: list[str] = []
+        if _compat_callbacks.brings_its_scheduler(trainer):
+            dump["lr_schedulers"] = []
         for name, key, live in _live(trainer):
             states = dump.get(key, [])
             wanted = [numbered(name, i) for i in range(len(live)) if not self._skips(name, i)]

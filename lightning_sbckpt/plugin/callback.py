@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from weakref import proxy
@@ -17,7 +18,7 @@ from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.plugin import _compat, _options, exact
+from lightning_sbckpt.plugin import _compat, _compat_finders, _compat_loops, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.best import restore_weights
 from lightning_sbckpt.plugin.collect import FolderReader, is_folder
@@ -210,7 +211,7 @@ class SBCheckpoint(LightningCheckpoint):
         strategy.checkpoint_io = FolderCheckpointIO(inner, self._reader)
         self._undo.append(lambda: setattr(strategy, "checkpoint_io", inner))
         self._undo += attach(trainer, self._reader, self._adaptation.key_map)
-        if stage != "fit" or _compat.is_dev_run(trainer):
+        if stage != "fit" or _compat_finders.is_no_run(trainer):
             return
         others = [each for each in _compat.callbacks_of(trainer) if isinstance(each, SBCheckpoint)]
         refuse_what_cannot_work(trainer, [each.dirpath for each in others])
@@ -232,7 +233,10 @@ class SBCheckpoint(LightningCheckpoint):
             self._undo.append(self._watch.stop)
         checkpointer.saver.retake = self._schedule.take_anew
         self._reader.skip = self._adaptation.skip
-        self._tracker = LoaderTracker(lambda: _stage_of(trainer))
+        making = _compat_loops.LoaderStage(trainer)
+        self._undo += making.undo
+        self._tracker = LoaderTracker(making)
+        making.begins = self._tracker.complete
         self._tracker.attach(strategy)
         self._saving = saving = Saving(
             self._run,
@@ -255,16 +259,17 @@ class SBCheckpoint(LightningCheckpoint):
                 trainer, validated_this_epoch=validated
             ),
         )
+        outside = partial(_compat_finders.outside_trials, self, trainer)
         self._undo += [
             self._tracker.detach,
             _compat.provide_resume_path(trainer, self._resume_path, beginning.adapt),
-            _compat.between_batches(trainer, lambda: saving.after_batch(trainer)),
-            _compat.between_epochs(trainer, lambda: saving.after_epoch(trainer)),
+            _compat.between_batches(trainer, outside(saving.after_batch)),
+            _compat.between_epochs(trainer, outside(saving.after_epoch)),
         ]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
-        if self._run is None or _compat.is_dev_run(trainer):
+        if self._run is None or _compat_finders.is_no_run(trainer):
             return
         self._gatherer.check(trainer)
         cast("Beginning", self._beginning).load_own()
@@ -273,8 +278,7 @@ class SBCheckpoint(LightningCheckpoint):
         """Tell at the first fit, not after the crash, what will not resume exactly."""
         began_anew = self._run is not None and self._run.resumed_from is None
         if self._tracker is not None and began_anew:
-            kernels = exact.weak_points(trainer.strategy.root_device)
-            for sentence in [*self._tracker.warnings(), *kernels]:
+            for sentence in [*self._tracker.warnings(), *exact.weak_points(trainer)]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
         if self._saving is not None:
             self._saving.begin(pl_module)
@@ -307,7 +311,7 @@ class SBCheckpoint(LightningCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See every checkpoint on the disk, and restore the best weights."""
-        if _compat.is_dev_run(trainer) or self._run is None:
+        if _compat_finders.is_no_run(trainer) or self._run is None:
             return
         try:
             cast("Saving", self._saving).finish()
@@ -318,7 +322,7 @@ class SBCheckpoint(LightningCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Let the last save come to its end; restore the best weights if the user stopped."""
-        fitting = trainer.state.fn == "fit" and not _compat.is_dev_run(trainer)
+        fitting = trainer.state.fn == "fit" and not _compat_finders.is_no_run(trainer)
         if fitting and self._run is not None:
             # Without the other ranks, which may be anywhere; and the run's own exception is what
             # the user must see.
@@ -344,6 +348,8 @@ class SBCheckpoint(LightningCheckpoint):
             self._run.checkpointer.release()
 
     def _resume_path(self, given: object) -> object:
+        if _compat_finders.is_of_a_finder(given):
+            return given
         beginning, run = cast("Beginning", self._beginning), cast("Run", self._run)
         path = beginning.path(given)
         self.resume_report = beginning.report
@@ -382,11 +388,6 @@ class SBCheckpoint(LightningCheckpoint):
             return
         best = self._run.best_sound()
         restore_weights(best, self._best_by, self._reader, module, self.dirpath)
-
-
-def _stage_of(trainer: Trainer) -> str:
-    # While the sanity check and validation run, `training` is False.
-    return "train" if trainer.training else "validate"
 
 
 _compat.let_load_from_checkpoint_read(

@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
 from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin import _compat, _compat_logged
+from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_logged
 from lightning_sbckpt.plugin.collect import GRADIENTS, LOADERS, METRICS, RNG, Part
 from lightning_sbckpt.plugin.gradients import put_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
@@ -39,16 +39,21 @@ def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
     }
 
 
-def weak_points(device: torch.device) -> list[str]:
+def weak_points(trainer: Trainer) -> list[str]:
+    """Return what callbacks and hardware keep from being resumed exactly, a sentence each."""
+    return _compat_callbacks.weak_points(trainer) + weak_points_of(trainer.strategy.root_device)
+
+
+def weak_points_of(device: torch.device) -> list[str]:
     """Return what of the hardware keeps a resumed run from being exact, a sentence each.
 
     Args:
         device: Where the model trains.
 
     Example:
-        >>> weak_points(torch.device("cpu"))
+        >>> weak_points_of(torch.device("cpu"))
         []
-        >>> weak_points(torch.device("cuda"))
+        >>> weak_points_of(torch.device("cuda"))
         ['kernels on cuda may be nondeterministic, ...']
     """
     if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():

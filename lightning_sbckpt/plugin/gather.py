@@ -19,6 +19,7 @@ from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import dump_meta, plain_meta
 from lightning_sbckpt.plugin import (
     _compat,
+    _compat_finders,
     _compat_logged,
     _compat_loops,
     _compat_sharded,
@@ -125,6 +126,7 @@ class Gatherer:
             "validated_this_epoch": validated_this_epoch,
             "modes": exact.modes(trainer.lightning_module),
             "classes": classes_of(trainer),
+            "found": _compat_finders.found_values(trainer),
         }
         with _compat_sharded.states_in_pieces(trainer) if in_pieces else nullcontext():
             dump = _compat.dump_checkpoint(trainer)

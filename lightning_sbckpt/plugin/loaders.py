@@ -122,6 +122,10 @@ class LoaderTracker:
             track.position.restore_now(self.pending[track.key])
         return TrackedLoader(loader, track, self)
 
+    def complete(self, stage: str) -> None:
+        """Say that the group of a stage is complete: the next loader begins a new one."""
+        self.is_complete[stage] = True
+
     def forget(self, stage: str) -> None:
         """Begin a new group of loaders for a stage."""
         self._groups[stage] = []

@@ -12,7 +12,13 @@ from lightning.pytorch import Trainer
 
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_loops, exact
+from lightning_sbckpt.plugin import (
+    _compat,
+    _compat_callbacks,
+    _compat_finders,
+    _compat_loops,
+    exact,
+)
 from lightning_sbckpt.plugin.collect import (
     CALLBACKS,
     GRADIENTS,
@@ -114,6 +120,7 @@ class Resumption:
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
         self.classes: Mapping[str, list[str]] = {}
         self._loops: _compat_loops.LoopResumption | None = None
+        self._undo: list[_compat.Undo] = []
         self._state: dict[str, Any] = {}
         self.validated_this_epoch = False
         loops = reader.part(checkpoint, LOOPS)
@@ -151,11 +158,19 @@ class Resumption:
             before_batches=lambda: tracker.release(True),
             finish=lambda: self._finish(within_epoch, position["modes"]),
         )
+        self._undo = _compat_finders.search_no_more(
+            trainer, position.get("found", {}), self.report.notes.append
+        )
 
     def cancel(self) -> None:
         """Give up: the fit ends before its first batch."""
         if self._loops is not None:
             self._loops.cancel()
+        self._let_search()
+
+    def _let_search(self) -> None:
+        while self._undo:
+            self._undo.pop()()
 
     def note_recoverables(self, names: Iterable[str]) -> None:
         """Compare the user's recoverables that were saved with those there are."""
@@ -211,10 +226,15 @@ class Resumption:
     def _finish(self, within_epoch: bool, modes: Mapping[str, list[str]]) -> None:
         if not within_epoch:
             self._tracker.release(False)
+        self._let_search()
+        if within_epoch:
+            _compat_callbacks.enter_epoch(self._trainer)
+        else:
+            _compat_callbacks.before_next_epoch(self._trainer)
         exact.restore_modes(self._trainer.lightning_module, modes)
         self.report.skipped += exact.restore(self._trainer, self._state)
         self.report.notes += self._tracker.report()
-        self.report.notes += exact.weak_points(self._trainer.strategy.root_device)
+        self.report.notes += exact.weak_points(self._trainer)
         self._done(self.report)
 
 

@@ -16,7 +16,14 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchmetrics import MeanMetric, MetricCollection
@@ -225,6 +232,32 @@ class FinetuneModel(Model):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.01)
 
 
+class TunedModel(Model):
+    """Has a learning rate to be found."""
+
+    def __init__(self) -> None:
+        super().__init__("epoch")
+        self.lr = 0.01
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
+class TunedData(L.LightningDataModule):
+    """Has a batch size to be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size = 2
+
+    def train_dataloader(self):
+        return DataLoader(Numbers(noise=True), self.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return val_loader()
+
+
 class Reloading(L.LightningDataModule):
     """Makes its loaders anew when asked to, another one for each epoch."""
 
@@ -332,6 +365,34 @@ def ema() -> list:
     return [EMAWeightAveraging(decay=0.9)]
 
 
+def swa() -> list:
+    """Return an averaging over the epochs from the second on, that makes a scheduler of its own."""
+    return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=2)]
+
+
+class Unnormalized(Model):
+    """Has no statistics that an averaging would take one more epoch for."""
+
+    def __init__(self) -> None:
+        super().__init__("epoch")
+        self.body[1] = nn.Identity()
+
+
+def accumulating() -> list:
+    """Return a change of the accumulation between two epochs."""
+    return [GradientAccumulationScheduler({0: 1, 1: 3})]
+
+
+def lr_finder() -> list:
+    """Return a search that goes over several epochs."""
+    return [LearningRateFinder(num_training_steps=24, early_stop_threshold=None)]
+
+
+def batch_size_finder() -> list:
+    """Return a search that finds the usual batch size."""
+    return [BatchSizeFinder(init_val=2, max_trials=2)]
+
+
 def early_stopping() -> list:
     """Return a stopper that stops soon."""
     return [EarlyStopping("val_loss", patience=0, min_delta=0.05)]
@@ -432,6 +493,19 @@ CELLS: dict[str, Callable] = {
     "finetuning": partial(
         make, model=FinetuneModel, callbacks=lambda: [Unfreeze()], checkpoint=BY_STEP
     ),
+    "stochastic weight averaging": partial(
+        make, callbacks=swa, trainer={"max_epochs": 4}, checkpoint=BY_STEP
+    ),
+    "stochastic weight averaging, no normalization": partial(
+        make, model=Unnormalized, callbacks=swa, trainer={"max_epochs": 4}, checkpoint=BY_STEP
+    ),
+    "accumulation that changes": partial(make, callbacks=accumulating, checkpoint=BY_STEP),
+    "learning rate finder": partial(
+        make, model=TunedModel, callbacks=lr_finder, data=TunedData, checkpoint=BY_STEP
+    ),
+    "batch size finder": partial(
+        make, callbacks=batch_size_finder, data=TunedData, checkpoint=BY_STEP
+    ),
     "max_steps": partial(make, trainer={"max_steps": 25, "max_epochs": -1}, checkpoint=BY_STEP),
     "max_time": partial(
         make, trainer={"max_time": {"hours": 1}, "max_epochs": 2}, checkpoint=BY_STEP
@@ -525,6 +599,8 @@ MORE_POINTS = {
     "base": (*POINTS, "on_sanity_check_start:1", "on_validation_start:2", "on_validation_end:3"),
     "gradient accumulation": (*POINTS, "on_train_batch_end:6", "on_validation_start:3"),
     "val_check_interval in steps": (*POINTS, "on_validation_start:3", "on_validation_end:4"),
+    # The fifth epoch trains nothing: the statistics of the averaged weights are taken.
+    "stochastic weight averaging": (*POINTS, "on_train_epoch_end:4", "on_train_batch_start:45"),
 }
 FEWER_POINTS = {
     "save_mode async": POINTS[1:3],
