@@ -26,7 +26,7 @@ def run(settings: Settings) -> Section:
         "The state is a model and its Adam moments, some 500 tensors. Between two saves every "
         "tensor is changed; the folder is emptied, and that is flushed, outside the measured time. "
         f"The reference, *{RAW}*, writes as many bytes in blocks of 16 MB with `O_DIRECT` from "
-        "memory that is ready, and flushes.",
+        "memory that is ready, in huge pages where the system has them, and flushes.",
         {"save": table},
     )
     for size in settings.sizes:

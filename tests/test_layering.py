@@ -28,6 +28,7 @@ ORDER = (
     "_disk",
     "_disk.progress",
     "_disk.growing",
+    "_disk.pages",
     "_disk.blocks",
     "_disk.exchange",
     "_disk.storage",

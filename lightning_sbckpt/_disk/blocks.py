@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from typing import Protocol
 
 import xxhash
 
+from lightning_sbckpt._disk.pages import huge_pages
 from lightning_sbckpt._disk.progress import moved
 
 ALIGNMENT = 4096
@@ -71,21 +71,21 @@ class _Buffers:
     """A few aligned buffers that are kept, since fresh memory is what makes copying slow."""
 
     def __init__(self) -> None:
-        self._free: list[mmap.mmap] = []
+        self._free: list[memoryview] = []
         self._lock = Lock()
 
     @contextmanager
     def borrowed(self) -> Iterator[list[memoryview]]:
         """Give buffers for the time of one file."""
         with self._lock:
-            taken, self._free = self._free, []
-        while len(taken) < _BUFFERS:
-            taken.append(mmap.mmap(-1, BLOCK))
+            memory = self._free.pop() if self._free else None
+        if memory is None:
+            memory = huge_pages(_BUFFERS * BLOCK)
         try:
-            yield [memoryview(buffer) for buffer in taken]
+            yield [memory[number * BLOCK : (number + 1) * BLOCK] for number in range(_BUFFERS)]
         finally:
             with self._lock:
-                self._free = taken
+                self._free[:] = [memory]
 
 
 _buffers = _Buffers()

@@ -8,15 +8,14 @@ memory takes. The layout is that of the files, so the writer needs no second cop
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 import xxhash
 
 from lightning_sbckpt._disk.blocks import ALIGNMENT, Source, round_up
+from lightning_sbckpt._disk.pages import huge_pages
 from lightning_sbckpt._saving.copying import copy_hashed
 from lightning_sbckpt._torchfile.image import Image
 
@@ -120,12 +119,8 @@ class Arena:
 
 def allocate(size: int) -> tuple[memoryview, object]:
     """Return memory at an aligned address, in large pages where the system has them."""
-    memory = mmap.mmap(-1, max(size, 1))
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_WIPEONFORK):
-        if advice is not None:
-            with suppress(OSError, AttributeError):  # Not on this system: only slower.
-                memory.madvise(advice)
-    return memoryview(memory), memory
+    memory = huge_pages(size, _MADV_WIPEONFORK)
+    return memory, memory.obj
 
 
 def allocate_pinned(size: int) -> tuple[memoryview, object]:

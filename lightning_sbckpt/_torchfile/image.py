@@ -76,8 +76,7 @@ class Image:
     def fill(self, start: int, out: memoryview) -> None:
         """Put the bytes from `start` on into `out`, as many as it holds."""
         stop = start + len(out)
-        target = torch.frombuffer(out, dtype=torch.uint8)
-        address = target.data_ptr() - start
+        address = ctypes.addressof(ctypes.c_char.from_buffer(out)) - start
         done = start
         index = max(0, bisect.bisect_right(self._starts, start) - 1)
         for begin, part in itertools.islice(self._parts, index, None):
@@ -96,9 +95,10 @@ class Image:
                 ctypes.memmove(address + first, part.data_ptr() + first - begin, last - first)
             else:
                 source = _bytes_of(part)[first - begin : last - begin]
+                target = torch.frombuffer(out[first - start : last - start], dtype=torch.uint8)
                 # Into pinned memory a GPU copies by itself; whoever pinned it waits for the end.
                 waits = not target.is_pinned() if source.is_cuda else True
-                target[first - start : last - start].copy_(source, non_blocking=not waits)
+                target.copy_(source, non_blocking=not waits)
             done = last
         if done < stop:
             out[done - start :] = bytes(stop - done)
@@ -110,13 +110,18 @@ class Image:
             Those storages, each with where in the file it belongs.
         """
         left = []
+        address = ctypes.addressof(ctypes.c_char.from_buffer(out))
         for start, part in self._parts:
             if isinstance(part, bytes):
                 out[start : start + len(part)] = part
-            elif part.nbytes() >= LARGE and part.device.type == "cpu":
+                continue
+            size = part.nbytes()
+            if part.device.type != "cpu":
+                self.fill(start, out[start : start + size])
+            elif size >= LARGE:
                 left.append((part, start))
             else:
-                self.fill(start, out[start : start + part.nbytes()])
+                ctypes.memmove(address + start, part.data_ptr(), size)
         return left
 
     def view(self) -> memoryview | None:

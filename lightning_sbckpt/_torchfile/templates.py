@@ -94,9 +94,17 @@ class Description:
         if kind is dict or kind is OrderedDict:
             items = cast("dict[object, object]", value)
             self.form.append(len(items))
+            form = self.form
             for key, item in items.items():
-                self.add(key)
-                self.add(item)
+                # Nearly all of them are such, and there are thousands.
+                if type(key) is str and key.isascii():
+                    form += (str, key)
+                else:
+                    self.add(key)
+                if type(item) is torch.Tensor:
+                    self._add_tensor(item)
+                else:
+                    self.add(item)
             if kind is OrderedDict:
                 # The versions of a module's layers are an attribute of its state_dict.
                 attributes = value.__dict__
