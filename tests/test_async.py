@@ -444,6 +444,15 @@ class TestErrors:
         assert names(tmp_path) == ["CKPT+next"]
 
 
+@pytest.fixture
+def one_thread():
+    """Compute in one: those that torch has besides are not forked, and a child waits in vain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class TestProcesses:
     """Exit and fork."""
 
@@ -477,6 +486,7 @@ class TestProcesses:
         state = torch.load(saved.paramfiles["model"], weights_only=True)
         assert bool((state["weight"] == 3.0).all())
 
+    @pytest.mark.usefixtures("one_thread")
     @pytest.mark.parametrize("mode", ["async", "overlap"])
     def test_a_fork_while_a_save_is_in_flight_harms_neither(self, tmp_path, disk, mode):
         """The child ends in good order, saves elsewhere if it likes, and touches nothing here."""

@@ -54,6 +54,31 @@ def test_memory_is_in_huge_pages(make):
     assert kilobytes_in_huge_pages(address_of(memory)) >= 4 * HUGE_PAGE // 1024
 
 
+@pytest.mark.skipif(
+    not SWITCH.exists() or "[never]" in SWITCH.read_text(), reason="this system has no huge pages"
+)
+def test_memory_stays_in_huge_pages_beside_forked_processes():
+    """A loader's workers, say, which live as long as an epoch; they find nothing there."""
+    driver = context.Process(target=fork_and_write)
+    driver.start()
+    driver.join(60)
+    assert driver.exitcode == 0
+
+
+def fork_and_write():
+    memory = huge_pages(4 * HUGE_PAGE)
+    memory[:] = b"x" * len(memory)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(reading, 1)
+        os._exit(bytes(memory) != bytes(len(memory)))
+    memory[:] = b"y" * len(memory)
+    assert kilobytes_in_huge_pages(address_of(memory)) >= 4 * HUGE_PAGE // 1024
+    os.write(writing, b".")
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def save_again_and_again(root, number, mode):
     state = {"model": torch.nn.Linear(1500, 1500)}
     with torch.no_grad(), Checkpointer(root, state, save_mode=mode) as checkpointer:

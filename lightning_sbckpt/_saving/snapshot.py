@@ -19,9 +19,6 @@ from lightning_sbckpt._disk.pages import huge_pages
 from lightning_sbckpt._saving.copying import copy_hashed
 from lightning_sbckpt._torchfile.image import Image
 
-# Linux's number of it: a forked child, a loader's worker say, gets empty memory there. Without it
-# the next copy would first have to part from the child's view of every page.
-_MADV_WIPEONFORK = 18
 _SAMPLE = 64
 _SAMPLES = 4096
 
@@ -119,7 +116,7 @@ class Arena:
 
 def allocate(size: int) -> tuple[memoryview, object]:
     """Return memory at an aligned address, in large pages where the system has them."""
-    memory = huge_pages(size, _MADV_WIPEONFORK)
+    memory = huge_pages(size)
     return memory, memory.obj
 
 
