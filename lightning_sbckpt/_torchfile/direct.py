@@ -210,12 +210,14 @@ def _takes(target: torch.Tensor, stored: Stored) -> bool:
         and target.dtype == stored.dtype
         and target.shape == stored.size
         and target.stride() == stored.stride
-        and _span(target) == target.numel() * target.element_size()
+        and stored.span == target.numel() * target.element_size()
         and not (target.is_conj() or target.is_neg())
     )
 
 
 def _span(tensor: torch.Tensor) -> int:
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
     return span(tensor.shape, tensor.stride(), tensor.dtype)
 
 
@@ -240,7 +242,7 @@ def _read_pairs(path: Path, identity: Identity, pairs: Iterable[_Pair]) -> None:
     for number, (target, stored) in enumerate(pairs):
         if _takes(target, stored):
             # Tied weights are one place, read once.
-            direct.add((target.data_ptr(), _span(target), stored.place))
+            direct.add((target.data_ptr(), stored.span, stored.place))
         else:
             copied[number] = (target, stored)
     read_into(path, identity, direct)

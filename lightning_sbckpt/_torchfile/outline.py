@@ -67,16 +67,9 @@ class Stored(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
-
-    @property
-    def place(self) -> int:
-        """Where in the file its first element lies."""
-        return self.begin + self.offset * self.dtype.itemsize
-
-    @property
-    def span(self) -> int:
-        """How many bytes there are from its first to its last element."""
-        return span(self.size, self.stride, self.dtype)
+    # Where in the file its first element lies, and how many bytes there are from it to the last.
+    place: int
+    span: int
 
 
 class _Name(NamedTuple):
@@ -339,14 +332,19 @@ class _Reader:
             or type(requires_grad) is not bool
             or hooks
             or len(size) != len(stride)
-            or any(type(number) is not int or number < 0 for number in numbers)
+            or set(map(type, numbers)) != {int}
+            or min(numbers) < 0
         ):
             raise _UnknownError
         begin, nbytes, _ = storage
-        stored = Stored(begin, nbytes, offset, tuple(size), tuple(stride), dtype, requires_grad)
-        if offset * dtype.itemsize + stored.span > nbytes:
+        size, stride = tuple(size), tuple(stride)
+        skipped, spanned = offset * dtype.itemsize, span(size, stride, dtype)
+        if skipped + spanned > nbytes:
             raise _UnknownError
-        return self._make(stored)
+        place = begin + skipped
+        return self._make(
+            Stored(begin, nbytes, offset, size, stride, dtype, requires_grad, place, spanned)
+        )
 
 
 def _container(value: object, kind: type) -> Any:
