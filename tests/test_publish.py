@@ -384,7 +384,9 @@ class TestInterruptedSteps:
         """There is time enough at the next start."""
         checkpointer_of(tmp_path, 1).save_checkpoint(name="a")
         left = (tmp_path / "CKPT+a").rename(tmp_path / f".removed+{'0' * 32}+CKPT+a")
-        checkpointer_of(tmp_path, storage=Recording(1, OSError(errno.EIO, "the disk")))
+        storage = Recording(1, OSError(errno.EIO, "the disk"))
+        checkpointer_of(tmp_path, storage=storage)
+        assert storage.done == [("flush_dir", tmp_path)]
         assert find_damage(left) == []
         checkpointer_of(tmp_path)
         assert leftovers(tmp_path) == []
