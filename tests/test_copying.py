@@ -75,7 +75,7 @@ def test_every_byte_is_copied_once_and_hashed(threads, sizes):
 
 
 def test_who_has_no_file_left_copies_for_the_others(monkeypatch):
-    """From the end of theirs; and waits for nothing."""
+    """Block after block in turn with the owner, so that what is hashed next was copied just now."""
     monkeypatch.setattr(copying, "useful_threads", lambda: 2)
 
     class Slow(Content):
@@ -88,9 +88,9 @@ def test_who_has_no_file_left_copies_for_the_others(monkeypatch):
     assert checksums[0] == xxhash.xxh3_128_hexdigest(sources[0].content)
     by_owner = [start for start, name in sources[0].asked.items() if name == sources[0].asked[0]]
     by_helper = sorted(sources[0].asked.keys() - set(by_owner))
-    assert len(by_helper) > 10
-    assert by_helper[-1] == 39 * BLOCK
-    assert by_helper[0] > max(by_owner)
+    assert min(len(by_helper), len(by_owner)) > 10
+    for turn, start in enumerate(sources[0].asked):
+        assert abs(turn - start // BLOCK) <= 1
 
 
 def test_small_states_start_no_thread(monkeypatch):
@@ -103,7 +103,7 @@ def test_small_states_start_no_thread(monkeypatch):
 
 @pytest.mark.parametrize("bad", [0, 5 * BLOCK, 11 * BLOCK])
 def test_what_goes_wrong_in_a_thread_is_raised_and_nobody_waits(threads, bad):
-    """At the first block, in the middle, and at the last one, which a helper takes."""
+    """At the first block, in the middle, and at the last one, whoever takes it."""
 
     class Broken(Content):
         def before(self, start):

@@ -3,7 +3,9 @@
 One core copies at about half the pace of the memory, and hashing a block just copied takes a third
 of what it takes when the bytes have to come from memory again, beside a training that wants both. A
 hash goes through a file from its beginning to its end, so each file has one thread that copies and
-hashes; a thread that has no file left copies for the others, from the end of theirs.
+hashes; a thread that has no file left copies for the others, always the next block, which is hashed
+soon after (copied from the end of the file, blocks were out of the cache when the hash came to them).
+What threads tell each other takes no lock but where one waits: each lock is a chance to be held up.
 """
 
 from __future__ import annotations
@@ -77,56 +79,62 @@ def _helpers(works: Sequence[_Work]) -> int:
 
 
 class _Work:
-    """One file being copied: by its owner from the front, by helpers from the back."""
+    """One file being copied, block by block, by its owner and by helpers."""
 
     def __init__(self, source: Source, memory: memoryview) -> None:
         self.memory = memory
         self.hasher = xxhash.xxh3_128()
         self._source = source
-        self._changed = Condition()
-        self._front = 0
-        self._back = self._count = -(-len(memory) // _BLOCK)
+        self._count = -(-len(memory) // _BLOCK)
+        # Threads may take from the one and add to the other without a lock.
+        self._todo = deque(range(self._count))
         self._copied: set[int] = set()
+        self._changed = Condition()
         self._given_up = False
 
     @property
     def left(self) -> int:
         """How many blocks nobody has begun to copy."""
-        return self._back - self._front
+        return len(self._todo)
 
     def copy_and_hash(self) -> None:
         """Copy what no helper copies, and hash everything."""
         for number in range(self._count):
-            with self._changed:
-                mine = number < self._back
-                self._front = number + 1
-                while not mine and number not in self._copied and not self._given_up:
-                    self._changed.wait()
-                if self._given_up:
+            while number not in self._copied:
+                if not self._copy_next() and not self._comes(number):
                     return
-            block = self._block(number)
-            if mine:
-                self._source.fill(number * _BLOCK, block)
-            self.hasher.update(block)
+            self.hasher.update(self._block(number))
 
     def help(self) -> bool:
-        """Copy one block from the end; return False if there is none left."""
+        """Copy one block; return False if there is none left."""
+        if not self._copy_next():
+            return False
         with self._changed:
-            if self._front >= self._back or self._given_up:
-                return False
-            self._back -= 1
-            number = self._back
-        self._source.fill(number * _BLOCK, self._block(number))
-        with self._changed:
-            self._copied.add(number)
             self._changed.notify_all()
         return True
 
     def give_up(self) -> None:
         """Let whoever waits go on, since the copy is of no use."""
+        self._todo.clear()
         with self._changed:
             self._given_up = True
             self._changed.notify_all()
+
+    def _copy_next(self) -> bool:
+        try:
+            number = self._todo.popleft()
+        except IndexError:
+            return False
+        self._source.fill(number * _BLOCK, self._block(number))
+        self._copied.add(number)
+        return True
+
+    def _comes(self, number: int) -> bool:
+        """Wait for a block that a helper copies; return False if it never comes."""
+        with self._changed:
+            while number not in self._copied and not self._given_up:
+                self._changed.wait()
+            return number in self._copied
 
     def _block(self, number: int) -> memoryview:
         return self.memory[number * _BLOCK : (number + 1) * _BLOCK]

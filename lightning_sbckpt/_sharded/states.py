@@ -6,7 +6,7 @@ module that has them, so that a state fits whatever the ranks are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -63,13 +63,25 @@ def _is_sharded_class(found: type) -> bool:
 def is_sharded(obj: object) -> bool:
     """Return whether an object has sharded tensors by itself; see `sharded_states`."""
     if isinstance(obj, torch.nn.Module):
-        tensors = chain(obj.parameters(), obj.buffers())
         # With FSDP2 parameters may be whole for a while, between a forward and the next.
         wrapped = dist.is_available() and dist.is_initialized() and _has(obj, _FSDP1, _FSDP2)
-        return wrapped or any(map(is_sharded_tensor, tensors))
+        return wrapped or _any_sharded(_tensors_of(obj))
     if isinstance(obj, torch.optim.Optimizer):
-        return any(map(is_sharded_tensor, _parameters(obj)))
+        return _any_sharded(_parameters(obj))
     return isinstance(obj, ShardedState)
+
+
+def _any_sharded(tensors: Iterable[object]) -> bool:
+    # Asked at every save, of thousands that have a few classes among them.
+    kinds = set(map(type, tensors))
+    return any(issubclass(kind, torch.Tensor) and _is_sharded_class(kind) for kind in kinds)
+
+
+def _tensors_of(module: torch.nn.Module) -> Iterator[object]:
+    """Yield parameters and buffers, without the names that torch makes up for each of them."""
+    for part in module.modules():
+        yield from part._parameters.values()  # noqa: SLF001 - there is no public way without names
+        yield from part._buffers.values()  # noqa: SLF001
 
 
 def sharded_states(objects: Mapping[str, object]) -> dict[str, Callable[[], State]]:

@@ -118,18 +118,24 @@ class Description:
                 self.add(item)
 
     def _add_tensor(self, tensor: torch.Tensor) -> None:
+        # Every line of this is run for thousands of tensors while training waits.
         device = tensor.device
-        usual = tensor.layout is torch.strided and (device == _CPU or device.type == "cuda")
-        if not usual or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        if device != _CPU and device.type != "cuda":
             raise _NotDescribedError
-        if vars(tensor) or tensor._backward_hooks:  # noqa: SLF001 - torch pickles them
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise _NotDescribedError
+        if tensor.is_conj() or tensor.is_neg():
+            raise _NotDescribedError
+        if tensor.__dict__ or tensor._backward_hooks:  # noqa: SLF001 - torch pickles them
             raise _NotDescribedError
         storage = tensor.untyped_storage()
         identity = storage._cdata  # noqa: SLF001 - by which torch tells storages apart
         size = storage.nbytes()
-        number = self.numbers.setdefault(identity, len(self.numbers))
-        if number == len(self.numbers) - 1 and size:
-            self.storages[identity] = storage
+        number = self.numbers.get(identity)
+        if number is None:
+            number = self.numbers[identity] = len(self.numbers)
+            if size:
+                self.storages[identity] = storage
         if size >= LARGE:
             self.large.append(tensor)
         self.form += (
