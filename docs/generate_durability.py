@@ -1,7 +1,8 @@
 """Run the suites that break things, and write their counts into `docs/durability.md`.
 
-    python docs/generate_durability.py           everything, the long share too: about an hour
-    python docs/generate_durability.py --share   the seeded share that every test run has
+    python docs/generate_durability.py                 everything, the long share too: about 100 minutes
+    python docs/generate_durability.py --share         the seeded share that every test run has
+    python docs/generate_durability.py --processes 2   two tests at a time
 
 The tests count what they do themselves; nothing here knows a figure.
 """
@@ -35,12 +36,14 @@ SUITES = (
 )
 
 
-def run(suite: str, *, share: bool) -> tuple[Counter[str], Counter[str], float]:
+def run(suite: str, *, share: bool, processes: int) -> tuple[Counter[str], Counter[str], float]:
     """Run one suite; return how its tests ended, what they counted, and the seconds it took."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         selection = "not slow" if share else ""
         command = [sys.executable, "-m", "pytest", "-q", "-m", selection, f"--junitxml={report}"]
+        if processes > 1:
+            command += ["-n", str(processes), "--dist", "worksteal"]
         subprocess.run([*command, "--timeout=3600", suite], cwd=HERE.parent, check=False)
         (summary,) = ET.parse(report).getroot()  # noqa: S314 - pytest has just written it
     ended = Counter({key: int(summary.attrib[key]) for key in ("failures", "errors", "skipped")})
@@ -57,10 +60,12 @@ def main() -> int:
     """Run all suites and rewrite the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--share", action="store_true", help="the seeded share only")
-    share = parser.parse_args().share
+    parser.add_argument("--processes", type=int, default=1, help="how many tests run at a time")
+    arguments = parser.parse_args()
+    share, processes = arguments.share, arguments.processes
     rows, failed = [], 0
     for suite in SUITES:
-        ended, counted, seconds = run(suite, share=share)
+        ended, counted, seconds = run(suite, share=share, processes=processes)
         failed += ended["failures"] + ended["errors"]
         counts = "; ".join(f"{what}: {times:,}" for what, times in counted.items())
         rows.append(
@@ -68,7 +73,8 @@ def main() -> int:
             f"{ended['skipped']} | {counts} | {seconds:,.0f} |"
         )
     which = "the seeded share (`pytest`)" if share else 'everything (`pytest -m ""`)'
-    where = f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+    at_a_time = f", {processes} tests at a time" if processes > 1 else ""
+    where = f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}{at_a_time}"
     table = [
         f"{which.capitalize()}, on {where}:",
         "",

@@ -2,6 +2,7 @@
 
     python docs/generate_exact_resume.py                    with the Lightning that is installed
     python docs/generate_exact_resume.py 2.4.0 2.5.0 2.6.6  and with these, a core share of the cells
+    python docs/generate_exact_resume.py --cell base        this row alone, the others stay
 
 Each cell is a run of `tests/plugin/exact_cells.py` that is killed by SIGKILL at each of its points,
 started again, and compared bit for bit with one that was not.
@@ -75,10 +76,25 @@ def table(columns: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def columns_of(body: str) -> dict[str, dict[str, str]]:
+    """Return what `table` made a table of."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in body.splitlines()
+        if line.startswith("| ")
+    ]
+    (_, *titles), _, *cells = rows
+    return {
+        title.removeprefix("Lightning "): {name: verdicts[number] for name, *verdicts in cells}
+        for number, title in enumerate(titles)
+    }
+
+
 def main() -> None:
     """Measure, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("releases", nargs="*", help="further releases of Lightning")
+    parser.add_argument("--cell", action="append", help="only this one, with the release installed")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     import exact_cells
@@ -86,18 +102,31 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(list(exact_cells.CORE))))
         return
-    columns = {version("lightning"): measure(list(exact_cells.CELLS))}
-    for release in arguments.releases:
-        if release not in columns:
-            columns[release] = measure_release(release)
+    head, _, rest = PAGE.read_text().partition(BEGIN)
+    before, _, tail = rest.partition(END)
     versions = ", ".join(
         [f"Python {platform.python_version()}"]
         + [f"{name} {version(name)}" for name in ("torch", "torchmetrics", "numpy", "torchdata")]
     )
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    body = f"{BEGIN}\nMeasured with {versions}, on {platform.machine()} CPUs.\n\n{table(columns)}\n{END}"
-    PAGE.write_text(f"{head}{body}{tail}")
+    measured_with = f"Measured with {versions}, on {platform.machine()} CPUs."
+    installed = version("lightning")
+    if arguments.cell:
+        columns = columns_of(before)
+        if measured_with not in before or installed not in columns:
+            parser.error(f"the other rows were not: {measured_with} Lightning {installed}")
+        columns[installed] |= measure(arguments.cell)
+        # In the order of the cells.
+        columns[installed] = {
+            name: columns[installed][name]
+            for name in exact_cells.CELLS
+            if name in columns[installed]
+        }
+    else:
+        columns = {installed: measure(list(exact_cells.CELLS))}
+        for release in arguments.releases:
+            if release not in columns:
+                columns[release] = measure_release(release)
+    PAGE.write_text(f"{head}{BEGIN}\n{measured_with}\n\n{table(columns)}\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 import lightning_sbckpt._finding.catalog as catalog_module
 import lightning_sbckpt._finding.index as index_module
+import lightning_sbckpt._folder.layout as layout_module
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._disk import absent
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._finding.catalog import Catalog
 from lightning_sbckpt._finding.index import INDEX_NAME, Entry, read_index, write_index
@@ -62,7 +64,7 @@ def no_reading(monkeypatch):
     """A function after which no checkpoint folder may be read; it returns how to count instead."""
 
     def forbid():
-        def refuse(folder):
+        def refuse(folder, **_):
             raise AssertionError(f"{folder} was read")
 
         monkeypatch.setattr(catalog_module, "read_folder", refuse)
@@ -76,9 +78,9 @@ def reads(monkeypatch):
     names = []
     real = catalog_module.read_folder
 
-    def count(folder):
+    def count(folder, **options):
         names.append(Path(folder).name)
-        return real(folder)
+        return real(folder, **options)
 
     monkeypatch.setattr(catalog_module, "read_folder", count)
     return names
@@ -192,6 +194,28 @@ class TestAskedAgain:
             (ckpt,) = ask()
             assert ckpt.meta["loss"] == 1.0 and ckpt.meta["matrix"] == [[1, 2]]
             assert set(ckpt.paramfiles) == {"model", "optimizer"}
+
+    def test_what_is_in_a_store_is_asked_for_only_where_something_is(self, tmp_path, monkeypatch):
+        """A record is looked for in the mirror of a store, and nowhere else."""
+        asked = []
+        real = layout_module.stored_files
+
+        def count(folder):
+            asked.append(Path(folder).name)
+            return real(folder)
+
+        monkeypatch.setattr(layout_module, "stored_files", count)
+        make(tmp_path, "here", 1.0)
+        assert losses(Catalog(tmp_path)) == {"here": 1.0}
+        assert asked == []
+        folder = make(tmp_path, "there", 2.0, files=())
+        record = absent.record_path(folder)
+        record.parent.mkdir()
+        stored = {"model.ckpt": absent.Stored(7)}
+        record.write_bytes(absent.dump_record(absent.identity(folder), stored))
+        found = {ckpt.path.name: [*ckpt.paramfiles] for ckpt in Catalog(tmp_path).checkpoints()}
+        assert found == {"CKPT+here": ["model", "optimizer"], "CKPT+there": ["model"]}
+        assert sorted(asked) == ["CKPT+here", "CKPT+there"]
 
     def test_the_newest_time_reads_only_what_is_new(self, tmp_path, reads):
         """It is asked at every save."""
@@ -390,7 +414,7 @@ class TestTheIndex:
 
         make_many(tmp_path)
         monkeypatch.setattr(index_module.os, "open", read_only)
-        monkeypatch.setattr(catalog_module, "read_folder", lambda folder: ({"loss": 1.0}, []))
+        monkeypatch.setattr(catalog_module, "read_folder", lambda folder, **_: ({"loss": 1.0}, []))
         assert len(Catalog(tmp_path).checkpoints()) == MANY
         assert [r for r in caplog.records if r.levelname != "DEBUG"] == []
         assert not (tmp_path / INDEX_NAME).exists()

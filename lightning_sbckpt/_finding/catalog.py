@@ -14,6 +14,7 @@ import os
 import time
 from pathlib import Path
 
+from lightning_sbckpt._disk.absent import RECORDS_NAME
 from lightning_sbckpt._finding.index import Entry, Identity, Row, read_index, write_index
 from lightning_sbckpt._finding.watch import Watch, watch
 from lightning_sbckpt._folder.layout import (
@@ -213,6 +214,8 @@ class Catalog:
         is_whole = True
         # Before anything is looked at, and that before it is read: what changes meanwhile will show.
         now = time.time_ns()
+        # Asked once: a record is there before its folder is, and these folders are.
+        is_all_here = not os.path.lexists(start + RECORDS_NAME)
         for name in names:
             seen = before.get(name)
             if seen is not None and not again:
@@ -231,17 +234,17 @@ class Catalog:
                 known[name] = seen
             elif (row := index.get(name)) is not None and row[0] == identity:
                 known[name] = _Known.from_index(identity, row)
-            elif (found := self._read(name, identity, now)) is not None:
+            elif (found := self._read(name, identity, now, is_all_here)) is not None:
                 known[name] = found
             else:
                 is_whole = is_whole and os.path.lexists(start + name)
         # The only one may be between its old folder and its new one.
         return known, is_whole and (bool(known) or not is_replacing(self._root))
 
-    def _read(self, name: str, identity: Identity, now: int) -> _Known | None:
+    def _read(self, name: str, identity: Identity, now: int, is_all_here: bool) -> _Known | None:
         settled = _is_settled(identity, now)
         try:
-            meta, names = read_folder(f"{self._root}{os.sep}{name}")
+            meta, names = read_folder(f"{self._root}{os.sep}{name}", is_all_here=is_all_here)
         except CheckpointNotFoundError:
             return None
         except MetaError as error:

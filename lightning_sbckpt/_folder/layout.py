@@ -317,10 +317,17 @@ def paramfiles(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     }
 
 
-def read_folder(folder: str | Path) -> tuple[dict[str, object], list[str]]:
+def read_folder(
+    folder: str | Path, *, is_all_here: bool = False
+) -> tuple[dict[str, object], list[str]]:
     """Return the meta of a checkpoint folder, annotations over it, and its recoverables' names.
 
     A name that ends in `SHARDED_EXT` is that of a folder of a sharded state.
+
+    Args:
+        folder: The checkpoint.
+        is_all_here: Nothing of it is in a store alone, as is known of every folder without records
+            of what is; else its record is looked for.
 
     Raises:
         CheckpointNotFoundError: There is no checkpoint there.
@@ -329,7 +336,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, object], list[str]]:
     try:
         # Not a Path: of thousands of checkpoints, to make paths takes longer than to read metas.
         meta = read_meta(f"{folder}{os.sep}{META_NAME}")
-        stored = {name.partition("/")[0] for name in stored_files(folder)}
+        elsewhere = () if is_all_here else stored_files(folder)
+        stored = {name.partition("/")[0] for name in elsewhere}
         present = sorted(stored.union(os.listdir(folder)))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(

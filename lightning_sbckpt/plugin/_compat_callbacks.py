@@ -6,19 +6,18 @@ set something up there that they find nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelPruning,
     StochasticWeightAveraging,
 )
 
-from lightning_sbckpt.plugin._compat import callbacks_of, wrap
+from lightning_sbckpt.plugin._compat import callbacks_of
 
 
 def brings_its_scheduler(trainer: Trainer) -> bool:
@@ -41,24 +40,8 @@ def enter_epoch(trainer: Trainer) -> None:
                 trainer.current_epoch
             )
         elif isinstance(callback, StochasticWeightAveraging) and _has_begun(callback, trainer):
-            with _kept(trainer, weights=True):
+            with _weights_kept(trainer.lightning_module):
                 callback.on_train_epoch_start(trainer, trainer.lightning_module)
-
-
-def before_next_epoch(trainer: Trainer) -> None:
-    """Have learning rates kept where a callback makes its scheduler anew as the next epoch starts."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, StochasticWeightAveraging) and _has_begun(callback, trainer):
-            _keep_rates_once(callback)
-
-
-def _keep_rates_once(callback: Callback) -> None:
-    def keeping(original: Callable[..., Any], trainer: Trainer, module: LightningModule) -> None:
-        undo()
-        with _kept(trainer, weights=False):
-            original(trainer, module)
-
-    undo = wrap(callback, "on_train_epoch_start", keeping)
 
 
 def _has_begun(callback: StochasticWeightAveraging, trainer: Trainer) -> bool:
@@ -66,29 +49,17 @@ def _has_begun(callback: StochasticWeightAveraging, trainer: Trainer) -> bool:
 
 
 @contextmanager
-def _kept(trainer: Trainer, *, weights: bool) -> Iterator[None]:
-    """Put back what was restored and is set inside: learning rates, and the weights if asked for.
+def _weights_kept(module: LightningModule) -> Iterator[None]:
+    """Put back the weights that were restored, and what normalization has counted.
 
-    A scheduler sets the rates of its beginning when it is made, and the weights are averaged, and
-    normalization begins to count, when the last epoch starts.
+    When the last epoch starts, the weights are averaged, and normalization begins to count. Learning
+    rates stay as they were restored: an averaging's scheduler begins with those that it finds.
     """
-    module = trainer.lightning_module
-    groups = [
-        [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in each.param_groups
-        ]
-        for each in trainer.optimizers
-    ]
-    state = {name: value.clone() for name, value in _tensors(module)} if weights else {}
+    state = {name: value.clone() for name, value in _tensors(module)}
     yield
-    for optimizer, saved in zip(trainer.optimizers, groups, strict=True):
-        for group, values in zip(optimizer.param_groups, saved, strict=True):
-            group.update(values)
     with torch.no_grad():
         for name, value in _tensors(module):
-            if name in state:
-                value.copy_(state[name])
+            value.copy_(state[name])
 
 
 def _tensors(module: LightningModule) -> Iterator[tuple[str, torch.Tensor]]:

@@ -229,8 +229,6 @@ class Resumption:
         self._let_search()
         if within_epoch:
             _compat_callbacks.enter_epoch(self._trainer)
-        else:
-            _compat_callbacks.before_next_epoch(self._trainer)
         exact.restore_modes(self._trainer.lightning_module, modes)
         self.report.skipped += exact.restore(self._trainer, self._state)
         self.report.notes += self._tracker.report()

@@ -367,7 +367,7 @@ def ema() -> list:
 
 def swa() -> list:
     """Return an averaging over the epochs from the second on, that makes a scheduler of its own."""
-    return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2, annealing_epochs=2)]
+    return [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=2)]
 
 
 class Unnormalized(Model):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from _runs import BATCHES, Steps, fit, go, make, raise_at, steps_saved
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelPruning,
@@ -40,13 +41,25 @@ def averaging():
     return StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1, annealing_epochs=2)
 
 
+class Rates(Callback):
+    """Notes the learning rate of every step."""
+
+    def __init__(self):
+        self.of_step = {}
+
+    def on_train_batch_start(self, trainer, *args):
+        self.of_step[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+
 class TestStochasticWeightAveraging:
     """It has a scheduler of its own from some epoch on, which a new run does not have yet."""
 
-    @pytest.mark.parametrize("at", [BATCHES + 1, BATCHES + 3])
+    @pytest.mark.parametrize("at", [BATCHES + 1, BATCHES + 3, 2 * BATCHES + 1, 2 * BATCHES + 3])
     def test_a_run_goes_on_with_the_same_rates(self, tmp_path, at):
-        """Interrupted as an epoch begins, and within one; the callback is left as it was."""
-        whole = fit(tmp_path / "whole", callbacks=[averaging()])
+        """Interrupted as an epoch begins, and within one, before and while rates change."""
+        rates = Rates()
+        whole = fit(tmp_path / "whole", callbacks=[averaging(), rates])
+        assert [*dict.fromkeys(rates.of_step.values())] == [1.0, 0.75, 0.5]
         options = {"every_n_train_steps": 1, "num_to_keep": 99}
         interrupted = make(
             tmp_path / "run",
@@ -55,9 +68,10 @@ class TestStochasticWeightAveraging:
         )
         with pytest.raises(RuntimeError, match="gone"):
             go(interrupted)
-        callback = averaging()
-        run = fit(tmp_path / "run", callbacks=[callback], **options)
-        assert "on_train_epoch_start" not in vars(callback)
+        rates_after = Rates()
+        run = fit(tmp_path / "run", callbacks=[averaging(), rates_after], **options)
+        assert rates_after.of_step
+        assert rates_after.of_step.items() <= rates.of_step.items()
         assert steps_saved(tmp_path / "run")[-1] == 3 * BATCHES
         groups = [copy.copy(each.trainer.optimizers[0].param_groups[0]) for each in (whole, run)]
         for group in groups:
@@ -65,12 +79,12 @@ class TestStochasticWeightAveraging:
         assert groups[0] == groups[1]
         assert torch.equal(run.module.weight, whole.module.weight)
 
-    def test_a_run_that_is_over_leaves_the_callback_alone(self, tmp_path):
-        """Started again there is nothing to do, and no epoch starts."""
-        fit(tmp_path, callbacks=[averaging()])
-        callback = averaging()
-        fit(tmp_path, callbacks=[callback])
-        assert "on_train_epoch_start" not in vars(callback)
+    def test_a_run_that_is_over_is_over(self, tmp_path):
+        """Started again there is nothing to do."""
+        whole = fit(tmp_path, callbacks=[averaging()])
+        again = fit(tmp_path, callbacks=[averaging()])
+        assert again.trainer.global_step == 3 * BATCHES
+        assert torch.equal(again.module.weight, whole.module.weight)
 
 
 def test_accumulation_is_that_of_the_epoch_that_is_gone_on_with(tmp_path):
