@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import lightning as L
 import pytest
 import torch
+from _ranks import Model, differences, run, traced_fit
 from _releases import needs_lightning
 from _runs import BATCHES, Steps, fit, go, make, raise_at, steps_saved
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
@@ -185,3 +187,34 @@ class TestAmongTheCallbacks:
         assert getattr(finder, "optimal_lr", None) is None
         fit(tmp_path / "b", module=Tuned(), data=Data(), callbacks=[finder], trainer=LONG)
         assert finder.optimal_lr is not None
+
+
+class TunedOnRanks(Model):
+    """Has a learning rate that can be found."""
+
+    def __init__(self):
+        super().__init__()
+        self.lr = 0.01
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+@whole_epochs
+@pytest.mark.slow
+def test_two_killed_ranks_go_on_with_what_they_had_found(tmp_path):
+    """To the bit; every rank has searched, and none searches again."""
+    options = {
+        "module": TunedOnRanks,
+        "callbacks": [LearningRateFinder(num_training_steps=8, early_stop_threshold=None)],
+        "trainer": {"max_epochs": 4, "default_root_dir": tmp_path},
+        "every_n_train_steps": 1,
+        "num_to_keep": 2,
+    }
+    assert run(traced_fit, tmp_path / "through", None, options).codes == [0, 0]
+    killed = run(traced_fit, tmp_path / "killed", "on_train_batch_end:14", options)
+    assert killed.codes == [-signal.SIGKILL] * 2
+    assert run(traced_fit, tmp_path / "killed", None, options).codes == [0, 0]
+    for rank in range(2):
+        assert "does not search again" in (tmp_path / "killed" / f"report{rank}.txt").read_text()
+        assert differences(tmp_path / "through", tmp_path / "killed", rank) == []
