@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.machinery
 import logging
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -44,6 +45,12 @@ CORE_NAMES = (
     "EpochCounter",
     "EpochCounterWithStopper",
 )
+
+
+def pytest_configure() -> None:
+    """Have Ctrl+C do what it does in a terminal: a shell's job in the background ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,6 +22,9 @@ logger = logging.getLogger("lightning_sbckpt")
 
 T = TypeVar("T")
 
+# Of its own: what is drawn from Python's usual numbers, training would miss, and end with other bits.
+_chance = random.SystemRandom()
+
 # Where to look for the answer to "does it help to try again": the libraries of the stores wrap each
 # other's errors, and have no base class in common.
 _PASSING_NUMBERS = {
@@ -109,7 +112,7 @@ class Retries:
     def delay(self, failed: int) -> float:
         """Return how many seconds to wait after so many failed attempts."""
         whole: float = min(self.longest_delay, self.first_delay * 2 ** (failed - 1))
-        return whole * random.uniform(0.5, 1.0)  # noqa: S311  # No secret depends on it.
+        return whole * _chance.uniform(0.5, 1.0)
 
 
 class StoppedError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import random
 import time
 from threading import Event, Timer
 
@@ -177,3 +178,10 @@ def test_an_impossible_number_of_retries_is_refused(wrong):
     """At construction, not at the first failure."""
     with pytest.raises(ConfigurationError, match="at least one attempt"):
         Retries(**wrong)
+
+
+def test_waiting_draws_no_number_that_training_would():
+    """Or a run whose server was away for a moment would go on with other data than one without."""
+    before = random.getstate()
+    assert len({Retries().delay(1) for _ in range(9)}) > 1
+    assert random.getstate() == before
