@@ -102,6 +102,11 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(list(exact_cells.CORE))))
         return
+    unknown = [name for name in arguments.cell or () if name not in exact_cells.CELLS]
+    if unknown:
+        parser.error(f"no such cell: {', '.join(unknown)}; they are in tests/plugin/exact_cells.py")
+    if arguments.cell and arguments.releases:
+        parser.error("--cell measures with the release that is installed, and no other")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     before, _, tail = rest.partition(END)
     versions = ", ".join(
