@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from benchmarks.disk import scratch, warm
+from benchmarks.disk import scratch, warm, warm_memory
 from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
 from benchmarks.peer import Peer
 from benchmarks.peers import FOUND, LOADING, opened
@@ -36,7 +36,9 @@ def run(settings: Settings) -> Section:
     section = Section(
         "load",
         "Loading",
-        "The files are in the page cache. Measured is the time until one number of every page of "
+        "The files are in the page cache, and as much memory as a state has was used, and given "
+        "back, just before: what has been free for a while may have to come from the host of a "
+        "virtual machine, at several times the cost. Measured is the time until one number of every page of "
         "every tensor has been read, so that what is mapped lazily is loaded too. This package "
         "finds the newest checkpoint and verifies its checksums within that time; the others "
         "verify nothing, so there is a row for loading a checkpoint that was found and verified "
@@ -98,21 +100,23 @@ def _into_live(peer: Peer, target: State) -> Callable[[], float]:
     def load() -> float:
         target.settle()
         target.change()
-        warm(peer.folder)
-        peer.before_load(target)
-        return timed(lambda: (peer.load(target), target.touch()))
+        return _timed_load(peer, target)
 
     return load
 
 
 def _into_fresh(peer: Peer, size: int) -> Callable[[], float]:
     def load() -> float:
-        target = State(size, seed=1, has_moments=False)
-        warm(peer.folder)
-        peer.before_load(target)
-        return timed(lambda: (peer.load(target), target.touch()))
+        return _timed_load(peer, State(size, seed=1, has_moments=False))
 
     return load
+
+
+def _timed_load(peer: Peer, target: State) -> float:
+    warm(peer.folder)
+    peer.before_load(target)
+    warm_memory(int(target.megabytes * 1.2e6))
+    return timed(lambda: (peer.load(target), target.touch()))
 
 
 class Bytes:

@@ -102,27 +102,22 @@ class OursFound(Ours):
     def __init__(self) -> None:
         super().__init__("sync")
         self.name = FOUND
-        self.found: Any = None
+        self._ready: Any = None
 
     def before_load(self, state: State) -> None:
         """Find the newest checkpoint, and verify it."""
         from lightning_sbckpt import Checkpointer
 
         recoverables = {"model": state.model, "optimizer": state.optimizer}
-        self.loader = Checkpointer(self.folder, recoverables, access="read")
-        self.found = self.loader.find_sound_checkpoint()
+        loader = Checkpointer(self.folder, recoverables, access="read")
+        self._ready = loader, loader.find_sound_checkpoint()
 
     def load(self, state: State) -> None:
-        """Load it."""
-        if self.found is None or self.loader.recoverables["model"] is not state.model:
+        """Load it, and let go of the state: its memory is not to be free just when the next loads."""
+        if self._ready is None:
             self.before_load(state)
-        self.loader.load_checkpoint(self.found)
-        self.found = None
-
-    def close(self) -> None:
-        """Let the state go."""
-        self.__dict__.pop("loader", None)
-        super().close()
+        (loader, found), self._ready = self._ready, None
+        loader.load_checkpoint(found)
 
 
 SYNC: dict[str, Callable[[], Peer]] = {

@@ -360,7 +360,15 @@ def test_the_report_tells_targets_that_are_met_missed_and_not_measured(tmp_path)
     table = Table("Saving", "s", RAW, {(row, column): values for row, values in rows.items()})
     section = Section("save", "Save", "How.", {"save": table}, {"DCP": "not installed"})
     path = tmp_path / "RESULTS.md"
-    rows = {(COPY, "training"): [1.0, 1.0], ("lightning-sbckpt, async", "training"): [1.0, 1.4]}
+    ours = "lightning-sbckpt, async"
+    rows = {
+        (COPY, "training"): [1.0, 1.0],
+        (ours, "training"): [1.0, 1.4],
+        (COPY, "Python-bound"): [1.0] * 3,
+        (ours, "Python-bound"): [1.2, -1.6, 1.3],
+        (COPY, "compute-bound"): [1.0] * 3,
+        (ours, "compute-bound"): [1.2, -1.4, 1.3],
+    }
     lost = Table("Lost", "s", COPY, rows, columns_are="loop")
     sections = [section, Section("lost", "Lost", "How.", {"lost": lost}, {})]
     report.write(sections, Settings(tmp_path, (100,), 1.0), {"kernel": "Linux"}, path)
@@ -379,5 +387,8 @@ def test_the_report_tells_targets_that_are_met_missed_and_not_measured(tmp_path)
     assert (
         "within 1.5x | 1.20x (1.00 to 1.40) in 2 of the 3 rounds that a verdict takes | not" in text
     )
+    # A save can't make a loop faster: what says so by more than the target tells nothing.
+    assert "within 1.5x | 1.20x (-1.60 to 1.30): noise | not measured |" in text
+    assert "within 1.5x | 1.20x (-1.40 to 1.30) | met |" in text
     assert "1.30 s [1.20, 1.40] **1.30x**" in text
     assert str(tmp_path) not in text
