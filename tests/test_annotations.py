@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,18 +309,32 @@ class TestSeveralAtOnce:
             annotate(folder, {"x": 1}, storage=STORAGE)
         annotate(folder, {"x": 1}, storage=STORAGE)
 
-    def test_a_checkpoint_that_came_in_its_place_is_not_mistaken_for_it(self, tmp_path):
+    def test_a_checkpoint_that_came_in_its_place_is_not_mistaken_for_it(
+        self, tmp_path, monkeypatch
+    ):
         """What waited for the old one annotates the new one, under the new one's lock."""
         checkpointer = Checkpointer(tmp_path)
         folder = checkpointer.save_checkpoint({"n": 1}, name="best").path
+        found_it_locked, go_on = threading.Event(), threading.Event()
+
+        def sleep(seconds):
+            found_it_locked.set()
+            go_on.wait()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(
+            annotations, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+        )
         waiting = threading.Thread(target=annotate_many, args=(folder, 0, 1))
         with contextlib.ExitStack() as new:
             with annotations._locked(folder):
                 waiting.start()
-                time.sleep(0.05)
+                assert found_it_locked.wait(60)
                 checkpointer.save_checkpoint({"n": 2}, name="best")
                 new.enter_context(annotations._locked(folder))
-            time.sleep(0.1)
+            found_it_locked.clear()
+            go_on.set()
+            assert found_it_locked.wait(60)
             assert read_annotations(folder) is None
         waiting.join()
         meta = read_checkpoint(folder).meta
