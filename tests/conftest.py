@@ -22,6 +22,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from _counts import COUNTS
+from hypothesis import settings
+
+# Deadlines say how busy the machine is, not what the code does.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 # Every public name that needs no Lightning.
 CORE_NAMES = (

@@ -17,6 +17,7 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from textwrap import dedent
 
 import pytest
@@ -339,18 +340,28 @@ class TestWhateverGoesWrong:
             write_source(path, Failing(lambda: signal.raise_signal(signal.SIGINT), block))
         write(Scattered())
 
-    def test_after_an_interrupt_no_more_is_written(self, path, each_write):
+    def test_after_an_interrupt_no_more_is_written(self, path, each_write, monkeypatch):
         """What was filled before it need not reach the disk: the file is of no use."""
-        going_on = threading.Event()
+        begun, going_on = threading.Event(), threading.Event()
 
         def wait_first(pwrite, number, *arguments):
+            begun.set()
             going_on.wait(30)
             return pwrite(*arguments)
 
         calls = each_write(wait_first)
 
+        class Queue(SimpleQueue):
+            def put(self, item):
+                super().put(item)
+                # No more will come: the interrupt has been seen.
+                if item is None:
+                    going_on.set()
+
+        monkeypatch.setattr(blocks, "SimpleQueue", Queue)
+
         def fail():
-            threading.Timer(0.2, going_on.set).start()
+            assert begun.wait(30)
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 
 import pytest
 import torch
@@ -78,11 +77,14 @@ def test_who_has_no_file_left_copies_for_the_others(monkeypatch):
     """Block after block in turn with the owner, so that what is hashed next was copied just now."""
     monkeypatch.setattr(copying, "useful_threads", lambda: 2)
 
-    class Slow(Content):
-        def before(self, start):
-            time.sleep(0.01)
+    # Each block waits for one of the other thread, so none gets ahead, however busy the machine is.
+    other = threading.Barrier(2, timeout=60)
 
-    sources = [Slow(40 * BLOCK), Slow(BLOCK, 1)]
+    class InStep(Content):
+        def before(self, start):
+            other.wait()
+
+    sources = [InStep(40 * BLOCK), Content(BLOCK, 1)]
     memory, checksums = copied(sources)
     assert bytes(memory[0]) == sources[0].content
     assert checksums[0] == xxhash.xxh3_128_hexdigest(sources[0].content)

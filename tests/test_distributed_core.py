@@ -25,7 +25,7 @@ from lightning_sbckpt.errors import (
 from lightning_sbckpt.hooks import mark_as_loader, mark_as_saver
 
 # A failure must reach the other rank as a message; waiting for a timeout would take longer.
-SECONDS = 20
+SECONDS = 60
 
 
 @register_checkpoint_hooks(save_on_main_only=False)
@@ -117,7 +117,7 @@ def both(tmp_path):
             started = context.Process(target=child, args=(task, rank, tmp_path, answers))
             started.start()
             children.append(started)
-        got = dict(answers.get(timeout=60 if i == 0 else SECONDS) for i in range(2))
+        got = dict(answers.get(timeout=2 * SECONDS if i == 0 else SECONDS) for i in range(2))
         return got[0], got[1]
 
     yield run

@@ -240,10 +240,11 @@ def test_a_syntax_error_is_one_line_with_the_place_and_the_way_out(text, message
 )
 def test_what_could_reach_out_or_take_for_ever_is_refused_at_once(bomb):
     """No calls, attributes, powers, loops; bounded length and nesting."""
-    begin = time.perf_counter()
+    # Of this thread alone: what else the machine does meanwhile takes as long as it likes.
+    begin = time.thread_time()
     with pytest.raises(SelectionError):
         parse_predicate(bomb)
-    assert time.perf_counter() - begin < 1
+    assert time.thread_time() - begin < 1
 
 
 @pytest.mark.parametrize(

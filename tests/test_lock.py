@@ -454,15 +454,21 @@ class TestWhatStandsInTheFile:
         assert all("\n" not in r.getMessage() for r in caplog.records)
         lock.release()
 
-    def test_a_record_about_to_be_written_is_waited_for(self, tmp_path):
+    def test_a_record_about_to_be_written_is_waited_for(self, tmp_path, monkeypatch):
         """The owner has the lock a moment before it has said who it is."""
         file = tmp_path / LOCK_NAME
         file.touch()
-        later = threading.Timer(0.03, file.write_text, ["pid: 5\nhost: here\n"])
-        later.start()
+        pauses = []
+
+        def sleep(seconds):
+            pauses.append(seconds)
+            if len(pauses) == 3:
+                file.write_text("pid: 5\nhost: here\n")
+
+        monkeypatch.setattr(owner.time, "sleep", sleep)
         with file.open("rb") as stream:
             assert owner.read_record(stream.fileno())["pid"] == 5
-        later.join()
+        assert len(pauses) == 3
 
     def test_it_says_who_and_holds_no_arguments(self, tmp_path, monkeypatch):
         """Those may hold what is secret."""

@@ -15,6 +15,8 @@ from lightning_sbckpt._folder.layout import folder_names
 from lightning_sbckpt.verify import verify
 
 SECONDS = 4
+# How long a busy machine may take for what is to be seen in those seconds at least.
+PATIENCE = 120
 
 
 class Numbers:
@@ -61,8 +63,8 @@ def test_a_reader_sees_whole_checkpoints_and_never_trips_over_one_that_vanishes(
     numbers = {"one": Numbers(), "two": Numbers()}
     reader = Checkpointer(run, numbers, access="read")
     seen = set()
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end:
+    begun = time.monotonic()
+    while (took := time.monotonic() - begun) < SECONDS or (len(seen) <= 10 and took < PATIENCE):
         for ckpt in reader.list_checkpoints():
             assert set(ckpt.paramfiles) == {"one", "two"}
         best = reader.find_checkpoint(max_key="number")
@@ -112,13 +114,14 @@ def test_one_that_is_being_replaced_is_waited_for(tmp_path, monkeypatch):
     assert len(pauses) == 3
 
 
-def test_a_replacement_that_was_interrupted_is_not_waited_for_long(tmp_path):
+def test_a_replacement_that_was_interrupted_is_not_waited_for_long(tmp_path, monkeypatch):
     """Who writes there next brings the old one back; a reader changes nothing."""
     Checkpointer(tmp_path, {"one": Numbers()}).save_checkpoint(name="a")
     (tmp_path / "CKPT+a").rename(tmp_path / ".replaced+0+CKPT+a")
-    start = time.monotonic()
+    pauses = []
+    monkeypatch.setattr(catalog.time, "sleep", pauses.append)
     assert Checkpointer(tmp_path, access="read").find_checkpoint() is None
-    assert time.monotonic() - start < 5
+    assert 0 < sum(pauses) < 1
     assert Checkpointer(tmp_path).find_checkpoint().path.name == "CKPT+a"
 
 

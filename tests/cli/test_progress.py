@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +169,36 @@ def test_a_row_is_one_line_however_narrow_the_screen(columns, run, terminal):
         assert "downloading [bold]a-name" in screen.text
 
 
+class Clock:
+    """Stands for time and for timers: it goes on when the test says so."""
+
+    def __init__(self):
+        self.now, self.timers = 100.0, []
+
+    def monotonic(self):
+        return self.now
+
+    def timer(self, seconds, act):
+        made = SimpleNamespace(due=self.now + seconds, act=act)
+        made.start = partial(self.timers.append, made)
+        made.cancel = partial(self.timers.remove, made)
+        return made
+
+    def go_on(self, seconds):
+        self.now += seconds
+        for each in self.timers:
+            if each.due <= self.now:
+                each.act()
+
+
+def until(condition):
+    """Return whether something comes true soon."""
+    deadline = time.monotonic() + 60
+    while not (true := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return true
+
+
 class TestBars:
     """What is under way in one command."""
 
@@ -178,34 +210,44 @@ class TestBars:
 
     def test_what_tells_nothing_is_shown_too(self, capsys):
         """A store that does not answer: that is when one wants to know what is waited for."""
-        with Bars(0.1).transfer("listing s3://bucket/run", None):
-            time.sleep(0.6)
+        bars = Bars(0.1)
+        with bars.transfer("listing s3://bucket/run", None):
+            assert until(lambda: bars._shown is not None)
         assert "listing s3://bucket/run" in capsys.readouterr().err
 
-    def test_many_short_things_are_one_long_wait(self, capsys):
+    def test_many_short_things_are_one_long_wait(self, capsys, monkeypatch):
         """It is what they take together that counts; what lies between them does not."""
+        clock = Clock()
+        monkeypatch.setattr(_bars, "time", clock)
+        stands = SimpleNamespace(RLock=threading.RLock, Timer=clock.timer)
+        monkeypatch.setattr(_bars, "threading", stands)
         bars = Bars(0.5)
         for _ in range(2):
             with bars.transfer("downloading CKPT+a", 10):
-                time.sleep(0.2)
-            time.sleep(0.5)
+                clock.go_on(0.2)
+            clock.go_on(0.5)
         assert capsys.readouterr().err == ""
         for name in "bc":
             with bars.transfer(f"downloading CKPT+{name}", 10):
-                time.sleep(0.3)
+                clock.go_on(0.3)
         assert "downloading CKPT+b" in capsys.readouterr().err
 
     def test_what_is_under_way_together_is_shown_together(self, capsys):
         """Its own work, and what it has to bring for that."""
         bars = Bars(0.0)
+        both = re.compile(r"averaging.*1.0/4.0 kB.*\n.*downloading CKPT\+a.*2.0/5.0 kB")
+        text = ""
+
+        def is_shown():
+            nonlocal text
+            text += capsys.readouterr().err
+            return both.search(text)
+
         with bars.work("averaging") as tell:
             tell(1000, 4000)
             with bars.transfer("downloading CKPT+a", 5000) as told:
                 told(2000)
-                time.sleep(0.3)
-            time.sleep(0.3)
-        text = capsys.readouterr().err
-        assert re.search(r"averaging.*1.0/4.0 kB.*\n.*downloading CKPT\+a.*2.0/5.0 kB", text)
+                assert until(is_shown), text
 
     def test_bytes_are_counted_whoever_tells_them(self):
         """By several threads, and taken back if they have to be sent again."""

@@ -950,8 +950,10 @@ def test_workers_end_when_lightning_ends_them():
 
 
 @pytest.mark.parametrize("make", [plain(**WORKERS), plain(batch_sampler=UnsizedBatches, **WORKERS)])
-def test_workers_end_with_the_last_reference(make):
+def test_workers_end_with_the_last_reference(make, monkeypatch):
     """Without waiting for the garbage collector, which would make their end slow."""
+    # Torch waits so long for one that doesn't end by itself: longer than a busy machine takes.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 120.0)
     gc.disable()
     try:
         loader = tracked(make())
@@ -961,7 +963,7 @@ def test_workers_end_with_the_last_reference(make):
         begun = time.monotonic()
         del iterator, loader
         assert not any(worker.is_alive() for worker in workers)
-        assert time.monotonic() - begun < 4
+        assert time.monotonic() - begun < 60
     finally:
         gc.enable()
 

@@ -28,8 +28,8 @@ from lightning_sbckpt import Preempted, Preemption
 from lightning_sbckpt._folder.manifest import find_damage
 
 EACH_BATCH = Preemption(every_n_batches=1)
-SECONDS = 20
-"""A job that ends early has to end within so many seconds."""
+SECONDS = 60
+"""A job that ends early has to end within so many seconds, on a busy machine, too."""
 
 
 class SignalInSave(_ranks.Model):
@@ -207,9 +207,11 @@ def fit_stuck(folder, rank):
         deadline = time.monotonic() + 2 * SECONDS
         while time.monotonic() < deadline:
             time.sleep(0.05)
+            if callback._watch._received:
+                (folder / "came").touch()
 
     late = At("on_train_batch_start", 2, stuck)
-    trainer, module, _, loaders = make(
+    trainer, module, callback, loaders = make(
         folder / "checkpoints", size=1, preemption=True, callbacks=[late]
     )
     trainer.fit(module, **loaders)
@@ -220,7 +222,8 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
     job = Job(fit_stuck, tmp_path, size=1)
     job.until("stuck")
     job.signal(signal.SIGINT, 0)
-    time.sleep(0.5)
+    # Two that come before the first is noticed are one.
+    job.until("came")
     assert job.codes() == [None]
     job.signal(signal.SIGINT, 0)
     assert job.wait(SECONDS).codes == [1]

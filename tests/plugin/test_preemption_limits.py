@@ -14,8 +14,8 @@ from lightning_sbckpt import Preemption
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.manifest import find_damage
 
-SECONDS = 20
-"""A job that ends early has to end within so many seconds."""
+SECONDS = 60
+"""A job that ends early has to end within so many seconds, on a busy machine, too."""
 
 
 # ---------------------------------------------------------------------- the deadline
@@ -29,12 +29,17 @@ def fit_on_slow_disk(folder, rank, options):
         nonlocal published
         published += operation == "rename" and target.name.startswith("CKPT+")
         if published == 2:
-            time.sleep(60)
+            time.sleep(3 * SECONDS)
+
+    def end():
+        # The first one has its time, however slow the disk is: the grace time is for the second.
+        callback.checkpointer.wait()
+        to_myself("SIGTERM")
 
     LocalStorage.before = before
-    at = At("on_train_batch_start", 10 // options["size"], lambda: to_myself("SIGTERM"))
+    at = At("on_train_batch_start", 10 // options["size"], end)
     options = {"callbacks": [at], **options}
-    trainer, module, _, loaders = make(folder / "checkpoints", rank, **options)
+    trainer, module, callback, loaders = make(folder / "checkpoints", rank, **options)
     trainer.fit(module, **loaders)
 
 

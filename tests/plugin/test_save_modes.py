@@ -462,11 +462,26 @@ class TestAtTheEnd:
         # Saved at step 4, told of after the batch in which it came to be.
         assert told == [(7, first), (8, second)]
 
-    def test_by_choice_saves_are_skipped_but_never_the_last(self, tmp_path, slow_disk, caplog):
+    def test_by_choice_saves_are_skipped_but_never_the_last(self, tmp_path, background, caplog):
         """While one is being written; what was trained last is kept in any case."""
-        run = fit(tmp_path, save_mode="async", when_busy="skip", every_n_train_steps=1, **ALL)
+        go_on = threading.Event()
+
+        def slow(operation):
+            if operation == "rename":
+                assert go_on.wait(60)
+                time.sleep(0.2)
+
+        background(slow)
+        run = fit(
+            tmp_path,
+            callbacks=[At("on_train_batch_start", 9, go_on.set)],
+            save_mode="async",
+            when_busy="skip",
+            every_n_train_steps=1,
+            **ALL,
+        )
         skipped = run.callback.checkpointer.saver.skipped
-        assert skipped > 3
+        assert skipped >= 7
         assert caplog.text.count("skipped a save") == skipped
         found = steps_saved(tmp_path)
         assert len(found) == 12 - skipped
