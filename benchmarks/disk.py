@@ -67,8 +67,14 @@ def warm(path: Path) -> int:
     return total
 
 
-def warm_memory(size: int) -> None:
-    """Use so many bytes of new memory, and give them back: the next who asks gets them at once."""
+def renew_memory(size: int) -> None:
+    """Leave this process without memory to spare, as a new one is, and the system with so much.
+
+    A process that has freed much keeps it, and what it is given anew needs no page faults then. And what
+    has been free for a while may have to come from the host of a virtual machine, at many times the cost.
+    """
+    with suppress(AttributeError):  # Not every C library has it.
+        ctypes.CDLL(None).malloc_trim(0)
     _huge_pages(size)[::4096] = bytes(-(-size // 4096))
 
 

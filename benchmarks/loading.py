@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from benchmarks.disk import scratch, warm, warm_memory
+from benchmarks.disk import renew_memory, scratch, warm
 from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
 from benchmarks.peer import Peer
 from benchmarks.peers import FOUND, LOADING, opened
@@ -36,9 +36,9 @@ def run(settings: Settings) -> Section:
     section = Section(
         "load",
         "Loading",
-        "The files are in the page cache, and as much memory as a state has was used, and given "
-        "back, just before: what has been free for a while may have to come from the host of a "
-        "virtual machine, at several times the cost. Measured is the time until one number of every page of "
+        "As in a process that has just started, where loading happens: the files are in the page "
+        "cache, the system has memory enough that was in use a moment before, and the process has "
+        "given back all that it doesn't use. Measured is the time until one number of every page of "
         "every tensor has been read, so that what is mapped lazily is loaded too. This package "
         "finds the newest checkpoint and verifies its checksums within that time; the others "
         "verify nothing, so there is a row for loading a checkpoint that was found and verified "
@@ -115,7 +115,7 @@ def _into_fresh(peer: Peer, size: int) -> Callable[[], float]:
 def _timed_load(peer: Peer, target: State) -> float:
     warm(peer.folder)
     peer.before_load(target)
-    warm_memory(int(target.megabytes * 1.2e6))
+    renew_memory(int(target.megabytes * 1.2e6))
     return timed(lambda: (peer.load(target), target.touch()))
 
 
