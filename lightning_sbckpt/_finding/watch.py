@@ -95,11 +95,12 @@ def watch(root: Path, names_in: Callable[[Path], Iterable[str]]) -> Watch | None
         device = root.stat().st_dev
         if add(descriptor, os.fsencode(root), mask) < 0:
             return None
-        folders = [root / name for name in names_in(root)]
-        if len(folders) > _MOST_FOLDERS:
+        names = list(names_in(root))
+        if len(names) > _MOST_FOLDERS:
             return None
-        for folder in folders:
-            if add(descriptor, os.fsencode(folder), mask) < 0 or folder.stat().st_dev != device:
+        # No paths: to make them takes longer than all that is asked of the kernel.
+        for folder in (os.fsencode(f"{root}{os.sep}{name}") for name in names):
+            if add(descriptor, folder, mask) < 0 or os.lstat(folder).st_dev != device:
                 return None
     except OSError:
         return None  # Removed since it was listed.
