@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import os
 import shutil
@@ -70,9 +71,11 @@ def warm(path: Path) -> int:
 def renew_memory(size: int) -> None:
     """Leave this process without memory to spare, as a new one is, and the system with so much.
 
-    A process that has freed much keeps it, and what it is given anew needs no page faults then. And what
-    has been free for a while may have to come from the host of a virtual machine, at many times the cost.
+    A process that has freed much keeps it, and what it is given anew needs no page faults then; what is
+    garbage and not yet freed would be so in the middle of what is measured. And what has been free for a
+    while may have to come from the host of a virtual machine, at many times the cost.
     """
+    gc.collect()
     with suppress(AttributeError):  # Not every C library has it.
         ctypes.CDLL(None).malloc_trim(0)
     _huge_pages(size)[::4096] = bytes(-(-size // 4096))
