@@ -11,7 +11,18 @@ from benchmarks.peer import OURS
 _SCALE = {"s": (1e3, "milliseconds"), "bytes": (1e-6, "megabytes"), "us": (1.0, "microseconds")}
 # Ours are blue, the reference is black, the peers are told apart by marker and shade.
 _BLUES = ("#1f5fbf", "#4a90e2", "#8cc0f5")
-_MARKERS = "osD^vPX*"
+_MARKERS = "sD^vPX*"
+# One more than there are markers: no two peers of a drawing have both in common.
+_SHADES = (
+    "#b5533c",
+    "#c98b2b",
+    "#5d8a4a",
+    "#7a5c99",
+    "#777777",
+    "#3f8f8f",
+    "#a0527a",
+    "#2f7d32",
+)
 
 
 def draw(name: str, table: Table, folder: Path) -> Path | None:
@@ -55,9 +66,8 @@ def _style(table: Table) -> dict[str, dict[str, Any]]:
         elif row == table.reference:
             styles[row] = {"color": "black", "marker": "", "linestyle": "--", "linewidth": 1.4}
         else:
-            shade = ("#b5533c", "#c98b2b", "#5d8a4a", "#7a5c99", "#777777", "#3f8f8f", "#a0527a")
-            marker = _MARKERS[1 + greys % (len(_MARKERS) - 1)]
-            color = shade[greys % len(shade)]
+            marker = _MARKERS[greys % len(_MARKERS)]
+            color = _SHADES[greys % len(_SHADES)]
             styles[row] = {"color": color, "marker": marker, "linewidth": 1.1, "markersize": 4}
             greys += 1
     return styles
