@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # At the end: the package under test is the installed one.
 sys.path.append(str(ROOT))
 
-from benchmarks import finding, measure, memory, report  # noqa: E402
+from benchmarks import finding, measure, memory, plots, report  # noqa: E402
 from benchmarks.calm import Calm  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     Section,
@@ -397,3 +397,11 @@ def test_the_report_tells_targets_that_are_met_missed_and_not_measured(tmp_path)
     assert "within 1.5x | 1.20x (-1.40 to 1.30) | met |" in text
     assert "1.30 s [1.20, 1.40] **1.30x**" in text
     assert str(tmp_path) not in text
+
+
+def test_no_two_lines_of_a_drawing_look_alike():
+    """Each peer has a color or a marker that no other has with it, however many there are."""
+    table = Table("t", "s", "a", {(row, "x"): [1.0] for row in "abcdefghijklm"})
+    looks = [(style["color"], style["marker"]) for style in plots._style(table).values()]
+    assert len(looks) == 13
+    assert len(set(looks)) == 13
