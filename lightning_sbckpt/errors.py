@@ -12,7 +12,7 @@ Every one derives from `SBCheckpointError` and from the builtin that a caller wo
     ├── CheckpointNotFoundError(FileNotFoundError)  nothing there, or not a checkpoint
     ├── DamagedCheckpointError(RuntimeError) bytes that are not the bytes that were written
     ├── MismatchError(RuntimeError)          a checkpoint and the objects to load do not fit
-    ├── UntrustedPickleError(RuntimeError)   state that only pickle can hold, not trusted
+    ├── UntrustedPickleError(RuntimeError)   state that could run code, not trusted
     ├── SaveError(RuntimeError)              a checkpoint could not be written
     │   └── FolderInUseError                 another process writes checkpoints to the folder
     ├── RemovalError(OSError)                a checkpoint that was to go could not be removed
@@ -86,7 +86,7 @@ class MismatchError(SBCheckpointError, RuntimeError):
 
 
 class UntrustedPickleError(SBCheckpointError, RuntimeError):
-    """State that only pickle can hold, met without the user's explicit trust."""
+    """State that could run code (pickle, above all), met without the user's explicit trust."""
 
 
 class SaveError(SBCheckpointError, RuntimeError):

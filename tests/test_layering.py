@@ -170,6 +170,7 @@ ORDER = (
     "plugin._compat_sharded",
     "plugin.sharded",
     "plugin.gradients",
+    "plugin.hyperparameters",
     "plugin.collect",
     "plugin.pieces",
     "plugin.export",

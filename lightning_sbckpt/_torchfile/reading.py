@@ -45,6 +45,11 @@ def trusting_pickle(trust: bool = True) -> Iterator[None]:
         _trusted.reset(token)
 
 
+def pickle_is_trusted() -> bool:
+    """Return whether this is inside a block of `trusting_pickle`."""
+    return _trusted.get()
+
+
 def pickled_path(path: Path) -> Path:
     """Return the file beside `path` that holds what only pickle can hold."""
     return path.with_name(f"{path.stem}{PICKLED_SUFFIX}{path.suffix}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any, NoReturn, cast
 
@@ -81,26 +81,41 @@ def loaded_checkpoint(trainer: Trainer) -> dict[str, Any]:
 
 
 def let_load_from_checkpoint_read(
-    is_folder: Callable[[object], bool], read: Callable[..., dict[str, Any]]
+    is_folder: Callable[[object], bool],
+    read: Callable[..., dict[str, Any]],
+    check: Callable[[type, object, Collection[str]], None],
 ) -> None:
     """Have `LightningModule.load_from_checkpoint` take checkpoint folders.
 
     It reads by `lightning.pytorch.core.saving.pl_load` and has no other place to join in. Files
-    and URLs go to Lightning's own function, as before.
+    and URLs go to Lightning's own function, as before. What was read reaches `_load_state` of that
+    module, with the hyperparameters that the caller added, and nothing is imported or called before.
+
+    Args:
+        is_folder: Says what is read by `read`.
+        read: Returns Lightning's dictionary.
+        check: Is called with the class, the dictionary, and the names of the hyperparameters that
+            the caller passed; it raises if they must not be used.
     """
     # By name: it is an import of that module, not one of its exports.
-    original = vars(saving)["pl_load"]
-    if getattr(original, "_reads_folders", False):
+    original_load, original_state = vars(saving)["pl_load"], vars(saving)["_load_state"]
+    if getattr(original_load, "_reads_folders", False):
         return
 
-    @wraps(original)
+    @wraps(original_load)
     def pl_load(path_or_url: Any, *args: Any, **kwargs: Any) -> Any:
         if is_folder(path_or_url):
             return read(path_or_url, weights_only=kwargs.get("weights_only"))
-        return original(path_or_url, *args, **kwargs)
+        return original_load(path_or_url, *args, **kwargs)
+
+    @wraps(original_state)
+    def load_state(cls: type, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        check(cls, checkpoint, kwargs)
+        return original_state(cls, checkpoint, *args, **kwargs)
 
     pl_load._reads_folders = True  # type: ignore[attr-defined]
     vars(saving)["pl_load"] = pl_load
+    vars(saving)["_load_state"] = load_state
 
 
 def has_own_checkpoint_format(strategy: Strategy) -> bool:

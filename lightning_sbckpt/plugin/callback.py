@@ -21,9 +21,10 @@ from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _compat, _compat_finders, _compat_loops, _options, exact
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.best import restore_weights
-from lightning_sbckpt.plugin.collect import FolderReader, is_folder
+from lightning_sbckpt.plugin.collect import FolderReader, is_folder, read_to_load
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
+from lightning_sbckpt.plugin.hyperparameters import check_loaded
 from lightning_sbckpt.plugin.io import FolderCheckpointIO
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
@@ -390,7 +391,5 @@ class SBCheckpoint(LightningCheckpoint):
         restore_weights(best, self._best_by, self._reader, module, self.dirpath)
 
 
-_compat.let_load_from_checkpoint_read(
-    is_folder, lambda path, **options: FolderReader().read(path, **options)
-)
+_compat.let_load_from_checkpoint_read(is_folder, read_to_load, check_loaded)
 hand_back_attributes(SBCheckpoint)

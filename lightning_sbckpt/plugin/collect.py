@@ -27,7 +27,11 @@ from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt._sharded.states import numbered as in_numbers
-from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt._torchfile.reading import (
+    load_state,
+    pickle_is_trusted,
+    trusting_pickle,
+)
 from lightning_sbckpt.averaging import AVERAGED_FROM
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
@@ -38,6 +42,7 @@ from lightning_sbckpt.errors import (
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat
 from lightning_sbckpt.plugin.gradients import read_gradients
+from lightning_sbckpt.plugin.hyperparameters import LoadedFolder
 from lightning_sbckpt.plugin.sharded import Pieces
 
 MODEL = "model"
@@ -337,6 +342,17 @@ class FolderReader:
                 else load_state(path, missing_pickled=self.unread, grouped=True)
             )
         return states
+
+
+def read_to_load(folder: str | Path, *, weights_only: bool | None = None) -> LoadedFolder:
+    """Return Lightning's dictionary from a folder for `load_from_checkpoint`.
+
+    Args:
+        folder: The checkpoint folder, or its URL.
+        weights_only: See `FolderReader.read`.
+    """
+    trusted = weights_only is False or pickle_is_trusted()
+    return LoadedFolder(FolderReader(trust_pickle=trusted).read(folder), trusted=trusted)
 
 
 def position_in(loops: Mapping[str, Any]) -> dict[str, Any] | None:

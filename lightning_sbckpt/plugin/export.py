@@ -12,7 +12,11 @@ from lightning_sbckpt._disk.progress import Progress, Tally
 from lightning_sbckpt._finding.loading import bytes_of
 from lightning_sbckpt._folder.layout import folder_for, read_checkpoint
 from lightning_sbckpt._remote.places import here
-from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt._torchfile.reading import (
+    load_state,
+    pickle_is_trusted,
+    trusting_pickle,
+)
 from lightning_sbckpt._torchfile.writing import write_torch
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
@@ -29,6 +33,7 @@ from lightning_sbckpt.plugin.collect import (
     is_reserved,
     submodules_in,
 )
+from lightning_sbckpt.plugin.hyperparameters import refuse_calls
 
 __all__ = ["from_lightning", "to_lightning"]
 
@@ -69,6 +74,7 @@ def to_lightning(
         ConfigurationError: There is such a file, or no folder for it.
         DamagedCheckpointError: A file is not the one that was saved.
         SaveError: The disk refused.
+        UntrustedPickleError: The hyperparameters name what Lightning would import and call.
 
     Example:
         >>> import tempfile, torch
@@ -86,6 +92,8 @@ def to_lightning(
     tally = Tally(on_progress, total)
     with tally.part(total - 2 * size):
         dump = reader.read(folder)
+    # Who loads the file meets Lightning alone, which may be one that calls what it names.
+    refuse_calls(dump, trusted=trust_pickle or pickle_is_trusted())
     remarks = _left_out(source, reader)
     remarks += [f"{unread} (only pickle can hold it)" for unread in reader.unread]
     with tally.part(2 * size):
