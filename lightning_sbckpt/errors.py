@@ -25,6 +25,8 @@ expected, and what to do next.
 
 from __future__ import annotations
 
+import reprlib
+
 __all__ = [
     "CheckpointNameError",
     "CheckpointNotFoundError",
@@ -107,3 +109,32 @@ class RemoteError(SBCheckpointError, OSError):
 
 class MissingDependencyError(SBCheckpointError, ImportError):
     """An optional library that is not installed; the message says how to install it."""
+
+
+class _Brief(reprlib.Repr):
+    """Looks at the beginning of a value only, however large or deep it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+
+
+_BRIEF = _Brief()
+
+
+def brief(value: object, longest: int = 120) -> str:
+    """Return a value from a file as text for a message: short, and in little time.
+
+    Args:
+        value: Anything.
+        longest: The most characters.
+
+    Example:
+        >>> brief(list(range(1000))), brief("abcdef", longest=4)
+        ('[0, 1, 2, 3, 4, 5, ...]', "'ab…")
+    """
+    try:
+        text = _BRIEF.repr(value)
+    except Exception:  # A number of thousands of digits; an object whose repr fails.
+        text = f"a {type(value).__name__} that can't be printed"
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

@@ -38,6 +38,7 @@ ORDER = (
     "_disk.digests",
     "_disk.memory",
     "_torchfile",
+    "_torchfile.screening",
     "_torchfile.outline",
     "_torchfile.filling",
     "_torchfile.direct",

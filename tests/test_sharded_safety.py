@@ -13,9 +13,10 @@ import torch
 from _releases import needs_torch
 from torch.distributed.checkpoint import save
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._sharded.contents import read_contents
+from lightning_sbckpt._sharded.contents import Chunk, _require_exact_cover, read_contents
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
@@ -249,3 +250,103 @@ def test_a_plain_optimizer_says_that_its_groups_are_others(tmp_path):
     other = torch.optim.SGD([model.weight], lr=0.1)
     with pytest.raises(MismatchError, match=r"groups of \[2\] parameters, the SGD of \[1\]"):
         load_sharded(other, tmp_path / "o.dcp", {"model": model})
+
+
+def two_pieces(*pieces):
+    """Change the description of the weight, 2 x 3, to other pieces of its one file."""
+
+    def change(metadata):
+        saved = metadata.state_dict_metadata["weight"]
+        index = next(key for key in metadata.storage_data if key.fqn == "weight")
+        info = metadata.storage_data.pop(index)
+        saved.chunks = []
+        for offsets, sizes in pieces:
+            saved.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            place = MetadataIndex("weight", torch.Size(offsets))
+            metadata.storage_data[place] = info
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [((0, 0), (1, 3)), ((0, 0), (1, 3))],
+        [((0, 0), (1, 3)), ((0, 1), (1, 2)), ((1, 0), (1, 1))],
+        [((0, 0), (2, 2)), ((1, 1), (1, 2))],
+        [((0, 0), (1, 3)), ((0, 0), (1, 1)), ((1, 1), (1, 2))],
+    ],
+    ids=["twice", "in a row", "at a corner", "two sizes at one place"],
+)
+def test_pieces_that_overlap_are_damage(folder, pieces):
+    """As large as the tensor together, they would leave a part of it as it was before."""
+    metadata = described(folder)
+    two_pieces(*pieces)(metadata)
+    describe(folder, metadata)
+    with pytest.raises(DamagedCheckpointError, match=r"overlaps another|don't make up"):
+        read_contents(folder)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("columns", [1, 5, 100])
+def test_pieces_of_a_mesh_make_up_a_tensor(rows, columns):
+    """Of a mesh of 10,000 ranks, empty pieces among them, in a moment."""
+    mesh = [Chunk((2 * r, 3 * c), (2, 3)) for r in range(rows) for c in range(columns)]
+    _require_exact_cover((2 * rows, 3 * columns), [*mesh, Chunk((2 * rows, 0), (0, 3))])
+    with pytest.raises(ValueError, match="don't make up"):
+        _require_exact_cover((2 * rows, 3 * columns), mesh[:-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.qint8, torch.quint8, torch.qint32, torch.quint4x2])
+def test_quantized_types_are_damage(folder, dtype):
+    """Torch crashes where such a tensor is made of bytes alone; DCP saves none."""
+    metadata = described(folder)
+    metadata.state_dict_metadata["weight"].properties.dtype = dtype
+    describe(folder, metadata)
+    with pytest.raises(DamagedCheckpointError, match="as the type of a tensor"):
+        read_contents(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\x80\x02}N" + b"\x85" * 1000 + b"Ns.", "more than 200 deep"),
+        (b"\x80\x02Nr\x00\x00\x00\x10.", "memo of 268,435,456 entries"),
+        (b"\x80\x02})" + b"2\x86" * 60 + b"Ns.", "key of more than 1,000 values"),
+    ],
+    ids=["deep", "memo", "shared"],
+)
+def test_description_that_would_kill_its_reader_is_damage(folder, data, reason):
+    """It is refused before Python's unpickler begins."""
+    (folder / ".metadata").write_bytes(data)
+    with pytest.raises(DamagedCheckpointError, match=reason):
+        read_contents(folder)
+
+
+def test_piece_that_is_larger_than_its_file_is_damage(folder):
+    """No memory is asked for that the folder has no bytes for."""
+    metadata = described(folder)
+    weight = metadata.state_dict_metadata["weight"]
+    weight.size = torch.Size([2**40, 3])
+    weight.chunks[0].sizes = torch.Size([2**40, 3])
+    describe(folder, metadata)
+    with pytest.raises(DamagedCheckpointError, match=r"a piece .* bytes"):
+        read_contents(folder)
+    for info in metadata.storage_data.values():
+        info.length = 2**50
+    describe(folder, metadata)
+    with pytest.raises(DamagedCheckpointError, match="expected a piece that ends at"):
+        read_contents(folder)
+
+
+def test_message_about_a_hostile_value_is_short(folder):
+    """A value that takes for ever to print is shown by its beginning."""
+    shared = ()
+    for _ in range(40):
+        shared = (shared, shared)
+    metadata = described(folder)
+    metadata.state_dict_metadata["weight"].properties.dtype = shared
+    describe(folder, metadata)
+    with pytest.raises(DamagedCheckpointError, match="as the type of a tensor") as caught:
+        read_contents(folder)
+    assert len(str(caught.value)) < 1000

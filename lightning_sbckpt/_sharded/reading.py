@@ -31,7 +31,7 @@ from lightning_sbckpt._sharded.contents import (
     Stored,
     read_contents,
 )
-from lightning_sbckpt._torchfile.reading import _decode
+from lightning_sbckpt._torchfile.reading import _decode, load_stream
 from lightning_sbckpt.errors import DamagedCheckpointError, UntrustedPickleError
 
 Allocate = Callable[[str, SavedTensor], torch.Tensor]
@@ -117,8 +117,7 @@ class SavedShards:
         try:
             # Not a link or a pipe, whoever has put it there.
             with open_regular(self.folder / stored.file) as stream:
-                part = cast("BinaryIO", _Slice(stream, stored))
-                piece = torch.load(part, map_location="cpu", weights_only=True)
+                piece = load_stream(io.BufferedReader(_Slice(stream, stored)))
         except Exception as error:
             reason = next(iter(str(error).splitlines()), repr(error))
             if "weights_only" in str(error) or "Unsupported" in str(error):
@@ -129,7 +128,7 @@ class SavedShards:
                 ) from error
             raise self._damaged(stored, reason) from error
         moved(stored.length)
-        return cast("object", piece)
+        return piece
 
     def _damaged(self, stored: Stored, reason: str) -> DamagedCheckpointError:
         return DamagedCheckpointError(

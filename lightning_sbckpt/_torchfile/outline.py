@@ -19,11 +19,18 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+
+from lightning_sbckpt._torchfile.screening import (
+    MAX_EXPANSION,
+    STORAGE_DTYPES,
+    expansion,
+    require_light,
+)
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 _INT = struct.Struct("<i").unpack_from
@@ -38,20 +45,9 @@ _SHAPE = b"torch\nSize"
 _ORDERED = b"collections\nOrderedDict"
 
 _STORAGE_DTYPES = {
-    b"torch.storage\nUntypedStorage": None,
-    b"torch\nUntypedStorage": None,
-    b"torch\nDoubleStorage": torch.float64,
-    b"torch\nFloatStorage": torch.float32,
-    b"torch\nHalfStorage": torch.float16,
-    b"torch\nBFloat16Storage": torch.bfloat16,
-    b"torch\nLongStorage": torch.int64,
-    b"torch\nIntStorage": torch.int32,
-    b"torch\nShortStorage": torch.int16,
-    b"torch\nCharStorage": torch.int8,
-    b"torch\nByteStorage": torch.uint8,
-    b"torch\nBoolStorage": torch.bool,
-    b"torch\nComplexDoubleStorage": torch.complex128,
-    b"torch\nComplexFloatStorage": torch.complex64,
+    f"{module}\n{name}".encode(): dtype
+    for name, dtype in STORAGE_DTYPES.items()
+    for module in (("torch", "torch.storage") if dtype is None else ("torch",))
 }
 
 Identity = tuple[int, int, int, int]
@@ -142,7 +138,10 @@ def _find_records(descriptor: int) -> tuple[bytes, dict[str, tuple[int, int]]]:
     records: dict[str, tuple[int, int]] = {}
     pickled = b""
     with os.fdopen(os.dup(descriptor), "rb") as stream, zipfile.ZipFile(stream) as archive:
-        for info in archive.infolist():
+        infos = archive.infolist()
+        if sum(info.file_size for info in infos) > size:
+            raise _UnknownError
+        for info in infos:
             header = os.pread(descriptor, _LOCAL_HEADER.size, info.header_offset)
             begin = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
             if info.compress_type != zipfile.ZIP_STORED or begin + info.file_size > size:
@@ -174,6 +173,7 @@ class _Reader:
         self._pickled = pickled
         self._records = records
         self._make = make
+        self._expanded = 0
 
     def read(self) -> object:
         """Return the object that is pickled; one branch an opcode, the frequent ones first."""
@@ -254,10 +254,14 @@ class _Reader:
             elif code == 0x75:  # SETITEMS
                 items = stack
                 stack = below.pop()
-                _container(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+                keys = items[::2]
+                if tuple in map(type, keys):
+                    _require_light(keys)
+                _container(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
             elif code == 0x73:  # SETITEM
                 value = stack.pop()
                 key = stack.pop()
+                _require_light((key,))
                 _container(stack[-1], dict)[key] = value
             elif code == 0x65:  # APPENDS
                 items = stack
@@ -271,9 +275,9 @@ class _Reader:
                 stack.append(_named(data[at:end]))
                 at = end + 1
             elif code == 0x62:  # BUILD
-                attributes = stack.pop()
+                attributes = _container(stack.pop(), dict)
                 # A module's state_dict carries the versions of its layers as an attribute.
-                if type(stack[-1]) is not OrderedDict or set(attributes) != {"_metadata"}:
+                if type(stack[-1]) is not OrderedDict or list(attributes) != ["_metadata"]:
                     raise _UnknownError
                 stack[-1].__dict__.update(attributes)
             elif code == 0x2E:  # STOP
@@ -337,6 +341,9 @@ class _Reader:
         ):
             raise _UnknownError
         begin, nbytes, _ = storage
+        self._expanded += expansion(size, dtype.itemsize, nbytes)
+        if self._expanded > MAX_EXPANSION:
+            raise _UnknownError
         size, stride = tuple(size), tuple(stride)
         skipped, spanned = offset * dtype.itemsize, span(size, stride, dtype)
         if skipped + spanned > nbytes:
@@ -351,6 +358,12 @@ def _container(value: object, kind: type) -> Any:
     if type(value) is not kind and not (kind is dict and type(value) is OrderedDict):
         raise _UnknownError
     return value
+
+
+def _require_light(keys: Iterable[object]) -> None:
+    for key in keys:
+        if type(key) is tuple:
+            require_light(key)
 
 
 def _named(name: bytes) -> object:

@@ -10,14 +10,17 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import torch
 
 from lightning_sbckpt._disk.absent import bring_file
+from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._torchfile.direct import live_state
 from lightning_sbckpt._torchfile.filling import read_owned
+from lightning_sbckpt._torchfile.screening import screen_file
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 PICKLED_SUFFIX = "+pickled"
@@ -122,6 +125,8 @@ def open_state(path: Path) -> object:
     _refuse_pieces(Path(path))
     bring_file(Path(path))
     try:
+        with _buffered(path) as stream:
+            screen_file(stream)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         # Whatever it is, reading it in full will say it, or will do.
@@ -139,7 +144,8 @@ def _refuse_pieces(path: Path) -> None:
 
 def _torch_load(path: Path, *, trust: bool) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        with _buffered(path) as stream:
+            return load_stream(stream, trust=trust)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -154,6 +160,26 @@ def _torch_load(path: Path, *, trust: bool) -> object:
             f"{path} can't be read by torch.load: {reason}. The file is damaged or is not a torch "
             "file; recover from another checkpoint"
         ) from error
+
+
+def _buffered(path: Path) -> BinaryIO:
+    return BufferedReader(cast("RawIOBase", open_regular(path)))
+
+
+def load_stream(stream: BinaryIO, *, trust: bool = False) -> object:
+    """Return what `torch.load` reads from a stream, its tensors on the CPU.
+
+    Args:
+        stream: At the beginning of the file.
+        trust: Let pickle run what it asks for. Otherwise what would kill or hold up torch's own
+            reader is refused, too.
+
+    Raises:
+        ScreeningError: See `screen_file`.
+    """
+    if not trust:
+        screen_file(stream)
+    return torch.load(stream, map_location="cpu", weights_only=not trust)
 
 
 def _is_pickle(path: Path) -> bool:
