@@ -152,6 +152,7 @@ ORDER = (
     "inspect",
     "verify",
     "plugin._compat",
+    "plugin._compat_buffers",
     "plugin._compat_callbacks",
     "plugin._compat_finders",
     "plugin._compat_logged",

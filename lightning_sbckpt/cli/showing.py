@@ -29,7 +29,7 @@ __all__ = ["show"]
 # As many tensors of a file as give an idea of it; --keys shows all.
 _FEW = 12
 # What training needs to go on exactly, and nobody looks at.
-_MACHINERY = ("callbacks", "loaders", "loops", "metrics", "rng")
+_MACHINERY = ("callbacks", "loaders", "loops", "metrics", "nonpersistent", "rng")
 _LONGEST_LINE = 300
 
 

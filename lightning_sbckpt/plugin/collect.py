@@ -58,10 +58,11 @@ RNG = "rng"
 LOADERS = "loaders"
 METRICS = "metrics"
 GRADIENTS = "gradients"
+NONPERSISTENT = "nonpersistent"
 
 RESERVED = frozenset(
     {MODEL, OPTIMIZER, SCHEDULER, LOOPS, CALLBACKS, PRECISION, DATAMODULE, HPARAMS, EXTRAS}
-    | {RNG, LOADERS, METRICS, GRADIENTS}
+    | {RNG, LOADERS, METRICS, GRADIENTS, NONPERSISTENT}
 )
 """The names that recoverables of the user can't have; nor those that `_numbered` makes."""
 

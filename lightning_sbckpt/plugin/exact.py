@@ -17,8 +17,15 @@ from torchmetrics import Metric, MetricCollection
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
 from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_logged
-from lightning_sbckpt.plugin.collect import GRADIENTS, LOADERS, METRICS, RNG, Part
+from lightning_sbckpt.plugin import _compat, _compat_buffers, _compat_callbacks, _compat_logged
+from lightning_sbckpt.plugin.collect import (
+    GRADIENTS,
+    LOADERS,
+    METRICS,
+    NONPERSISTENT,
+    RNG,
+    Part,
+)
 from lightning_sbckpt.plugin.gradients import put_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import pack, together
@@ -105,6 +112,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
         problems += _restore_metrics(module, state[METRICS]["torchmetrics"])
     if GRADIENTS in state:
         problems += put_gradients(trainer, state[GRADIENTS])
+    if NONPERSISTENT in state:
+        problems += _compat_buffers.restore(module, state[NONPERSISTENT])
     if RNG in state:
         problems += restore_rng(state[RNG])
     return problems
@@ -137,7 +146,13 @@ def _restore_metrics(module: LightningModule, states: Mapping[str, Any]) -> list
 def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
     """Return the parts that hold every rank's state, by the name of their file; rank zero's only."""
     if world.size == 1:
-        return {name: Part({"ranks": [one]}, volatile=True) for name, one in sorted(state.items())}
+        return {
+            name: Part({"ranks": [one]}, volatile=True)
+            for name, one in sorted(state.items())
+            if one or name != NONPERSISTENT
+        }
+    if NONPERSISTENT in state:
+        state = _once_where_equal(state, world)
     gathered = world.gather({name: pack(one) for name, one in state.items()}) or []
     names = {name for of_rank in gathered for name in of_rank}
     nothing = pack(None)
@@ -145,3 +160,12 @@ def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
         name: Part(together([of_rank.get(name, nothing) for of_rank in gathered]), volatile=True)
         for name in sorted(names)
     }
+
+
+def _once_where_equal(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:
+    """Leave buffers that all ranks have in common to rank zero: banks are large."""
+    digests = world.gather(_compat_buffers.digest(state[NONPERSISTENT]))
+    equal = world.broadcast(digests is not None and len(set(digests)) == 1)
+    if equal and (world.rank or not state[NONPERSISTENT]):
+        return {name: one for name, one in state.items() if name != NONPERSISTENT}
+    return state

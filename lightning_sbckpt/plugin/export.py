@@ -27,6 +27,7 @@ from lightning_sbckpt.plugin.collect import (
     LOADERS,
     LOOPS,
     METRICS,
+    NONPERSISTENT,
     RNG,
     FolderReader,
     divide,
@@ -42,6 +43,7 @@ _NOT_LIGHTNINGS = {
     LOADERS: "the position of the data",
     METRICS: "the metrics of the epoch so far",
     GRADIENTS: "the gradients gathered so far",
+    NONPERSISTENT: "the non-persistent buffers",
 }
 
 

@@ -26,8 +26,9 @@ from lightning_sbckpt.plugin import (
     _options,
     exact,
 )
+from lightning_sbckpt.plugin._compat_buffers import NonPersistentBuffers
 from lightning_sbckpt.plugin.adapt import classes_of
-from lightning_sbckpt.plugin.collect import GRADIENTS, divide, divide_model
+from lightning_sbckpt.plugin.collect import GRADIENTS, NONPERSISTENT, divide, divide_model
 from lightning_sbckpt.plugin.gradients import take_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.schedule import Place, place_of
@@ -59,11 +60,16 @@ class Gatherer:
         self._meta = meta
         self._metrics: dict[str, Any] = {}
         self._metrics_of: Place | None = None
+        self._buffers: NonPersistentBuffers | None = None
         self.split_model = split_model
         _options.check_names([*split_model], "split_model")
         _options.check_disjoint(split_model)
         if isinstance(recoverables, Mapping):
             _options.check_names([*split_model, *recoverables], "recoverables")
+
+    def begin(self, module: LightningModule) -> None:
+        """Note what the module is like before its first batch; it is where it is trained."""
+        self._buffers = NonPersistentBuffers(module)
 
     def check(self, trainer: Trainer) -> None:
         """Refuse at once what no checkpoint could be made of; all ranks call this.
@@ -137,6 +143,8 @@ class Gatherer:
             found[GRADIENTS] = ShardedState(gradients)
         elif gradients:
             state[GRADIENTS] = gradients
+        if self._buffers:
+            state[NONPERSISTENT] = self._buffers.state()
         return {**found, **exact.parts_of_ranks(state, world), **self.of_user(trainer)}
 
     def documents(self, trainer: Trainer) -> dict[str, str]:

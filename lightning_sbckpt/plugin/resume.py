@@ -25,6 +25,7 @@ from lightning_sbckpt.plugin.collect import (
     LOADERS,
     LOOPS,
     METRICS,
+    NONPERSISTENT,
     RNG,
     FolderReader,
     is_reserved,
@@ -35,6 +36,7 @@ from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
 
 _PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS)
+_OF_RANKS = (*_PER_RANK, NONPERSISTENT)
 
 
 @dataclass
@@ -133,7 +135,7 @@ class Resumption:
         submodules = submodules_in(loops)
         ours = [name for name in checkpoint.paramfiles if is_reserved(name) or name in submodules]
         self._recoverables = set(checkpoint.paramfiles).difference(ours)
-        self.report.restored += [n for n in ours if n not in _PER_RANK and n not in skip]
+        self.report.restored += [n for n in ours if n not in _OF_RANKS and n not in skip]
         self.report.skipped += [
             f"{name} (asked for by skip)" for name in checkpoint.paramfiles if name in skip
         ]
@@ -146,6 +148,7 @@ class Resumption:
             return
         self.classes = position["classes"]
         self._read_rank_state(checkpoint, reader, rank, size)
+        self._read_buffers(checkpoint, reader, rank)
         within_epoch = bool(position["within_epoch"])
         self.validated_this_epoch = bool(position.get("validated_this_epoch"))
         if LOADERS in self._state:
@@ -222,6 +225,17 @@ class Resumption:
             elif (mine := state_of_rank(part, rank)) is not None:
                 self._state[name] = mine
                 self.report.restored.append(name)
+
+    def _read_buffers(self, checkpoint: Checkpoint, reader: FolderReader, rank: int) -> None:
+        if NONPERSISTENT in self._skip:
+            return
+        part = reader.part(checkpoint, NONPERSISTENT)
+        if part is None:
+            return
+        own = state_of_rank(part, rank) if rank < number_of_ranks(part) else None
+        # What all ranks had in common rank zero has saved; a rank that is new begins like it.
+        self._state[NONPERSISTENT] = own or state_of_rank(part, 0)
+        self.report.restored.append(NONPERSISTENT)
 
     def _finish(self, within_epoch: bool, modes: Mapping[str, list[str]]) -> None:
         if not within_epoch:

@@ -48,7 +48,11 @@ class Saving:
     _failed: int = 0
 
     def begin(self, module: LightningModule) -> None:
-        """Hide no copy behind training where nobody tells when parameters are about to change."""
+        """Note what training will change.
+
+        Hide no copy behind training where nobody tells when parameters are about to change.
+        """
+        self.gatherer.begin(module)
         if module.automatic_optimization:
             return
         saver = self.run.checkpointer.saver
