@@ -179,6 +179,7 @@ ORDER = (
     "plugin.io",
     "plugin.adapt",
     "plugin.exact",
+    "plugin.stopping",
     "plugin.resume",
     "plugin.best",
     "plugin.run",

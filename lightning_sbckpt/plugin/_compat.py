@@ -72,6 +72,19 @@ def provide_resume_path(
     return wrap(trainer._checkpoint_connector, "resume_start", resume_start)
 
 
+def after_restore(trainer: Trainer, act: Callable[[], None]) -> Undo:
+    """Have `act()` called when all is restored that Lightning restores, before it trains.
+
+    `_CheckpointConnector.resume_end` is where every restore ends, also one of nothing.
+    """
+
+    def resume_end(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        act()
+
+    return wrap(trainer._checkpoint_connector, "resume_end", resume_end)
+
+
 def loaded_checkpoint(trainer: Trainer) -> dict[str, Any]:
     """Return what Lightning is restoring from at the moment, or an empty dictionary.
 

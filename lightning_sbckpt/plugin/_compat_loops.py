@@ -33,6 +33,29 @@ def _finite(number: float) -> float | None:
     return None if number == float("-inf") else number
 
 
+def may_stop(trainer: Trainer) -> bool:
+    """Return whether `should_stop` ends the fit here: the least number of steps and epochs is reached.
+
+    `_FitLoop._can_stop_early` (2.4.0 to 2.6.6) is what Lightning itself asks.
+    """
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def epochs_over(trainer: Trainer) -> int:
+    """Return how many epochs the fit loop takes for finished, as restored."""
+    return int(cast("Any", trainer.fit_loop.epoch_progress.current).processed)
+
+
+def lower_epoch_count(dump: Mapping[str, Any], limit: int) -> None:
+    """Let a checkpoint of more epochs than are asked for be restored: there is nothing to train.
+
+    `_CheckpointConnector.restore_loops` raises if `completed` is above `max_epochs`; the fit loop
+    ends by `processed`, and sets the other to it.
+    """
+    current = dump["loops"]["fit_loop"]["epoch_progress"]["current"]
+    current["completed"] = min(current["completed"], limit)
+
+
 class LoaderStage:
     """Knows whose loaders are being made, those of training or of validation, and is called to say.
 
@@ -87,6 +110,9 @@ class LoopResumption:
         extra: What `loop_state` returned.
         before_batches: Called when the loaders have to be positioned, within an epoch only.
         finish: Called last, just before training goes on.
+
+    Attributes:
+        max_steps: The limit of this run, which the Trainer does not show until training goes on.
     """
 
     def __init__(
@@ -107,7 +133,7 @@ class LoopResumption:
         self._finish = finish
         self._undo: list[Undo] = []
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        self._max_steps = epoch_loop.max_steps
+        self.max_steps = epoch_loop.max_steps
         # Lightning skips the sanity check of a run that resumes within an epoch; between two it
         # would run one, over loaders that are not yet where they were.
         self._sanity_steps = trainer.num_sanity_val_steps
@@ -125,12 +151,26 @@ class LoopResumption:
             self._undo.append(wrap(epoch_loop, "reset", self._keep_progress))
             self._undo.append(wrap(epoch_loop, "on_run_start", self._enter_batches))
         else:
-            trainer.should_stop = extra["should_stop"]
             self._undo.append(wrap(fit_loop, "on_advance_start", self._start_next_epoch))
+
+    def stop(self) -> None:
+        """Train nothing: the run has come to its end, and what asked for it still does."""
+        fit_loop = self._trainer.fit_loop
+        fit_loop.epoch_loop.max_steps = self.max_steps
+        if self._within_epoch:
+            # The hooks of its end have run.
+            fit_loop.epoch_progress.increment_processed()
+            fit_loop.epoch_progress.increment_completed()
+
+    def go_on(self, *, should_stop: bool) -> None:
+        """Train, told to stop or not."""
+        self._extra = {**self._extra, "should_stop": should_stop}
+        # Within an epoch it would end the fit before the epoch's own end; it is set there.
+        self._trainer.should_stop = should_stop and not self._within_epoch
 
     def cancel(self) -> None:
         """Leave the loops as Lightning made them."""
-        self._trainer.fit_loop.epoch_loop.max_steps = self._max_steps
+        self._trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         self._trainer.num_sanity_val_steps = self._sanity_steps
         while self._undo:
             self._undo.pop()()
@@ -153,7 +193,7 @@ class LoopResumption:
 
     def _enter_epoch(self, original: Callable[..., Any]) -> None:
         fit_loop = cast("Any", self._trainer.fit_loop)
-        fit_loop.epoch_loop.max_steps = self._max_steps
+        fit_loop.epoch_loop.max_steps = self.max_steps
         self._restore_progress()
         for loader in fit_loop._combined_loader.flattened:
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)

@@ -33,7 +33,7 @@ from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.saving import Saving
-from lightning_sbckpt.plugin.schedule import Schedule
+from lightning_sbckpt.plugin.schedule import Schedule, why_ended
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.triggers import Trigger
@@ -61,7 +61,8 @@ class SBCheckpoint(LightningCheckpoint):
         keep_recent: Keep the newest `num_to_keep`, not only the best.
         keep: More rules of `lightning_sbckpt.retention`; what any rule keeps stays.
         every_n_epochs: Save when validation ends in every n-th epoch, or when the epoch ends if
-            nothing was validated in it. None for not at all.
+            nothing was validated in it. A validation at the end of an epoch is saved when the
+            epoch's last hook has run. None for not at all.
         every_n_train_steps: Save after every n optimizer steps, too.
         train_time_interval: Save when so much time has passed since the last save, too.
         triggers: More triggers of `lightning_sbckpt.triggers`; a checkpoint is saved when any is due.
@@ -256,14 +257,17 @@ class SBCheckpoint(LightningCheckpoint):
             own=lambda: self._gatherer.of_user(trainer),
             optional=self._optional,
             searches=self._resume,
-            went_on=lambda validated: self._schedule.resumed(
-                trainer, validated_this_epoch=validated
+            went_on=lambda resumption: self._schedule.resumed(
+                trainer,
+                within_epoch=resumption.within_epoch,
+                validated_this_epoch=resumption.validated_this_epoch,
             ),
         )
         outside = partial(_compat_finders.outside_trials, self, trainer)
         self._undo += [
             self._tracker.detach,
             _compat.provide_resume_path(trainer, self._resume_path, beginning.adapt),
+            _compat.after_restore(trainer, beginning.settle),
             _compat.between_batches(trainer, outside(saving.after_batch)),
             _compat.between_epochs(trainer, outside(saving.after_epoch)),
         ]
@@ -316,6 +320,7 @@ class SBCheckpoint(LightningCheckpoint):
             return
         try:
             cast("Saving", self._saving).finish()
+            self._run.note_end(trainer.global_step, why_ended(trainer))
         finally:
             self._restore_best_weights(pl_module)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_sharded
+from lightning_sbckpt.plugin import _compat, _compat_loops, _compat_sharded
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import FolderReader, is_folder, is_resumable
 from lightning_sbckpt.plugin.loaders import LoaderTracker
@@ -32,8 +32,7 @@ class Beginning:
         own: Gives the user's recoverables, by name.
         optional: Those of them that a checkpoint may lack.
         searches: Whether a checkpoint is looked for if none is given.
-        went_on: Called when training is about to go on; is told whether the epoch had been
-            validated before the save.
+        went_on: Called when training is about to go on.
 
     Attributes:
         report: What is known of the resume so far; None if the run begins anew.
@@ -50,7 +49,7 @@ class Beginning:
         own: Callable[[], Mapping[str, object]],
         optional: Sequence[str],
         searches: bool,
-        went_on: Callable[[bool], object],
+        went_on: Callable[[Resumption], object],
     ) -> None:
         self.report: ResumeReport | None = None
         self._trainer = trainer
@@ -120,9 +119,21 @@ class Beginning:
         if not _compat_sharded.restores_late(self._trainer.strategy):
             self._load(own)
 
+    def settle(self) -> None:
+        """Say if there is nothing to train, now that all is restored."""
+        if self._resumption is None:
+            return
+        complete = self._resumption.settle()
+        if complete:
+            self._resumption.report.notes.append(complete)
+            rank_zero_info(f"SBCheckpoint: {complete}")
+
     def adapt(self, dump: dict[str, Any]) -> None:
         """Change what is about to be restored to what is wanted of it."""
         if self._resumption is not None:
+            limit = self._trainer.max_epochs
+            if limit is not None and limit >= 0:
+                _compat_loops.lower_epoch_count(dump, limit)
             report = self._resumption.report
             report.skipped += self._adaptation.adapt_model(
                 dump,
@@ -169,7 +180,7 @@ class Beginning:
 
     def _ready(self, resumption: Resumption, report: ResumeReport) -> None:
         self._resumption = None
-        self._went_on(resumption.validated_this_epoch)
+        self._went_on(resumption)
         rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
 
     @property

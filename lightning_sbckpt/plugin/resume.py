@@ -18,6 +18,7 @@ from lightning_sbckpt.plugin import (
     _compat_finders,
     _compat_loops,
     exact,
+    stopping,
 )
 from lightning_sbckpt.plugin.collect import (
     CALLBACKS,
@@ -34,6 +35,9 @@ from lightning_sbckpt.plugin.collect import (
 )
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
+
+ENDED = "ended"
+"""The key under which a checkpoint says why the fit that ended with it did."""
 
 _PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS)
 _OF_RANKS = (*_PER_RANK, NONPERSISTENT)
@@ -100,6 +104,7 @@ class Resumption:
 
     Attributes:
         report: What is known of the resume so far.
+        within_epoch: Whether the save was between two batches of an epoch.
         validated_this_epoch: Whether the epoch had been validated before the save.
     """
 
@@ -125,6 +130,10 @@ class Resumption:
         self._undo: list[_compat.Undo] = []
         self._state: dict[str, Any] = {}
         self.validated_this_epoch = False
+        self.within_epoch = False
+        self._told_to_stop = False
+        self._ended = ENDED in checkpoint.meta
+        self._patience = stopping.patience_of(trainer)
         loops = reader.part(checkpoint, LOOPS)
         if loops is None:
             raise MismatchError(
@@ -149,7 +158,8 @@ class Resumption:
         self.classes = position["classes"]
         self._read_rank_state(checkpoint, reader, rank, size)
         self._read_buffers(checkpoint, reader, rank)
-        within_epoch = bool(position["within_epoch"])
+        self.within_epoch = within_epoch = bool(position["within_epoch"])
+        self._told_to_stop = bool(position["loops"]["should_stop"])
         self.validated_this_epoch = bool(position.get("validated_this_epoch"))
         if LOADERS in self._state:
             tracker.load(self._state[LOADERS])
@@ -164,6 +174,50 @@ class Resumption:
         self._undo = _compat_finders.search_no_more(
             trainer, position.get("found", {}), self.report.notes.append
         )
+
+    def settle(self) -> str:
+        """Decide whether there is anything to train, now that all is restored; return why not.
+
+        Without anything to train the loops run no hook. The text is a line for the log.
+        """
+        trainer, loops = self._trainer, self._loops
+        if loops is None:
+            return ""
+        self.report.notes += stopping.keep_patience(trainer, self._patience)
+        asked_now = bool(trainer.should_stop)
+        reason = self._limit_reached(loops.max_steps)
+        advice = "raise max_steps" if " step" in reason else "raise max_epochs"
+        if not reason and self._ended and _compat_loops.may_stop(trainer):
+            reasons = (
+                stopping.standing_reasons(trainer, self.report.meta) if self._told_to_stop else []
+            )
+            if asked_now and not reasons:
+                reasons = ["and told so again"]
+            if reasons:
+                trainer.should_stop = True
+                reason = f"stopped {', '.join(reasons)}"
+                advice = "change what stops it"
+        if reason:
+            loops.stop()
+            return f"already complete: {reason}, nothing trained; {advice} or use another folder"
+        told = self._told_to_stop and not self._ended
+        if self._told_to_stop and self._ended:
+            self.report.notes.append(
+                "the run had been told to stop; what told it so does not any more, so it goes on"
+            )
+        loops.go_on(should_stop=told or asked_now)
+        return ""
+
+    def _limit_reached(self, most: int) -> str:
+        trainer = self._trainer
+        steps = trainer.global_step
+        # A run killed between its last step and the end of its epoch has that end before it.
+        if 0 <= most < steps or (steps == most and (self._ended or not self.within_epoch)):
+            return _of(steps, most, "step")
+        epochs, limit = _compat_loops.epochs_over(trainer), trainer.max_epochs
+        if limit is not None and 0 <= limit <= epochs:
+            return _of(epochs, limit, "epoch")
+        return ""
 
     def cancel(self) -> None:
         """Give up: the fit ends before its first batch."""
@@ -248,6 +302,12 @@ class Resumption:
         self.report.notes += self._tracker.report()
         self.report.notes += exact.weak_points(self._trainer)
         self._done(self.report)
+
+
+def _of(done: int, limit: int, what: str) -> str:
+    if done <= limit:
+        return f"{done} of {limit} {what}s"
+    return f"{done} {what}s, more than max_{what}s={limit}"
 
 
 def _ranks(number: int) -> str:

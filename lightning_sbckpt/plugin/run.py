@@ -19,6 +19,7 @@ from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.collect import is_resumable
+from lightning_sbckpt.plugin.resume import ENDED
 from lightning_sbckpt.typing import CheckpointPredicate, RetentionRule
 
 
@@ -119,6 +120,26 @@ class Run:
             newest_value=self._best_by.value(cast("Checkpoint", newest)) if applies else None,
             best=tuple((str(ckpt.path), self._best_by.value(ckpt)) for ckpt in best),
         )
+
+    def note_end(self, global_step: int, reason: str) -> None:
+        """Write to this run's last checkpoint that its fit came to its end, and why; all ranks call it.
+
+        Args:
+            global_step: Where the fit ended; a checkpoint of another step is left as it is.
+            reason: In words; nothing if it need not be known.
+        """
+        if not reason or self.checkpointer.access == "read":
+            return
+
+        def unmarked() -> Checkpoint | None:
+            with self.checkpointer.as_known():
+                last = self.checkpointer.find_checkpoint(ckpt_predicate=self.is_own)
+            at_end = last is not None and last.meta.get("global_step") == global_step
+            return last if at_end and ENDED not in cast("Checkpoint", last).meta else None
+
+        last = decided_by_main(self.checkpointer.world, unmarked)
+        if last is not None:
+            self.checkpointer.annotate(last, {ENDED: reason})
 
     def prune(self) -> None:
         """Delete what no rule keeps, of this run's own checkpoints only; rank zero alone does."""

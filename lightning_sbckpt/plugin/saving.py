@@ -151,7 +151,7 @@ class Saving:
                 # What a run is to be started again from stays, whatever the rules say of it.
                 then=None if last else self.run.prune,
             )
-            self.schedule.saved(trainer, skipped=saver.skipped > skipped)
+            self.schedule.saved(trainer, within_epoch=within_epoch, skipped=saver.skipped > skipped)
             # They would keep the whole state of this moment in memory.
             checkpointer.recoverables = {}
         if saver.skipped > skipped:

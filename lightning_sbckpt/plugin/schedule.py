@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin import _compat, _compat_loops
 from lightning_sbckpt.triggers import AnyOf, Due, Moment, ask, together
 
 Place = tuple[int, int]
@@ -32,6 +32,7 @@ class Schedule:
         self._started = time.monotonic()
         self._last_save_seconds = 0.0
         self._last_save: Place | None = None
+        self._last_within_epoch = False
         self._previous_step = 0
         self._validated = False
         self._retake = False
@@ -43,9 +44,9 @@ class Schedule:
         """Go on after so many steps."""
         self._previous_step = global_step
 
-    def resumed(self, trainer: Trainer, *, validated_this_epoch: bool) -> None:
+    def resumed(self, trainer: Trainer, *, within_epoch: bool, validated_this_epoch: bool) -> None:
         """Be where a checkpoint was saved."""
-        self._last_save = place_of(trainer)
+        self._last_save, self._last_within_epoch = place_of(trainer), within_epoch
         self.validated_this_epoch = validated_this_epoch
 
     def epoch_begins(self) -> None:
@@ -61,10 +62,10 @@ class Schedule:
         # At the next place between two batches: here, in the middle of one, nothing fits together.
         self._retake = True
 
-    def saved(self, trainer: Trainer, *, skipped: bool) -> None:
+    def saved(self, trainer: Trainer, *, within_epoch: bool, skipped: bool) -> None:
         """Note a save, which may have been skipped since another was in flight."""
         if not skipped:
-            self._last_save = place_of(trainer)
+            self._last_save, self._last_within_epoch = place_of(trainer), within_epoch
         self._last_save_seconds = time.monotonic() - self._started
 
     # ------------------------------------------------------------------ what is due
@@ -76,8 +77,11 @@ class Schedule:
         validated, self._validated = self._validated, False
         # As `at_max_steps`; to ask for the step once more takes as long as all the rest here.
         at_limit = 0 <= trainer.max_steps <= step
+        stops = trainer.should_stop and _compat_loops.may_stop(trainer)
         retake, self._retake = self._retake, False
-        if not (validated or at_limit or retake) and self._batch_triggers.quiet(step, previous):
+        if not (validated or at_limit or stops or retake) and self._batch_triggers.quiet(
+            step, previous
+        ):
             return None
         moment = self._moment(trainer, "batch", previous)
         reasons = [ask(self._batch_triggers, moment)]
@@ -87,11 +91,13 @@ class Schedule:
             reasons.append(ask(self._end_triggers, moment._replace(kind="validation_end")))
         if at_limit:
             reasons.append(Due("max_steps is reached"))
-        at_epoch_end = moment._replace(kind="epoch_end")
-        if _compat.epoch_is_over(trainer) and self._end_triggers.due(at_epoch_end):
-            # The end of the epoch is saved anyway, and then its metrics are known.
+        if _compat.epoch_is_over(trainer):
+            # What is saved when the epoch's last hook has run repeats none of them when it resumes.
             self._deferred = reasons
             return None
+        if stops:
+            # Between two batches, so that the epoch can go on from here when the reason is gone.
+            reasons.append(Due("training was told to stop"))
         return together(reasons)
 
     def after_epoch(self, trainer: Trainer, *, last_failed: bool) -> Due | None:
@@ -103,9 +109,12 @@ class Schedule:
         """
         deferred, self._deferred = self._deferred, []
         retake, self._retake = self._retake, False
-        # No state is saved twice, unless it could not be written. What was trained since the last
+        # No state is saved twice, unless it could not be written, or the epoch had its own end still
+        # before it: loaders without a length don't tell in advance. What was trained since the last
         # save is kept when training ends.
-        if self._last_save == place_of(trainer) and not (retake or last_failed):
+        cut = trainer.should_stop or at_max_steps(trainer)
+        is_saved = self._last_save == place_of(trainer) and (cut or not self._last_within_epoch)
+        if is_saved and not (retake or last_failed):
             return None
         due = ask(self._end_triggers, self._moment(trainer, "epoch_end", self._previous_step))
         ends = Due("training ends") if training_ends(trainer) else None
@@ -138,6 +147,13 @@ def training_ends(trainer: Trainer) -> bool:
 def at_max_steps(trainer: Trainer) -> bool:
     """Return whether all the steps that were asked for have been taken."""
     return 0 <= trainer.max_steps <= trainer.global_step
+
+
+def why_ended(trainer: Trainer) -> str:
+    """Return what ended a fit that might be continued from within an epoch, or nothing."""
+    if at_max_steps(trainer):
+        return f"max_steps={trainer.max_steps} was reached"
+    return "training was told to stop" if trainer.should_stop else ""
 
 
 def step_follows(trainer: Trainer, *, within_epoch: bool) -> bool:

@@ -126,7 +126,7 @@ class TestByItself:
     def test_nothing_is_saved_twice_over_a_restart(self, tmp_path):
         """Killed after the save at the end of an epoch: that epoch is not saved again."""
         with pytest.raises(RuntimeError):
-            fit(tmp_path, callbacks=[raise_at("on_train_epoch_end", 1, RuntimeError())], **ALL)
+            fit(tmp_path, callbacks=[raise_at("on_train_epoch_start", 2, RuntimeError())], **ALL)
         assert steps_saved(tmp_path) == [4]
         fit(tmp_path, **ALL)
         assert steps_saved(tmp_path) == [4, 8, 12]
