@@ -7,6 +7,7 @@ file can do to its reader: nesting that ends the process, and aliases that grow 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -15,11 +16,13 @@ import torch
 import yaml
 
 from lightning_sbckpt._flat_yaml import parse_flat
-from lightning_sbckpt.errors import MetaError
+from lightning_sbckpt.errors import MetaError, brief
 
 TENSOR_MARK = "!tensor"
 MAX_META_BYTES = 16 * 2**20
 _MAX_DEPTH = 200
+_LONGEST_NUMBER = 1_000
+_LARGEST_EMPTY = 2**20
 
 
 class _Dumper(yaml.SafeDumper):
@@ -79,6 +82,16 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             raise MetaError("it has the merge key '<<'")
         super().flatten_mapping(node)
 
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """Refuse numbers of thousands of digits: to make them takes the square of their length."""
+        if len(node.value) > _LONGEST_NUMBER:
+            raise MetaError(f"it has a number of {len(node.value):,} characters")
+        number: int = self.construct_yaml_int(node)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+
 
 def _with_tensors(value: object, seen: dict[int, object]) -> object:
     # What stands behind several aliases is looked at once, or a small file could keep us for years.
@@ -100,6 +113,8 @@ def _tensor_from(fields: dict[str, object]) -> torch.Tensor:
     if not isinstance(dtype, torch.dtype):
         raise MetaError(f"a tensor in meta has the unknown dtype {fields[TENSOR_MARK]!r}")
     shape = [int(length) for length in cast("list[int]", fields["shape"])]
+    if 0 in shape and math.prod(length for length in shape if length) > _LARGEST_EMPTY:
+        raise MetaError("a tensor in meta is empty and of an enormous shape")
     if dtype.is_complex:
         parts = torch.tensor(fields["data"], dtype=dtype.to_real()).reshape(*shape, 2)
         return torch.view_as_complex(parts)
@@ -141,7 +156,11 @@ def parse_yaml(data: bytes, path: Path | str) -> dict[str, object]:
         if isinstance(loaded, dict):
             # The meta itself is no tensor, whatever its keys.
             seen: dict[int, object] = {id(loaded): loaded}
-            parsed = {key: _with_tensors(value, seen) for key, value in loaded.items()}
+            named = {key: value for key, value in loaded.items() if isinstance(key, str)}
+            # Others may write keys that are no text; everything here takes them by their text.
+            for key in loaded.keys() - named.keys():
+                named.setdefault(brief(key), loaded[key])
+            parsed = {key: _with_tensors(value, seen) for key, value in named.items()}
     except Exception as error:  # PyYAML's constructors raise whatever a strange value leads to.
         raise MetaError(f"{path} can't be read as safe YAML: {error}") from error
     if not isinstance(parsed, dict):

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -292,11 +292,16 @@ def _tensors(
             f"{where}, holds a {type(state).__name__}, expected a dictionary of tensors"
         )
     patterns = [keys] if isinstance(keys, str) else keys
-    chosen = {
-        str(key): value
-        for key, value in state.items()
-        if patterns is None or any(fnmatchcase(str(key), pattern) for pattern in patterns)
-    }
+    chosen: dict[str, Any] = {}
+    for key, value in state.items():
+        if patterns is None or any(fnmatchcase(str(key), pattern) for pattern in patterns):
+            if str(key) in chosen:
+                raise MismatchError(
+                    f"{where}, can't be written as safetensors, whose names are texts: it has two "
+                    f"tensors of the name {str(key)!r}. Leave them out with keys=..., or write a "
+                    "torch file"
+                )
+            chosen[str(key)] = value
     if not chosen and patterns is not None:
         raise MismatchError(
             f"{where}, has no tensor whose name fits {' or '.join(map(repr, patterns))}; the first "
@@ -325,7 +330,8 @@ def _without_sharing(
     first: dict[tuple[object, ...], str] = {}
     used: dict[int, str] = {}
     for key, value in tensors.items():
-        tensor = value.detach()
+        # The format has no lazy conjugation or negation: it takes the bytes as they are.
+        tensor = value.detach().resolve_conj().resolve_neg()
         if tensor.layout is not torch.strided or not tensor.numel():
             written[key] = tensor
             continue

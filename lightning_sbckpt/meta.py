@@ -25,6 +25,7 @@ __all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "parse_yaml", "plain_meta"
 
 META_NAME = "CKPT.yaml"
 _HEADER = "# yamllint disable\n"
+_MAX_DEPTH = 100
 
 
 class Checkpoint(NamedTuple):
@@ -148,7 +149,11 @@ def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
     problems: list[str] = []
     plain = {key: _plain(value, repr(key), problems) for key, value in meta.items()}
     keys: list[object] = list(meta)
-    problems += [f"{key!r} is a {type(key).__name__}" for key in keys if not isinstance(key, str)]
+    for key in keys:
+        if isinstance(key, str):
+            _plain(key, f"the key {key!r}", problems)
+        else:
+            problems.append(f"{key!r} is a {type(key).__name__}")
     if problems:
         raise MetaError(
             f"meta can't be written as plain YAML: {'; '.join(problems)}. Keys are strings; values "
@@ -158,10 +163,17 @@ def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
     return plain
 
 
-def _plain(value: object, where: str, problems: list[str]) -> object:
-    if value is None or isinstance(value, (bool, str)):
+def _plain(value: object, where: str, problems: list[str], depth: int = 0) -> object:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            problems.append(f"{where} has a character that is not Unicode: {ascii(value)[:100]}")
         # str subclasses (numpy.str_, str enums) would get a Python tag.
-        return str.__str__(value) if isinstance(value, str) else value
+        return str.__str__(value)
+    if depth > _MAX_DEPTH:
+        problems.append(f"{where[:100]}... is nested more than {_MAX_DEPTH} deep or holds itself")
+        return None
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -173,11 +185,14 @@ def _plain(value: object, where: str, problems: list[str]) -> object:
         if TENSOR_MARK in value:
             problems.append(f"{where} has the key {TENSOR_MARK!r}, which marks a tensor")
         return {
-            _plain(key, f"a key in {where}", problems): _plain(item, f"{where}[{key!r}]", problems)
+            _plain(key, f"a key in {where}", problems): _plain(
+                item, f"{where}[{key!r}]", problems, depth + 1
+            )
             for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]", problems) for i, item in enumerate(value)]
+        items = enumerate(value)
+        return [_plain(item, f"{where}[{i}]", problems, depth + 1) for i, item in items]
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         listed = value.tolist()
         if not isinstance(listed, list):
@@ -200,11 +215,17 @@ def dump_meta(meta: Mapping[str, object]) -> bytes:
     Returns:
         UTF-8 YAML, keys in the order given.
 
+    Raises:
+        MetaError: It could not be read again, for its size, say.
+
     Example:
         >>> dump_meta({"unixtime": 1.5, "end-of-epoch": True})
         b'# yamllint disable\nunixtime: 1.5\nend-of-epoch: true\n'
     """
-    return (_HEADER + dump_yaml(meta)).encode()
+    data = (_HEADER + dump_yaml(meta)).encode()
+    # What can't be read again must never take the place of what can.
+    parse_yaml(data, "what was to be written")
+    return data
 
 
 def read_meta(path: str | Path) -> dict[str, object]:

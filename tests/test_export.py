@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -299,3 +300,40 @@ def test_where_there_are_no_links_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     publish_file(tmp_path / "a", lambda path: path.write_text("a"))
     assert [path.name for path in Path(tmp_path).iterdir()] == ["a"]
+
+
+def any_view(rng, base):
+    """A view of a tensor, with any of torch's lazy bits."""
+    view = base
+    for _ in range(rng.randrange(1, 5)):
+        steps = [lambda t: t[..., 1:], lambda t: t.transpose(0, -1), lambda t: t[:1].expand(3, -1)]
+        steps += [torch.conj if base.is_complex() else torch._neg_view] * 2
+        view = rng.choice(steps)(view)
+        if not view.numel():
+            return base
+    return view
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_numbers_exported_are_those_that_torch_load_gives(save, tmp_path, seed):
+    """Conjugated, negated, strided, expanded and shared views: the format takes bytes as they lie."""
+    rng = random.Random(seed)
+    base = torch.randn(3, 4, dtype=rng.choice([torch.complex64, torch.float32]))
+    state = {"base": base} | {f"view{i}": any_view(rng, base) for i in range(5)}
+    saved = save(state)
+    expected = torch.load(saved.paramfiles["model"], weights_only=True)
+    exported = to_safetensors(saved, tmp_path / "out.safetensors")
+    with safetensors.safe_open(exported.path, "pt") as file:
+        written = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        shared = file.metadata()
+    for name, tensor in expected.items():
+        found = written[name] if name in written else written[shared[name]]
+        assert torch.equal(found, tensor.resolve_conj().resolve_neg()), name
+
+
+def test_names_that_collide_are_refused(save, tmp_path):
+    """Of `1` and `"1"` one would be lost without a word."""
+    saved = save({"1": torch.ones(1), 1: torch.zeros(1)})
+    with pytest.raises(MismatchError, match="two tensors of the name '1'"):
+        to_safetensors(saved, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -94,6 +94,7 @@ def annotate(
         )
     if sentence is not None and not (isinstance(sentence, str) and sentence):
         raise MetaError(f"{folder} can't be annotated with note={note!r}: expected a sentence")
+    _require_readable(folder, {"note": note, "tags": list(tags)})
     notes = [] if note is None else [str.__str__(note)]
     return _change(
         folder,
@@ -111,6 +112,7 @@ def pin(folder: Path, reason: str | None = None, *, storage: LocalStorage) -> An
     """Protect a checkpoint from retention, and say why; raises as `annotate` does."""
     if reason is not None and not isinstance(reason, str):
         raise MetaError(f"{folder} can't be pinned with reason={reason!r}: expected a sentence")
+    _require_readable(folder, {"reason": reason})
     why = str.__str__(reason) if reason else "pinned"
     return _change(folder, lambda old: replace(old, pinned=why), storage)
 
@@ -201,6 +203,14 @@ def _refuse_reserved(meta: Mapping[str, object], failure: str) -> None:
             "what the checkpoint was saved with and can't be changed; 'pinned', 'notes' and 'tags' "
             "are set by pin(), note= and tags=. Choose other keys"
         )
+
+
+def _require_readable(folder: Path, texts: Mapping[str, object]) -> None:
+    """Refuse texts that could be written, but not read again."""
+    try:
+        plain_meta(texts)
+    except MetaError as error:
+        raise MetaError(f"{folder} can't be annotated: {error}") from error
 
 
 def _checksum_line(body: bytes) -> bytes:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,11 @@ HISTORY_NAME = "HISTORY.jsonl"
 _LONGEST_TEXT = 200
 _LONGEST_LIST = 100
 # More than any run writes: whoever put such a file there did not mean it to be read.
-_MAX_BYTES = 2**28
+_MAX_BYTES = 2**26
+_EVENT = re.compile(rb"^\{\"event\": .*$", re.MULTILINE)
+
+# Seconds up to the year 9999, the last that a date can have.
+_END_OF_TIME = 253_402_300_800.0
 
 # What each event must have to be believed.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -133,15 +138,17 @@ def read_history(root: Path) -> list[dict[str, Any]]:
         data = read_regular(root / HISTORY_NAME, _MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [entry for line in data.splitlines() if (entry := _parsed(line)) is not None]
+    # Found by their beginning: a line that is no event costs nothing.
+    lines = (found.group() for found in _EVENT.finditer(data))
+    return [entry for line in lines if (entry := _parsed(line)) is not None]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError):
+        right = isinstance(entry, dict) and 0 <= float(entry["time"]) < _END_OF_TIME
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
-    right = isinstance(entry, dict) and isinstance(entry.get("time"), (int, float))
     if not right or not isinstance(kind := entry.get("event"), str):
         return None
     fields = _FIELDS.get(kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import timedelta
-from math import isfinite
 
 from lightning_sbckpt.errors import SelectionError
 
@@ -21,6 +20,7 @@ _SECONDS = {
     **dict.fromkeys(("D", "DAY", "DAYS"), 86_400),
     **dict.fromkeys(("W", "WEEK", "WEEKS"), 604_800),
 }
+_TOO_LARGE = 2**63
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]+)\s*")
 
 
@@ -78,7 +78,8 @@ def _number(given: object, units: Mapping[str, int]) -> float | None:
         found = _QUANTITY.fullmatch(given)
         if found is None or found[2].upper() not in units:
             return None
-        return float(found[1]) * units[found[2].upper()]
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not isfinite(given):
+        return min(float(found[1]) * units[found[2].upper()], _TOO_LARGE)
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
         return None
-    return given
+    # Compared, since a whole number may be too large to be asked whether it is finite.
+    return given if -_TOO_LARGE < given < _TOO_LARGE else None

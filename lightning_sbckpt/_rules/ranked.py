@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from lightning_sbckpt.errors import SelectionError
+from lightning_sbckpt.errors import SelectionError, brief
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import (
     Criterion,
@@ -281,8 +281,8 @@ def check_count(owner: str, name: str, n: object) -> None:
     Example:
         >>> check_count("Newest", "n", 2)
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**63:
         raise SelectionError(
-            f"{owner} has {name}={n!r}, expected a whole number of checkpoints to keep, 0 or "
+            f"{owner} has {name}={brief(n)}, expected a whole number of checkpoints to keep, 0 or "
             "more; 0 removes every checkpoint that is considered."
         )

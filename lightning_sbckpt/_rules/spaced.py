@@ -14,11 +14,13 @@ from math import floor, inf, isfinite
 from typing import Literal, cast
 
 from lightning_sbckpt._rules.quantities import parse_seconds, say_seconds
-from lightning_sbckpt.errors import SelectionError
+from lightning_sbckpt.errors import SelectionError, brief
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.selection import newest_first
 
 _Place = tuple[float, ...]
+# Beyond it numbers can't be compared with those of floats.
+_TOO_MANY = 2**63
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class EveryNSteps:
     def __post_init__(self) -> None:
         """Refuse a number that cannot be a period."""
         _check_period("EveryNSteps", self.n)
+        _check_place("EveryNSteps", self.key)
 
     def considers(self, checkpoint: Checkpoint) -> bool:
         """Return whether the checkpoint has a number of steps."""
@@ -101,6 +104,7 @@ class EveryNEpochs:
     def __post_init__(self) -> None:
         """Refuse a number that cannot be a period."""
         _check_period("EveryNEpochs", self.n)
+        _check_place("EveryNEpochs", self.key, self.first_epoch)
 
     def considers(self, checkpoint: Checkpoint) -> bool:
         """Return whether the checkpoint has a number of the epoch."""
@@ -166,6 +170,7 @@ class Milestones:
             raise SelectionError(
                 f"Milestones has unit={self.unit!r}, expected 'steps' or 'epochs'."
             )
+        _check_place("Milestones", "" if self.key is None else self.key, self.first_epoch)
         object.__setattr__(self, "at", tuple(sorted(set(at))))
 
     def considers(self, checkpoint: Checkpoint) -> bool:
@@ -324,7 +329,20 @@ def _every(n: int, unit: str) -> str:
 
 
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _TOO_MANY
+
+
+def _check_place(owner: str, key: object, first_epoch: object = 0) -> None:
+    if not isinstance(key, str):
+        raise SelectionError(
+            f"{owner} has key={brief(key)}, expected the name of a key in the meta, such as "
+            f"{owner}(..., key='global_step')."
+        )
+    if not _is_count(first_epoch, 0):
+        raise SelectionError(
+            f"{owner} has first_epoch={brief(first_epoch)}, expected the number of the first epoch, "
+            "0 or 1."
+        )
 
 
 def _check_period(owner: str, n: object) -> None:

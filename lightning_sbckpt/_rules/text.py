@@ -12,6 +12,8 @@ from lightning_sbckpt._rules.where import Where
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.typing import RetentionRule
 
+_LONGEST = 10_000
+
 # Those that a function is part of can't be written down.
 _RULES = {
     rule.__name__: rule
@@ -45,6 +47,8 @@ def parse_rule(text: str) -> RetentionRule:
         Traceback (most recent call last):
         lightning_sbckpt.errors.SelectionError: "Best(open('x'))" is no rule ...
     """
+    if len(text) > _LONGEST:
+        raise _refusal(f"{text[:40]}…", f"it has {len(text):,} characters")
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
@@ -54,6 +58,8 @@ def parse_rule(text: str) -> RetentionRule:
         if any(keyword.arg is None for keyword in call.keywords):
             raise _refusal(text, "** has no meaning here")
         values = [ast.literal_eval(value) for value in call.args]
+        if any(keyword.arg == "bytes_of" for keyword in call.keywords):
+            raise _refusal(text, "bytes_of is a function, which has no text")
         named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError) as error:
         if isinstance(error, SelectionError):
@@ -61,7 +67,9 @@ def parse_rule(text: str) -> RetentionRule:
         raise _refusal(text, "expected plain values: numbers, texts, lists") from error
     try:
         return cast("RetentionRule", _RULES[call.func.id](*values, **named))
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, SelectionError):
+            raise
         raise _refusal(text, str(error)) from error
 
 

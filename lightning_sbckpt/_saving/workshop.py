@@ -293,8 +293,10 @@ class Save:
             raise _changed_meanwhile()
         files.update(_flush_written_by_hooks(staged, files, storage))
         for name, text in self._description.documents.items():
-            storage.write(staged / name, text.encode())
-            files[name] = digest_bytes(text.encode())
+            # For people, who can't read what is not Unicode anyway.
+            data = text.encode(errors="backslashreplace")
+            storage.write(staged / name, data)
+            files[name] = digest_bytes(data)
         # The meta comes last: its presence is what makes a folder a checkpoint for every reader.
         meta_bytes = dump_meta(self._description.meta)
         size = sum(found.size for found in files.values())

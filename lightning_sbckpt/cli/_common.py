@@ -31,7 +31,10 @@ from lightning_sbckpt.errors import (
     RemovalError,
     SaveError,
     SBCheckpointError,
+    brief,
 )
+
+_LONGEST_NUMBER = 10_000  # In bits.
 
 __all__ = [
     "EXIT_CODES",
@@ -171,12 +174,17 @@ def print_json(value: object) -> None:
 
 
 def _plain(value: object) -> object:
-    if value is None or isinstance(value, (bool, int, str)):
+    if value is None or isinstance(value, (bool, str)):
         return value
+    if isinstance(value, int):
+        # Python refuses to write out numbers of thousands of digits.
+        return value if value.bit_length() < _LONGEST_NUMBER else brief(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {
+            key if isinstance(key, str) else brief(key): _plain(item) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if isinstance(value, (dt.date, dt.datetime)):
