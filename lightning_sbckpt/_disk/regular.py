@@ -8,18 +8,9 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-_KINDS = {
-    stat.S_IFLNK: "a symbolic link",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+from lightning_sbckpt._disk.inside import NotRegularError, refusal
 
-
-class NotRegularError(OSError):
-    """Something other than a file stands where a file is expected."""
+__all__ = ["NotRegularError", "open_regular", "read_regular"]
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -64,15 +55,10 @@ def _open(path: str | Path) -> tuple[int, int]:
     except OSError as error:
         # ELOOP: a link. ENXIO: a socket, or a device without a driver.
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise _refusal(os.lstat(path).st_mode) from error
+            raise refusal(os.lstat(path).st_mode, "a regular file") from error
         raise
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
-        raise _refusal(found.st_mode)
+        raise refusal(found.st_mode, "a regular file")
     return descriptor, found.st_size
-
-
-def _refusal(mode: int) -> NotRegularError:
-    kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-    return NotRegularError(errno.EINVAL, f"it is {kind}, expected a regular file")

@@ -63,7 +63,7 @@ class LocalStorage:
         self.before("make_dir", path)
         path.mkdir()
 
-    def make_dirs(self, path: Path) -> None:
+    def make_dirs(self, path: Path, mode: int = 0o777) -> None:
         """Create a folder and its parents, those that are missing, durably."""
         missing = []
         while not path.is_dir():
@@ -71,7 +71,7 @@ class LocalStorage:
             path = path.parent
         for folder in reversed(missing):
             self.before("make_dir", folder)
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode, exist_ok=True)
             # A folder that may be entered but not listed can't be flushed by us.
             with suppress(PermissionError):
                 self.flush_dir(folder.parent)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import xxhash
 
+from lightning_sbckpt._disk.inside import PRIVATE_FILE, OpenFolder
 from lightning_sbckpt._disk.progress import Told
 from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._remote.listing import RemoteFile
@@ -84,12 +85,20 @@ class RemoteFiles:
         self._try(lambda: put_whole(self._store, path, data), f"write {self._shown(name, file)}")
 
     def fetch(self, name: str, file: str, target: Path, told: Told | None = None) -> None:
-        """Bring one file here, durably; `target` is there when it is whole.
+        """Bring one file to a place that the user chose, see `fetch_into`."""
+        with OpenFolder(target.parent, follow=True) as place:
+            self.fetch_into(place, target.name, name, file, told)
+
+    def fetch_into(
+        self, place: OpenFolder, into: str, name: str, file: str, told: Told | None = None
+    ) -> None:
+        """Bring one file here, durably and for this user alone; it is there when it is whole.
 
         Args:
+            place: The folder where it is to be.
+            into: Its name there; a link of that name is replaced, and not followed.
             name: The checkpoint's.
             file: The file's in it.
-            target: Where it is to be.
             told: Is told how many bytes more have come.
 
         Raises:
@@ -97,9 +106,11 @@ class RemoteFiles:
             RemoteError: It can't be read, or was replaced meanwhile.
             OSError: It can't be written here.
         """
-        beside = target.with_name(f"{target.name}.part")
+        beside = f"{into}.part"
+        place.remove(beside)  # Of a process that was killed.
         try:
-            with beside.open("wb", buffering=0) as stream:
+            descriptor = place.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE_FILE)
+            with os.fdopen(descriptor, "wb", buffering=0) as stream:
                 for block in self._blocks(name, file, "fetch"):
                     left = memoryview(block)
                     while left:
@@ -107,18 +118,14 @@ class RemoteFiles:
                     if told is not None:
                         told(len(block))
                 os.fsync(stream.fileno())
-            beside.replace(target)
+            place.rename(beside, into)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            place.remove(beside)
             raise
-        descriptor = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        place.flush()
 
     def digest(self, name: str, file: str, told: Told | None = None) -> FileDigest:
-        """Return size and checksum of a file, read in full and kept nowhere; arguments as in `fetch`.
+        """Return size and checksum of a file, read in full and kept nowhere; arguments as in `fetch_into`.
 
         Raises:
             CheckpointNotFoundError: It isn't there, or was removed meanwhile.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +25,7 @@ from lightning_sbckpt._disk.absent import (
     record_path,
     stored_files,
 )
+from lightning_sbckpt._disk.inside import PRIVATE_FOLDER, NotRegularError, OpenFolder
 from lightning_sbckpt._disk.progress import Told, announced
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
@@ -39,6 +39,7 @@ from lightning_sbckpt._folder.layout import (
 )
 from lightning_sbckpt._folder.manifest import MANIFEST_NAME
 from lightning_sbckpt._remote.folder import RemoteFile, RemoteFolder
+from lightning_sbckpt._remote.registry import cache_folder, put, register
 from lightning_sbckpt._remote.turns import turn
 from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
 from lightning_sbckpt.meta import META_NAME
@@ -133,13 +134,14 @@ class Mirror:
             del self._looks.done
 
     def make(self) -> None:
-        """Make the folder, and note in it what it is a mirror of."""
-        place = self.root / RECORDS_NAME
-        self._storage.make_dirs(place)
-        note = place / REMOTE_NAME
-        data = dump_note(self.url)
-        if not note.exists() or note.read_bytes() != data:
-            _put(note, data, flushed=True)
+        """Make the folder, for this user alone, and note what it is a mirror of."""
+        if not self.root.is_dir():
+            is_cache = self.root.parent == cache_folder()
+            self._storage.make_dirs(self.root.parent, PRIVATE_FOLDER if is_cache else 0o777)
+            self._storage.make_dirs(self.root, PRIVATE_FOLDER)
+        with OpenFolder(self.root, follow=True) as folder:
+            folder.below(RECORDS_NAME, make=True, mode=PRIVATE_FOLDER).close()
+        register(self.root, self.url)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -262,7 +264,7 @@ class Mirror:
     # ------------------------------------------------------------------ single files
 
     def fetch(self, folder: Path, names: Collection[str]) -> None:
-        """Bring files of a checkpoint; one that the store lost stays away."""
+        """Bring files of a checkpoint; one that the store lost, or behind a link, stays away."""
         stored = stored_files(folder)
         sizes = {name: stored[name].size for name in names if name in stored}
         what = "/".join([folder.name, *(names if len(names) == 1 else ())])
@@ -271,13 +273,20 @@ class Mirror:
             turn(self.root / RECORDS_NAME / f"{folder.name}.lock", _PATIENCE * 12),
         ):
             for name in names:
-                target = folder / name
-                if target.exists() or not folder.is_dir():
-                    told(sizes.get(name, 0))
-                    continue  # Another process was faster, or the checkpoint is gone.
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with suppress(FileNotFoundError):
-                    self.remote.fetch(folder.name, name, target, told)
+                # What stands in its place is for whoever looks for damage to say.
+                with suppress(FileNotFoundError, NotRegularError):
+                    self._fetch_one(folder, name, sizes.get(name, 0), told)
+
+    def _fetch_one(self, folder: Path, name: str, size: int, told: Told) -> None:
+        inner, _, last = name.rpartition("/")
+        with (
+            OpenFolder(folder) as checkpoint,
+            checkpoint.below(inner, make=True, mode=PRIVATE_FOLDER) as place,
+        ):
+            if place.has(last):
+                told(size)  # Another process was faster.
+            else:
+                self.remote.fetch_into(place, last, folder.name, name, told)
 
     def digest(self, folder: Path, name: str, told: Told | None = None) -> FileDigest:
         """Return size and hash of a file in the store, which is read in full and not kept."""
@@ -334,14 +343,6 @@ class Mirror:
         self.note(folder, {**files, ANNOTATIONS_NAME: RemoteFile(len(data), "")})
 
 
-REMOTE_NAME = "REMOTE.yaml"
-
-
-def dump_note(url: str) -> bytes:
-    """Return the text that says what a folder is a mirror of."""
-    return f"# This folder is a copy of what is there; it may be removed.\nurl: {url}\n".encode()
-
-
 def local_files(folder: Path) -> dict[str, int]:
     """Return the sizes of the files of a checkpoint folder, by name."""
     return {
@@ -351,20 +352,9 @@ def local_files(folder: Path) -> dict[str, int]:
     }
 
 
-def _put(path: Path, data: bytes, *, flushed: bool = False) -> None:
-    """Give a file new content in one step, whoever else does the same at that instant."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with beside.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            # A record that a power cut takes is written again at the next look.
-            if flushed:
-                os.fsync(stream.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+def _put(path: Path, data: bytes) -> None:
+    with OpenFolder(path.parent) as folder:
+        put(folder, path.name, data)
 
 
 def is_small(name: str, size: int) -> bool:

@@ -7,14 +7,13 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lightning_sbckpt._disk.absent import RECORDS_NAME, fetch_by
-from lightning_sbckpt._disk.regular import read_regular
+from lightning_sbckpt._disk.absent import fetch_by
 from lightning_sbckpt._folder.layout import CKPT_PREFIX, folder_names
 from lightning_sbckpt._remote.folder import RemoteFolder
-from lightning_sbckpt._remote.mirror import REMOTE_NAME, Mirror
-from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
-from lightning_sbckpt._safe_yaml import parse_yaml
-from lightning_sbckpt.errors import ConfigurationError, MetaError
+from lightning_sbckpt._remote.mirror import Mirror
+from lightning_sbckpt._remote.registry import cache_folder, mirrored_url, noted_url, register
+from lightning_sbckpt._remote.urls import local_path, normal_url
+from lightning_sbckpt.errors import ConfigurationError
 
 # What is needed to open a store is not written to the disk, so it is known to this process alone.
 # For each URL the last that was used, and before it the last that the store has answered.
@@ -45,12 +44,15 @@ def place_of(
                 f"{name} is for the URL of a store, and {os.fspath(path)!r} is a folder on this "
                 "machine: leave it out"
             )
-        url = _mirrored(local)
+        url = mirrored_url(local)
         return local, None if url is None else Mirror(url, local, _remote(url))
     url = normal_url(path)
     root = default_dir(url) if local_dir is None else Path(local_dir).expanduser()
+    mirror = Mirror(url, root, _remote(url, storage_options))
     _refuse_other_use(root, url)
-    return root, Mirror(url, root, _remote(url, storage_options))
+    if root.is_dir():
+        register(root, url)
+    return root, mirror
 
 
 def here(path: str | os.PathLike[str]) -> Path:
@@ -91,14 +93,14 @@ def bring_file(url: str, target: Path, storage_options: Mapping[str, object] | N
 
 def mirror_at(root: Path) -> Mirror | None:
     """Return the mirror that a local folder is, or None if it is none."""
-    url = _mirrored(root)
+    url = mirrored_url(root)
     return None if url is None else Mirror(url, root, _remote(url))
 
 
 def said(path: Path) -> str:
     """Return the URL of a folder or checkpoint in a mirror, or the path of any other."""
     for root, name in ((path, ""), (path.parent, f"/{path.name}")):
-        url = _mirrored(root)
+        url = mirrored_url(root)
         if url is not None:
             return url + name
     return str(path)
@@ -106,29 +108,21 @@ def said(path: Path) -> str:
 
 def default_dir(url: str) -> Path:
     """Return where the mirror of a URL is, unless the user says it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in url.rpartition("/")[2])
     mark = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return Path(cache).expanduser() / "lightning-sbckpt" / f"{name[:80]}-{mark}"
-
-
-def _mirrored(root: Path) -> str | None:
-    try:
-        data = read_regular(root / RECORDS_NAME / REMOTE_NAME, 2**16)
-        url = parse_yaml(data, root / RECORDS_NAME / REMOTE_NAME).get("url")
-    except (OSError, MetaError):
-        return None
-    return url if isinstance(url, str) and is_url(url) else None
+    return cache_folder() / f"{name[:80]}-{mark}"
 
 
 def _refuse_other_use(root: Path, url: str) -> None:
-    there = _mirrored(root)
+    there = mirrored_url(root)
     if there is not None and there != url:
         raise ConfigurationError(
             f"{root} can't hold the copies of {url}: it holds those of {there}. Give local_dir a "
             "folder of its own"
         )
-    if there is None and folder_names(root):
+    # One that an earlier release made, or another user, or that was moved, says so itself. The user
+    # has named both, so nothing in the folder chooses.
+    if there is None and folder_names(root) and noted_url(root) != url:
         raise ConfigurationError(
             f"{root} can't hold the copies of {url}: there are checkpoints in it already that are "
             "not from there. Give local_dir an empty folder, or one that is not there yet"

@@ -81,6 +81,12 @@ def _no_store_is_known(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _cache_of_its_own(monkeypatch, tmp_path):
+    """Mirrors are noted in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
 def _quiet_libraries():
     """The libraries of the stores say a lot at DEBUG, which tests of our own log would drown in."""
     for name in ("botocore", "aiobotocore", "s3fs", "fsspec", "asyncio", "urllib3"):

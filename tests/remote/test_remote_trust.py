@@ -1,0 +1,309 @@
+"""What a folder says of a store is not followed; only a URL that the user named is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import threading
+
+import pytest
+from _python import python
+from click.testing import CliRunner
+
+from lightning_sbckpt import Checkpointer, cli
+from lightning_sbckpt._disk.absent import absent_files
+from lightning_sbckpt._disk.inside import NotRegularError, OpenFolder
+from lightning_sbckpt._remote import registry
+from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError
+from lightning_sbckpt.verify import verify
+from remote._machines import Machines, filled
+
+
+@pytest.fixture
+def machines(tmp_path, request):
+    """Machines that share a store in this process."""
+    return Machines(f"memory://{request.node.name}/run", {}, tmp_path)
+
+
+@pytest.fixture
+def saved(machines, tmp_path):
+    """A mirror on this machine, with one checkpoint that is in the store as well."""
+    with machines.another({"model": filled(1.0)}, local_dir=tmp_path / "mirror") as checkpointer:
+        checkpointer.save_checkpoint(name="a")
+    return tmp_path / "mirror"
+
+
+def note(folder, url):
+    """Let a folder say that it is a mirror, as an earlier release noted it."""
+    (folder / ".remote").mkdir(exist_ok=True)
+    (folder / ".remote" / "REMOTE.yaml").write_text(f"url: {url}\n")
+
+
+def forget():
+    """Be another process, which was told nothing."""
+    registry._told.clear()
+
+
+class TestANoteInAFolder:
+    """It came with the folder."""
+
+    @pytest.fixture
+    def downloaded(self, tmp_path):
+        """A folder of checkpoints that somebody else has made."""
+        folder = tmp_path / "downloaded"
+        with Checkpointer(folder, {"model": filled(2.0)}) as checkpointer:
+            for name in ("a", "b"):
+                checkpointer.save_checkpoint(name=name)
+        return folder
+
+    @pytest.mark.parametrize("scheme", ["memory", "file"])
+    def test_pruning_touches_no_store(self, machines, downloaded, tmp_path, scheme):
+        """Neither a store nor another folder loses or gains anything."""
+        victim = tmp_path / "victim"
+        with Checkpointer(victim, {"model": filled(1.0)}) as checkpointer:
+            checkpointer.save_checkpoint(name="a")
+        machines.another({"model": filled(1.0)}).save_checkpoint(name="a")
+        url = machines.url if scheme == "memory" else f"file://{victim}"
+        note(downloaded, url)
+        before = machines.objects(), sorted(victim.rglob("*"))
+        args = ["prune", str(downloaded), "--num-to-keep", "1", "--all-runs", "--yes"]
+        done = CliRunner().invoke(cli.main, args)
+        assert done.exit_code == 0, done.output
+        assert (machines.objects(), sorted(victim.rglob("*"))) == before
+        assert len(list(downloaded.glob("CKPT*"))) == 1
+
+    def test_no_host_in_it_is_called(self, downloaded, monkeypatch):
+        """Whatever passwords are configured, nobody is sent them."""
+        called = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def accept():
+                while True:
+                    try:
+                        connection, _ = server.accept()
+                    except OSError:
+                        return
+                    called.append(connection)
+                    connection.close()
+
+            thread = threading.Thread(target=accept, daemon=True)
+            thread.start()
+            note(downloaded, f"ftp://127.0.0.1:{server.getsockname()[1]}/x")
+            monkeypatch.setenv("FSSPEC_FTP_PASSWORD", "hunter2")
+            checkpointer = Checkpointer(downloaded, {"model": filled(0.0)}, access="read")
+            assert checkpointer.url is None
+            assert len(checkpointer.list_checkpoints()) == 2
+            checkpointer.recover_if_possible()
+            verify(downloaded)
+            for args in (["ls"], ["show"], ["best"], ["verify"]):
+                which = f"{downloaded}/CKPT+a" if args == ["show"] else str(downloaded)
+                CliRunner().invoke(cli.main, [*args, which])
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        assert called == []
+
+    def test_a_record_of_files_elsewhere_brings_nothing(self, machines, downloaded, saved):
+        """It says truly which CKPT.yaml it is of, and where the rest is; nobody asks there."""
+        note(downloaded, machines.url)
+        folder = downloaded / "CKPT+a"
+        (folder / "model.ckpt").unlink()
+        found = (folder / "CKPT.yaml").stat()
+        record = {"of": [found.st_ino, found.st_mtime_ns], "files": {"model.ckpt": [641_000, ""]}}
+        (downloaded / ".remote" / "CKPT+a.json").write_text(json.dumps(record))
+        with pytest.raises(DamagedCheckpointError, match=r"model\.ckpt is missing"):
+            Checkpointer(downloaded, {"model": filled(0.0)}).load_checkpoint(folder)
+        assert not (folder / "model.ckpt").exists()
+
+
+class TestTheRegistry:
+    """A mirror is one because its owner keeps it as one."""
+
+    def test_a_path_of_a_mirror_is_known_to_other_processes(self, machines, saved):
+        """Its URL was named on this machine before."""
+        forget()
+        assert Checkpointer(saved).url == machines.url
+
+    def test_a_link_to_it_is_it(self, machines, saved, tmp_path):
+        """It is known by the folder, not by the way there."""
+        (tmp_path / "link").symlink_to(saved)
+        assert Checkpointer(tmp_path / "link").url == machines.url
+
+    @pytest.mark.parametrize("same_process", [True, False])
+    def test_a_copy_is_an_ordinary_folder(self, machines, saved, tmp_path, same_process):
+        """To prune a backup leaves the store alone."""
+        shutil.copytree(saved, tmp_path / "backup")
+        if not same_process:
+            forget()
+        before = machines.objects()
+        with Checkpointer(tmp_path / "backup") as checkpointer:
+            assert checkpointer.url is None
+            checkpointer.delete_checkpoints(num_to_keep=0)
+            assert checkpointer.list_checkpoints() == []
+        assert machines.objects() == before
+
+    @pytest.mark.parametrize("same_process", [True, False])
+    def test_another_folder_in_its_place_is_an_ordinary_one(
+        self, machines, saved, tmp_path, same_process, monkeypatch
+    ):
+        """Filesystems give the number of a removed folder to the next one."""
+        shutil.rmtree(saved)
+        with Checkpointer(tmp_path / "another", {"model": filled(2.0)}) as checkpointer:
+            checkpointer.save_checkpoint(name="b")
+        url = machines.url if not same_process else f"{machines.url}-of-somebody-else"
+        note(tmp_path / "another", url)
+        (tmp_path / "another").rename(saved)
+        if not same_process:
+            forget()
+        # As if it had the number, too.
+        names = [path.name for path in (tmp_path / "cache/lightning-sbckpt/mirrors").iterdir()]
+        monkeypatch.setattr(registry, "_entry_name", lambda _: names[0])
+        assert Checkpointer(saved).url is None
+
+    def test_one_that_was_moved_is_known_again_when_the_url_is_named(self, machines, saved):
+        """Until then it is a folder like others."""
+        moved = saved.rename(saved.with_name("moved"))
+        forget()
+        assert Checkpointer(moved).url is None
+        assert machines.another(local_dir=moved).url == machines.url
+        forget()
+        assert Checkpointer(moved).url == machines.url
+
+    def test_one_of_an_earlier_release_is_known_when_the_url_is_named(
+        self, machines, saved, tmp_path
+    ):
+        """It has a note without a word, and stands in no registry."""
+        shutil.rmtree(tmp_path / "cache")
+        note(saved, machines.url)
+        forget()
+        assert Checkpointer(saved).url is None
+        again = machines.another(local_dir=saved)
+        assert [ckpt.path.name for ckpt in again.list_checkpoints()] == ["CKPT+a"]
+        forget()
+        assert Checkpointer(saved).url == machines.url
+
+    def test_a_folder_with_checkpoints_of_its_own_holds_no_copies(self, machines, saved, tmp_path):
+        """Nor does one that says it is of another URL."""
+        with Checkpointer(tmp_path / "own", {"model": filled(2.0)}) as checkpointer:
+            checkpointer.save_checkpoint()
+        note(tmp_path / "own", "memory://somewhere/else")
+        with pytest.raises(ConfigurationError, match="there are checkpoints in it already"):
+            machines.another(local_dir=tmp_path / "own")
+
+    def test_without_a_cache_the_process_that_named_the_url_knows(
+        self, machines, tmp_path, monkeypatch
+    ):
+        """A home that can't be written is no reason to fail."""
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with machines.another({"model": filled(1.0)}, local_dir=tmp_path / "here") as checkpointer:
+            checkpointer.save_checkpoint(name="a")
+        model = filled(0.0)
+        again = machines.another({"model": model}, local_dir=tmp_path / "there")
+        assert again.recover_if_possible()
+        assert float(model.bias[0].detach()) == 1.0
+        assert Checkpointer(tmp_path / "there").url == machines.url
+
+    @pytest.mark.parametrize("mode", [0o777, 0o770])
+    def test_a_registry_that_others_may_write_is_not_read(self, saved, tmp_path, mode):
+        """They could have put URLs there."""
+        (tmp_path / "cache/lightning-sbckpt/mirrors").chmod(mode)
+        forget()
+        assert Checkpointer(saved).url is None
+
+    @pytest.mark.parametrize(
+        "entry", ["", "[]", "{}", '{"url": 1}', '{"url": "s3://x", "word": null}', "[" * 9999]
+    )
+    def test_an_entry_that_is_none_is_passed_over(self, saved, tmp_path, entry):
+        """The cache may be damaged."""
+        for path in (tmp_path / "cache/lightning-sbckpt/mirrors").iterdir():
+            path.write_text(entry)
+        forget()
+        assert Checkpointer(saved).url is None
+
+
+class TestPrivacy:
+    """What comes from a store is for those who have its credentials."""
+
+    @pytest.mark.parametrize("where", ["default", "local_dir"])
+    def test_nobody_else_can_look_into_a_mirror(self, machines, tmp_path, where):
+        """Whatever the umask is."""
+        model = filled(1.0)
+        machines.another({"model": model}).save_checkpoint(name="a")
+        before = os.umask(0)
+        try:
+            options = {"local_dir": tmp_path / "made" / "mirror"} if where == "local_dir" else {}
+            with Checkpointer(machines.url, {"model": model}, **options) as checkpointer:
+                checkpointer.recover_if_possible()
+                root = checkpointer.checkpoints_dir
+        finally:
+            os.umask(before)
+        cache = tmp_path / "cache" / "lightning-sbckpt"
+        assert not (root / "CKPT+a").is_symlink()
+        for folder in (root, root / ".remote", cache, cache / "mirrors"):
+            assert stat.S_IMODE(folder.stat().st_mode) == 0o700, folder
+        for file in (root / "CKPT+a" / "model.ckpt", *(cache / "mirrors").iterdir()):
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+class TestBringingFollowsNoLink:
+    """A mirror that others may write to can hold links."""
+
+    @pytest.fixture
+    def reading(self, machines, saved, tmp_path):
+        """A mirror that has only the small files yet, and a folder that is none of its business."""
+
+        def write(_, path):
+            path.mkdir()
+            (path / "usercustomize.py").write_text("print('any code')\n")
+
+        with machines.another() as checkpointer:
+            checkpointer.add_recoverable("extra", object(), custom_save_hook=write)
+            checkpointer.save_checkpoint(name="b")
+        reader = machines.another(local_dir=tmp_path / "reading")
+        reader.list_checkpoints()
+        (tmp_path / "outside").mkdir()
+        return tmp_path / "reading" / "CKPT+b"
+
+    def test_not_in_place_of_a_folder(self, machines, reading, tmp_path):
+        """The files in it would be written wherever it leads."""
+        (reading / "extra.ckpt").symlink_to(tmp_path / "outside")
+        assert "extra.ckpt/usercustomize.py" in absent_files(reading)
+        reader = machines.another(local_dir=reading.parent)
+        with pytest.raises(DamagedCheckpointError, match="is behind a symbolic link"):
+            reader.load_checkpoint(reading)
+        reader._mirror.fetch(reading, ["extra.ckpt/usercustomize.py"])
+        assert os.listdir(tmp_path / "outside") == []
+
+    def test_not_in_place_of_a_file(self, machines, reading, tmp_path):
+        """One that leads nowhere would be made there."""
+        target = tmp_path / "outside" / "made"
+        for name in ("model.ckpt", "model.ckpt.part"):
+            (reading / name).symlink_to(target)
+        machines.another(local_dir=reading.parent).load_checkpoint(reading)
+        assert (reading / "model.ckpt").is_file() and not (reading / "model.ckpt").is_symlink()
+        assert os.listdir(tmp_path / "outside") == []
+
+    def test_not_in_place_of_the_checkpoint(self, machines, reading, tmp_path):
+        """It may be swapped while a file is on its way."""
+        reading.rename(tmp_path / "outside" / "real")
+        reading.symlink_to(tmp_path / "outside" / "real")
+        machines.another(local_dir=reading.parent)._mirror.fetch(reading, ["model.ckpt"])
+        assert not (tmp_path / "outside" / "real" / "model.ckpt").exists()
+
+
+def test_a_name_stays_inside_an_open_folder(tmp_path):
+    """Whoever gives it."""
+    (tmp_path / "inner").mkdir()
+    with OpenFolder(tmp_path / "inner") as folder:
+        for name in ("..", "a/../b", "/etc", "a//b", "./a"):
+            with pytest.raises(NotRegularError, match="leads out"):
+                folder.below(name)
+
+
+def test_a_mirror_is_used_by_path_in_a_process_of_its_own(saved, machines):
+    """The command that is given a path works on the store behind it."""
+    code = "import sys; from lightning_sbckpt import Checkpointer; print(Checkpointer(sys.argv[1]).url)"
+    assert python("-c", code, str(saved)).stdout.strip() == machines.url
