@@ -189,6 +189,7 @@ ORDER = (
     "plugin.schedule",
     "plugin._options",
     "plugin.gather",
+    "plugin.metrics",
     "plugin.opening",
     "plugin.saving",
     "plugin.callback",

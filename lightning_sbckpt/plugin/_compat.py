@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Collection
-from functools import wraps
+from functools import update_wrapper, wraps
 from typing import Any, NoReturn, cast
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -24,25 +24,42 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 Undo = Callable[[], None]
 
 
+class _Replacement:
+    """Stands on an instance in place of one of its methods; copied and pickled as that method.
+
+    A copy of the instance has nobody who would ever put the method back.
+    """
+
+    def __init__(self, obj: object, name: str, wrapper: Callable[..., Any]) -> None:
+        self._obj, self._name, self._wrapper = obj, name, wrapper
+        self._original = getattr(obj, name)
+        update_wrapper(self, self._original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Read before the copy has its attributes: it is the method of its class.
+        return getattr, (self._obj, self._name)
+
+
 def wrap(obj: object, name: str, wrapper: Callable[..., Any]) -> Undo:
     """Replace a method on one instance by `wrapper(original, *args, **kwargs)`; return the undo.
 
     Wrapping the instance leaves the class, and so every other Trainer of the process, alone.
     """
-    original = getattr(obj, name)
-
-    @wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        return wrapper(original, *args, **kwargs)
-
+    # A wrapper that was there before us lives on the instance, too.
+    before = vars(obj).get(name)
+    replacement = _Replacement(obj, name, wrapper)
     setattr(obj, name, replacement)
 
     def undo() -> None:
-        if vars(obj).get(name) is replacement:
+        if vars(obj).get(name) is not replacement:
+            return
+        if before is None:
             delattr(obj, name)
-            # A wrapper that was there before us lived on the instance, too.
-            if getattr(obj, name) != original:
-                setattr(obj, name, original)
+        else:
+            setattr(obj, name, before)
 
     return undo
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
 
 
-def metrics_just_computed(trainer: Trainer) -> dict[str, Any]:
+def epoch_metrics(trainer: Trainer) -> dict[str, Any]:
     """Return the epoch-level metrics of the loop that is ending now, and no older ones.
 
-    `trainer.callback_metrics` also holds what earlier loops left there.
+    `trainer.callback_metrics` also holds what earlier loops left there. `_ResultCollection.metrics`
+    leaves out those of single loaders when the last of them is done: so each is asked for here.
     """
-    return dict(trainer._logger_connector.metrics["callback"])
+    results = cast("Any", trainer)._results
+    found: dict[str, Any] = {}
+    for metric in results.values():
+        if metric.has_reset:
+            continue
+        value = results._get_cache(metric, on_step=False)
+        if isinstance(value, torch.Tensor):
+            found.update(dict.fromkeys(results._forked_name(metric, on_step=False), value))
+    return found
 
 
 def logged_state(trainer: Trainer) -> dict[str, object]:

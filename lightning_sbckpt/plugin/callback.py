@@ -14,7 +14,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
@@ -25,8 +24,9 @@ from lightning_sbckpt.plugin.collect import FolderReader, is_folder, read_to_loa
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.hyperparameters import check_loaded
-from lightning_sbckpt.plugin.io import FolderCheckpointIO
+from lightning_sbckpt.plugin.io import read_folders
 from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.metrics import Metrics
 from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
 from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
@@ -40,6 +40,22 @@ from lightning_sbckpt.triggers import Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = ["SBCheckpoint"]
+
+_OF_A_FIT = (
+    "_run",
+    "_watch",
+    "_saving",
+    "_reader",
+    "_tracker",
+    "_undo",
+    "_beginning",
+    "_schedule",
+    "_metrics",
+    # Lightning's own: methods of the module, which would take all of it with them.
+    "log",
+    "log_dict",
+)
+"""The attributes that belong to one fit in one process: no copy of a callback has them."""
 
 
 class SBCheckpoint(LightningCheckpoint):
@@ -59,7 +75,8 @@ class SBCheckpoint(LightningCheckpoint):
             expression over the meta such as `"epoch > 3"`.
         num_to_keep: How many of the best, and how many of the newest, to keep.
         keep_recent: Keep the newest `num_to_keep`, not only the best.
-        keep: More rules of `lightning_sbckpt.retention`; what any rule keeps stays.
+        keep: More rules of `lightning_sbckpt.retention`, or their texts, such as
+            `"EveryNEpochs(10)"`; what any rule keeps stays.
         every_n_epochs: Save when validation ends in every n-th epoch, or when the epoch ends if
             nothing was validated in it. A validation at the end of an epoch is saved when the
             epoch's last hook has run. None for not at all.
@@ -128,7 +145,7 @@ class SBCheckpoint(LightningCheckpoint):
         ckpt_predicate: CheckpointPredicate | str | None = None,
         num_to_keep: int = 1,
         keep_recent: bool = True,
-        keep: Sequence[RetentionRule] = (),
+        keep: Sequence[RetentionRule | str] = (),
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | float | None = None,
@@ -154,7 +171,43 @@ class SBCheckpoint(LightningCheckpoint):
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
-        self.dirpath = normal_url(dirpath) if is_url(dirpath) else Path(dirpath)
+        # Hydra's containers become plain ones.
+        keep, triggers, optional, skip, split_model = map(
+            _options.plain, (keep, triggers, optional, skip, split_model)
+        )
+        recoverables, meta, key_map, storage_options = map(
+            _options.plain, (recoverables, meta, key_map, storage_options)
+        )
+        _options.check_kinds(
+            {
+                "min_key": min_key,
+                "max_key": max_key,
+                "importance_key": importance_key,
+                "ckpt_predicate": ckpt_predicate,
+                "num_to_keep": num_to_keep,
+                "keep_recent": keep_recent,
+                "keep": keep,
+                "every_n_epochs": every_n_epochs,
+                "every_n_train_steps": every_n_train_steps,
+                "train_time_interval": train_time_interval,
+                "triggers": triggers,
+                "resume": resume,
+                "restore_best": restore_best,
+                "link_unchanged": link_unchanged,
+                "recoverables": recoverables,
+                "optional": optional,
+                "skip": skip,
+                "key_map": key_map,
+                "partial": partial,
+                "keep_lr": keep_lr,
+                "meta": meta,
+                "split_model": split_model,
+                "trust_pickle": trust_pickle,
+                "local_dir": local_dir,
+                "storage_options": storage_options,
+            }
+        )
+        self.dirpath = _options.folder(dirpath)
         self._best_by = _options.best_by(importance_key, max_key, min_key)
         self._rules = _options.retention_rules(self._best_by, num_to_keep, keep_recent, keep)
         self._ckpt_predicate = as_predicate(ckpt_predicate)
@@ -167,7 +220,8 @@ class SBCheckpoint(LightningCheckpoint):
         self._preemption = as_preemption(preemption)
         self._when_in_use = _options.check_when_in_use(when_in_use)
         self._link_unchanged = link_unchanged
-        self._local_dir, self._storage_options = local_dir, storage_options
+        self._local_dir = None if local_dir is None else _options.absolute(local_dir)
+        self._storage_options = storage_options
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
         self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
         self._gatherer = Gatherer(recoverables, meta, tuple(split_model))
@@ -177,17 +231,37 @@ class SBCheckpoint(LightningCheckpoint):
         # What Lightning and its loggers read of a checkpoint callback.
         self.monitor = min_key or max_key
         self.mode = "max" if max_key else "min"
-        self.save_top_k = num_to_keep
+        self.save_top_k = int(num_to_keep)
 
         self.resume_report: ResumeReport | None = None
+        self._take_no_part()
+        self._reset_progress()
+
+    def _take_no_part(self) -> None:
+        """Begin to be in no fit; what is set here is no part of a copy, see `_OF_A_FIT`."""
         self._run: Run | None = None
         self._watch: Watch | None = None
         self._saving: Saving | None = None
-        self._reader = FolderReader(trust_pickle=trust_pickle)
+        self._reader = FolderReader(trust_pickle=self._trust_pickle)
         self._tracker: LoaderTracker | None = None
         self._undo: list[_compat.Undo] = []
         self._beginning: Beginning | None = None
-        self._reset_progress()
+        self._schedule = Schedule(*self._triggers)
+        self._metrics = Metrics()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the configuration and what is known of the run, as it is copied and pickled."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_FIT}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Be a callback with that configuration, which takes part in no fit."""
+        vars(self).update(state)
+        self._take_no_part()
+
+    def __repr__(self) -> str:
+        """Return the class, the folder, and what is best."""
+        key = f", {self.mode}_key={self.monitor!r}" if self.monitor else ""
+        return f"{type(self).__name__}({str(self.dirpath)!r}{key})"
 
     def _reset_progress(self) -> None:
         self.best_model_path = ""
@@ -196,7 +270,7 @@ class SBCheckpoint(LightningCheckpoint):
         self.current_score: torch.Tensor | None = None
         self.last_model_path = ""
         self._schedule = Schedule(*self._triggers)
-        self._gatherer.forget_metrics()
+        self._metrics = Metrics()
 
     @property
     def checkpointer(self) -> Checkpointer | None:
@@ -209,9 +283,7 @@ class SBCheckpoint(LightningCheckpoint):
         """Prepare to read folders and, for a fit, to save and to resume."""
         self._leave(trainer)
         strategy = trainer.strategy
-        inner = strategy.checkpoint_io
-        strategy.checkpoint_io = FolderCheckpointIO(inner, self._reader)
-        self._undo.append(lambda: setattr(strategy, "checkpoint_io", inner))
+        self._undo.append(read_folders(strategy, self._reader))
         self._undo += attach(trainer, self._reader, self._adaptation.key_map)
         if stage != "fit" or _compat_finders.is_no_run(trainer):
             return
@@ -243,6 +315,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._saving = saving = Saving(
             self._run,
             self._gatherer,
+            self._metrics,
             self._schedule,
             self._tracker,
             self._watch,
@@ -306,13 +379,12 @@ class SBCheckpoint(LightningCheckpoint):
         """Take the metrics of this validation; the save follows when Lightning is done with it."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self._gatherer.take_metrics(trainer)
+        self._metrics.validated(trainer)
         self._schedule.validated()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the metrics of this epoch, unless these weights have just been validated."""
-        if not self._gatherer.has_metrics(trainer):
-            self._gatherer.take_metrics(trainer)
+        """Take the metrics of this epoch."""
+        self._metrics.trained(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See every checkpoint on the disk, and restore the best weights."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -20,7 +19,6 @@ from lightning_sbckpt.meta import dump_meta, plain_meta
 from lightning_sbckpt.plugin import (
     _compat,
     _compat_finders,
-    _compat_logged,
     _compat_loops,
     _compat_sharded,
     _options,
@@ -31,7 +29,6 @@ from lightning_sbckpt.plugin.adapt import classes_of
 from lightning_sbckpt.plugin.collect import GRADIENTS, NONPERSISTENT, divide, divide_model
 from lightning_sbckpt.plugin.gradients import take_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
-from lightning_sbckpt.plugin.schedule import Place, place_of
 from lightning_sbckpt.triggers import Due
 from lightning_sbckpt.typing import World
 
@@ -58,8 +55,6 @@ class Gatherer:
     ) -> None:
         self._recoverables = recoverables
         self._meta = meta
-        self._metrics: dict[str, Any] = {}
-        self._metrics_of: Place | None = None
         self._buffers: NonPersistentBuffers | None = None
         self.split_model = split_model
         _options.check_names([*split_model], "split_model")
@@ -70,6 +65,10 @@ class Gatherer:
     def begin(self, module: LightningModule) -> None:
         """Note what the module is like before its first batch; it is where it is trained."""
         self._buffers = NonPersistentBuffers(module)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is configured: no copy goes on with the fit of another."""
+        return {**vars(self), "_buffers": None}
 
     def check(self, trainer: Trainer) -> None:
         """Refuse at once what no checkpoint could be made of; all ranks call this.
@@ -85,22 +84,18 @@ class Gatherer:
             own = module_state(module) if is_fsdp1(module) else module.state_dict()
             divide_model(own, self.split_model)
 
-    def take_metrics(self, trainer: Trainer) -> None:
-        """Take what was just computed for the weights of this moment."""
-        self._metrics = _compat_logged.metrics_just_computed(trainer)
-        self._metrics_of = place_of(trainer)
+    def meta(
+        self, trainer: Trainer, metrics: Mapping[str, object], due: Due, *, within_epoch: bool
+    ) -> dict[str, object]:
+        """Return the meta of a checkpoint of this moment.
 
-    def has_metrics(self, trainer: Trainer) -> bool:
-        """Return whether metrics were taken for the weights of this moment."""
-        return self._metrics_of == place_of(trainer)
-
-    def forget_metrics(self) -> None:
-        """Begin anew."""
-        self._metrics, self._metrics_of = {}, None
-
-    def meta(self, trainer: Trainer, due: Due, *, within_epoch: bool) -> dict[str, object]:
-        """Return the meta of a checkpoint of this moment: only what was computed for its weights."""
-        meta: dict[str, object] = dict(self._metrics) if self.has_metrics(trainer) else {}
+        Args:
+            trainer: Whose checkpoint it is.
+            metrics: What was computed for the weights of this moment.
+            due: Why it is saved.
+            within_epoch: Whether more batches of the epoch follow.
+        """
+        meta: dict[str, object] = dict(metrics)
         extra = self._meta
         meta.update(
             extra(trainer, trainer.lightning_module) if callable(extra) else dict(extra or {})

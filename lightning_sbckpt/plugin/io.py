@@ -1,52 +1,30 @@
-"""A `CheckpointIO` that reads checkpoint folders, and leaves files to the one that was there."""
+"""Having Lightning read checkpoint folders where it reads files."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import Strategy
 
+from lightning_sbckpt.plugin._compat import Undo, wrap
 from lightning_sbckpt.plugin.collect import FolderReader, is_folder
 
 
-class FolderCheckpointIO(CheckpointIO):
-    """Reads our folders for Lightning; everything else goes to `inner`.
+def read_folders(strategy: Strategy, reader: FolderReader) -> Undo:
+    """Have a strategy read checkpoint folders; return what undoes it.
 
-    It does not derive from Lightning's wrapping base, whose `checkpoint_io` the strategy overwrites.
+    Files go to its `CheckpointIO` as before, which nobody replaces: plugins of the user stay where
+    they look for them, and get every argument that Lightning has for them.
 
     Args:
-        inner: What reads and writes files.
-        reader: What reads folders.
+        strategy: About to load a checkpoint.
+        reader: Reads folders.
     """
 
-    def __init__(self, inner: CheckpointIO, reader: FolderReader) -> None:
-        self.inner = inner
-        self.reader = reader
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Write a file, as `Trainer.save_checkpoint` does without this package."""
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Return Lightning's dictionary from a folder or a file."""
+    def load_checkpoint(original: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -> Any:
         if is_folder(path):
-            return self.reader.read(path, weights_only=weights_only)
-        options = {} if map_location is None else {"map_location": map_location}
-        # `weights_only` came with Lightning 2.6, and plugins of users may not know it yet.
-        if "weights_only" in inspect.signature(self.inner.load_checkpoint).parameters:
-            options["weights_only"] = weights_only
-        loaded: dict[str, Any] = self.inner.load_checkpoint(path, **options)
-        return loaded
+            return reader.read(path, weights_only=kwargs.get("weights_only"))
+        return original(path, *args, **kwargs)
 
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a file."""
-        self.inner.remove_checkpoint(path)
-
-    def teardown(self) -> None:
-        """Tear the inner one down."""
-        self.inner.teardown()
+    return wrap(strategy, "load_checkpoint", load_checkpoint)

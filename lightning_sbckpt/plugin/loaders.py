@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
+from lightning_sbckpt.plugin._compat import wrap
 from lightning_sbckpt.plugin._positions import LoaderPosition
 from lightning_sbckpt.plugin._sampling import samplers_in
 from lightning_sbckpt.plugin._tracked import Track, TrackedLoader
@@ -71,21 +72,11 @@ class LoaderTracker:
         """
         if self._undo is not None:
             return
-        before = vars(strategy).get("process_dataloader")
-        original = strategy.process_dataloader
 
-        def process_dataloader(dataloader: object) -> object:
+        def process_dataloader(original: Callable[[object], object], dataloader: object) -> object:
             return self.track(original(dataloader))
 
-        strategy.process_dataloader = process_dataloader
-
-        def undo() -> None:
-            if before is None:
-                del strategy.process_dataloader
-            else:
-                strategy.process_dataloader = before
-
-        self._undo = undo
+        self._undo = wrap(strategy, "process_dataloader", process_dataloader)
 
     def detach(self) -> None:
         """Leave the strategy as it was; loaders that are tracked already stay so.

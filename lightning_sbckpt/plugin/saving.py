@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sbckpt.plugin import _compat
 from lightning_sbckpt.plugin.gather import Gatherer
 from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.metrics import Metrics
 from lightning_sbckpt.plugin.preemption import Watch
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.schedule import (
@@ -32,6 +33,7 @@ class Saving:
     Attributes:
         run: Whose checkpoints they are.
         gatherer: What goes into them.
+        metrics: What was computed for which weights.
         schedule: When one is due.
         tracker: Where the loaders are.
         watch: Whether the run is to end; None if nobody may ask it to.
@@ -40,6 +42,7 @@ class Saving:
 
     run: Run
     gatherer: Gatherer
+    metrics: Metrics
     schedule: Schedule
     tracker: LoaderTracker
     watch: Watch | None
@@ -146,7 +149,9 @@ class Saving:
                 saver.wait(checkpointer.world)
             self._failed, skipped = saver.failed, saver.skipped
             checkpointer.save_checkpoint(
-                self.gatherer.meta(trainer, due, within_epoch=within_epoch),
+                self.gatherer.meta(
+                    trainer, self.metrics.at(trainer), due, within_epoch=within_epoch
+                ),
                 end_of_epoch=over,
                 # What a run is to be started again from stays, whatever the rules say of it.
                 then=None if last else self.run.prune,

@@ -56,7 +56,9 @@ def test_an_ephemeral_checkpoint_is_marked_and_goes_first(tmp_path):
 
 def test_a_trigger_that_is_none_is_refused_at_construction(tmp_path):
     """Before any training."""
-    with pytest.raises(ConfigurationError, match=r"500, expected objects with a method due"):
+    with pytest.raises(
+        ConfigurationError, match=r"triggers is \[500\], expected objects with a method due"
+    ):
         SBCheckpoint(tmp_path, triggers=[500])
 
 
