@@ -26,7 +26,8 @@ class Metrics:
 
         Of a name that both log the validation's value stays.
         """
-        self._found = {**_compat_logged.epoch_metrics(trainer), **self.at(trainer)}
+        validated = self.at(trainer)
+        self._found = {**validated, **_compat_logged.epoch_metrics(trainer), **validated}
         self._of = place_of(trainer)
 
     def at(self, trainer: Trainer) -> dict[str, Any]:

@@ -198,11 +198,13 @@ class TestMeta:
         fit(tmp_path, module=Steps(by_epoch(0.5, 0.25, 0.75)), **ALL)
         text = (saved(tmp_path)[1].path / "CKPT.yaml").read_text()
         meta = yaml.safe_load(text)
-        assert list(meta) == ["unixtime", "end-of-epoch", "val_loss", "epoch", "global_step"]
+        keys = ["unixtime", "end-of-epoch", "val_loss", "train_loss", "epoch", "global_step"]
+        assert list(meta) == keys
         assert {**meta, "unixtime": 0} == {
             "unixtime": 0,
             "end-of-epoch": True,
             "val_loss": 0.25,
+            "train_loss": -5.5,
             "epoch": 1,
             "global_step": 8,
         }
