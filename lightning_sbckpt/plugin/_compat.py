@@ -114,6 +114,7 @@ def let_load_from_checkpoint_read(
     is_folder: Callable[[object], bool],
     read: Callable[..., dict[str, Any]],
     check: Callable[[type, object, Collection[str]], None],
+    prepare: Callable[[Any], Any],
 ) -> None:
     """Have `LightningModule.load_from_checkpoint` take checkpoint folders.
 
@@ -126,6 +127,7 @@ def let_load_from_checkpoint_read(
         read: Returns Lightning's dictionary.
         check: Is called with the class, the dictionary, and the names of the hyperparameters that
             the caller passed; it raises if they must not be used.
+        prepare: Returns what is to take the dictionary's place then.
     """
     # By name: it is an import of that module, not one of its exports.
     original_load, original_state = vars(saving)["pl_load"], vars(saving)["_load_state"]
@@ -141,7 +143,7 @@ def let_load_from_checkpoint_read(
     @wraps(original_state)
     def load_state(cls: type, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
         check(cls, checkpoint, kwargs)
-        return original_state(cls, checkpoint, *args, **kwargs)
+        return original_state(cls, prepare(checkpoint), *args, **kwargs)
 
     pl_load._reads_folders = True  # type: ignore[attr-defined]
     vars(saving)["pl_load"] = pl_load

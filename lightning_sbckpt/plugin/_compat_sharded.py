@@ -71,39 +71,19 @@ def states_in_pieces(trainer: Trainer) -> Iterator[None]:
 
 
 def read_folders(
-    strategy: Strategy,
-    is_folder: Callable[[object], bool],
-    read: Callable[..., dict[str, Any]],
-    load: Callable[[Mapping[str, Any], bool], None],
-) -> list[Undo]:
+    strategy: Strategy, is_folder: Callable[[object], bool], read: Callable[..., dict[str, Any]]
+) -> Undo:
     """Have a strategy take checkpoint folders.
 
     Args:
         strategy: The strategy.
         is_folder: Whether a path is one.
         read: Gives Lightning's dictionary of a folder.
-        load: Puts the states of model and optimizers in place, from a dictionary that `read` gave.
     """
-    ours: list[object] = []
 
     def load_checkpoint(original: Callable[..., Any], path: Any, *a: Any, **k: Any) -> Any:
         if not is_folder(path):
             return original(path, *a, **k)
-        dump = read(path, **{key: k[key] for key in ("weights_only",) if key in k})
-        ours[:] = [dump]
-        return dump
+        return read(path, **{key: k[key] for key in ("weights_only",) if key in k})
 
-    def load_model_state_dict(
-        original: Callable[..., Any], checkpoint: Mapping[str, Any], strict: bool = True
-    ) -> None:
-        # Lightning has looked through it, and hooks of the module have had their say.
-        if any(checkpoint is dump for dump in ours):
-            ours.clear()
-            load(checkpoint, strict)
-        else:
-            original(checkpoint, strict=strict)
-
-    return [
-        wrap(strategy, "load_checkpoint", load_checkpoint),
-        wrap(strategy, "load_model_state_dict", load_model_state_dict),
-    ]
+    return wrap(strategy, "load_checkpoint", load_checkpoint)

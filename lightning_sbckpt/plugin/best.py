@@ -10,7 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin.adapt import REFUSALS, Adaptation
 from lightning_sbckpt.plugin.collect import FolderReader
+from lightning_sbckpt.plugin.doors import load_weights
 from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import ImportanceKey
 
@@ -58,8 +60,9 @@ def restore_weights(
     reader: FolderReader,
     module: LightningModule,
     dirpath: Path | str,
+    adaptation: Adaptation,
 ) -> None:
-    """Put the weights of the best checkpoint into a module.
+    """Put the weights of the best checkpoint into a module; if they don't fit, the last ones stay.
 
     Args:
         best: The checkpoint; None if there is none, which is said.
@@ -67,6 +70,7 @@ def restore_weights(
         reader: Reads it.
         module: Gets the weights.
         dirpath: Where it was looked for.
+        adaptation: What of a checkpoint is not taken as it is.
     """
     criterion = best_by.criterion.describe()
     if best is None:
@@ -76,7 +80,22 @@ def restore_weights(
             "restore_best=False"
         )
         return
-    reader.load_weights(reader.read(best.path), module)
+    dump = reader.read(best.path)
+    try:
+        left_out = load_weights(dump, module, reader, adaptation)
+    except REFUSALS as error:
+        # The training is done, and its weights are worth more than a traceback.
+        rank_zero_warn(
+            f"SBCheckpoint: the best weights, {criterion} ({best_by.value(best):g}), in {best.path} "
+            f"don't fit this module, so the last weights stay: {error}"
+        )
+        return
+    if left_out:
+        rank_zero_warn(
+            f"SBCheckpoint: the best weights, {criterion} ({best_by.value(best):g}), in {best.path} "
+            f"were restored in part. The last ones stay for {'; '.join(left_out)}"
+        )
+        return
     rank_zero_info(
         f"SBCheckpoint: restored the best weights, {criterion} "
         f"({best_by.value(best):g}), from {best.path}"

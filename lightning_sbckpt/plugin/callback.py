@@ -18,19 +18,22 @@ from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _compat, _compat_finders, _compat_loops, _options, exact
+from lightning_sbckpt.plugin._compat_loading import ForNewModule
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.best import restore_weights
 from lightning_sbckpt.plugin.collect import FolderReader, is_folder, read_to_load
 from lightning_sbckpt.plugin.continuing import Beginning
+from lightning_sbckpt.plugin.doors import Doors
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
-from lightning_sbckpt.plugin.hyperparameters import check_loaded
+from lightning_sbckpt.plugin.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.io import read_folders
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.metrics import Metrics
+from lightning_sbckpt.plugin.names import names_of_module
 from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
 from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
-from lightning_sbckpt.plugin.resume import ResumeReport
+from lightning_sbckpt.plugin.resume import ResumeReport, Resumption
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.saving import Saving
 from lightning_sbckpt.plugin.schedule import Schedule, why_ended
@@ -285,6 +288,7 @@ class SBCheckpoint(LightningCheckpoint):
         strategy = trainer.strategy
         self._undo.append(read_folders(strategy, self._reader))
         self._undo += attach(trainer, self._reader, self._adaptation.key_map)
+        self._undo += Doors(trainer, self._reader, self._adaptation, self._resumption).open()
         if stage != "fit" or _compat_finders.is_no_run(trainer):
             return
         others = [each for each in _compat.callbacks_of(trainer) if isinstance(each, SBCheckpoint)]
@@ -350,6 +354,7 @@ class SBCheckpoint(LightningCheckpoint):
         if self._run is None or _compat_finders.is_no_run(trainer):
             return
         self._gatherer.check(trainer)
+        self._gatherer.take_first_rates(trainer)
         cast("Beginning", self._beginning).load_own()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -425,6 +430,9 @@ class SBCheckpoint(LightningCheckpoint):
         if self._run is not None:
             self._run.checkpointer.release()
 
+    def _resumption(self) -> Resumption | None:
+        return None if self._beginning is None else self._beginning.resumption
+
     def _resume_path(self, given: object) -> object:
         if _compat_finders.is_of_a_finder(given):
             return given
@@ -465,8 +473,13 @@ class SBCheckpoint(LightningCheckpoint):
         if not (self._restore_best and self._best_by.is_given and self._run is not None):
             return
         best = self._run.best_sound()
-        restore_weights(best, self._best_by, self._reader, module, self.dirpath)
+        restore_weights(best, self._best_by, self._reader, module, self.dirpath, self._adaptation)
 
 
-_compat.let_load_from_checkpoint_read(is_folder, read_to_load, check_loaded)
+_compat.let_load_from_checkpoint_read(
+    is_folder,
+    read_to_load,
+    check_loaded,
+    lambda dump: ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump,
+)
 hand_back_attributes(SBCheckpoint)

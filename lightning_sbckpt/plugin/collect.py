@@ -23,6 +23,7 @@ from lightning_sbckpt._folder.layout import (
     read_checkpoint,
 )
 from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._module_state import versions_below, versions_in, with_versions
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._sharded.states import ShardedState
@@ -41,6 +42,7 @@ from lightning_sbckpt.errors import (
 )
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin._compat_loading import FolderDump
 from lightning_sbckpt.plugin.gradients import read_gradients
 from lightning_sbckpt.plugin.hyperparameters import LoadedFolder
 from lightning_sbckpt.plugin.sharded import Pieces
@@ -161,6 +163,10 @@ def divide_model(
     """
     parts: dict[str, OrderedDict[str, object]] = {name: OrderedDict() for name in submodules}
     parts[MODEL] = OrderedDict()
+    versions = versions_in(state)
+    if versions is not None:
+        for name, part in parts.items():
+            with_versions(part, versions if name == MODEL else versions_below(versions, name))
     for key, value in state.items():
         owner = next((name for name in submodules if key.startswith(f"{name}.")), None)
         if owner is None:
@@ -229,7 +235,7 @@ class FolderReader:
         self.skip: Collection[str] = ()
         self.pieces: Pieces | None = None
 
-    def read(self, folder: str | Path, *, weights_only: bool | None = None) -> dict[str, Any]:
+    def read(self, folder: str | Path, *, weights_only: bool | None = None) -> FolderDump:
         """Return Lightning's dictionary from a folder.
 
         Args:
@@ -257,7 +263,7 @@ class FolderReader:
             )
         self.unread = []
         with trusting_pickle(self._trust_pickle or weights_only is False):
-            return self._assemble(checkpoint)
+            return FolderDump(self._assemble(checkpoint), checkpoint.path)
 
     def part(self, checkpoint: Checkpoint, name: str) -> Any:
         """Return one part of a checkpoint, or None if it has no such file."""
@@ -272,14 +278,6 @@ class FolderReader:
     def own_state(self, module: LightningModule) -> dict[str, Any]:
         """Return the state of a live module as it is compared with a saved one."""
         return module.state_dict() if self.pieces is None else self.pieces.own_state()
-
-    def load_weights(self, dump: dict[str, Any], module: LightningModule) -> None:
-        """Put the weights that `read` returned in place."""
-        module.on_load_checkpoint(dump)
-        if self.pieces is None:
-            module.load_state_dict(dump["state_dict"], strict=module.strict_loading)
-        else:
-            self.pieces.load_model(dump["state_dict"], module.strict_loading)
 
     def _read_in_full(self, checkpoint: Checkpoint) -> Collection[str] | None:
         if self.pieces is None or self.pieces.reads_every_byte:

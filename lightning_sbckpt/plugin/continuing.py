@@ -13,7 +13,7 @@ from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat, _compat_loops, _compat_sharded
 from lightning_sbckpt.plugin.adapt import Adaptation
-from lightning_sbckpt.plugin.collect import FolderReader, is_folder, is_resumable
+from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder, is_resumable
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.preemption import requeued_if_newer
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
@@ -112,6 +112,11 @@ class Beginning:
         self.report = resumption.report
         rank_zero_info(f"SBCheckpoint: {self.report.headline()}")
 
+    @property
+    def resumption(self) -> Resumption | None:
+        """The resume that is under way."""
+        return self._resumption
+
     def load_own(self) -> None:
         """Load the user's recoverables, which all exist by now; refuse their names at once."""
         own = self._own()
@@ -134,13 +139,9 @@ class Beginning:
             limit = self._trainer.max_epochs
             if limit is not None and limit >= 0:
                 _compat_loops.lower_epoch_count(dump, limit)
-            report = self._resumption.report
-            report.skipped += self._adaptation.adapt_model(
-                dump,
-                self._reader.own_state(self._trainer.lightning_module),
-                report.checkpoint,
-                strict=self._trainer.lightning_module.strict_loading,
-            )
+            if self._adaptation.skips(MODEL):
+                # Lightning wants to load one, and hooks may look at it.
+                dump["state_dict"] = dict(self._reader.own_state(self._trainer.lightning_module))
         if _compat_sharded.restores_late(self._trainer.strategy):
             self._load(self._own())
 
@@ -149,12 +150,6 @@ class Beginning:
             return
         if self._resumption is not None:
             self._resumption.note_recoverables(own)
-            self._resumption.report.skipped += self._adaptation.adapt_optimizers(
-                _compat.loaded_checkpoint(self._trainer),
-                self._resumption.classes,
-                self._trainer,
-                self._resumption.report.checkpoint,
-            )
         wanted = {name: obj for name, obj in own.items() if name not in self._adaptation.skip}
         if wanted:
             checkpointer = self._run.checkpointer

@@ -99,7 +99,7 @@ def to_lightning(
     remarks = _left_out(source, reader)
     remarks += [f"{unread} (only pickle can hold it)" for unread in reader.unread]
     with tally.part(2 * size):
-        path = publish_file(path, partial(write_torch, dump), overwrite=overwrite)
+        path = publish_file(path, partial(write_torch, dict(dump)), overwrite=overwrite)
     return Exported(path, tuple(remarks))
 
 

@@ -25,10 +25,10 @@ from lightning_sbckpt.plugin import (
     exact,
 )
 from lightning_sbckpt.plugin._compat_buffers import NonPersistentBuffers
-from lightning_sbckpt.plugin.adapt import classes_of
 from lightning_sbckpt.plugin.collect import GRADIENTS, NONPERSISTENT, divide, divide_model
 from lightning_sbckpt.plugin.gradients import take_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.training_state import Description, first_rates
 from lightning_sbckpt.triggers import Due
 from lightning_sbckpt.typing import World
 
@@ -56,6 +56,7 @@ class Gatherer:
         self._recoverables = recoverables
         self._meta = meta
         self._buffers: NonPersistentBuffers | None = None
+        self._first_rates: list[list[float]] = []
         self.split_model = split_model
         _options.check_names([*split_model], "split_model")
         _options.check_disjoint(split_model)
@@ -83,6 +84,10 @@ class Gatherer:
         if self.split_model:
             own = module_state(module) if is_fsdp1(module) else module.state_dict()
             divide_model(own, self.split_model)
+
+    def take_first_rates(self, trainer: Trainer) -> None:
+        """Take the learning rates that this run begins with; nothing has been restored yet."""
+        self._first_rates = first_rates(trainer)
 
     def meta(
         self, trainer: Trainer, metrics: Mapping[str, object], due: Due, *, within_epoch: bool
@@ -126,7 +131,7 @@ class Gatherer:
             "loops": _compat_loops.loop_state(trainer),
             "validated_this_epoch": validated_this_epoch,
             "modes": exact.modes(trainer.lightning_module),
-            "classes": classes_of(trainer),
+            **Description.of(trainer, self._first_rates).as_record(),
             "found": _compat_finders.found_values(trainer),
         }
         with _compat_sharded.states_in_pieces(trainer) if in_pieces else nullcontext():

@@ -40,4 +40,4 @@ def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -
         reader.pieces = None
 
     reader.pieces = pieces
-    return [detach, *_compat_sharded.read_folders(trainer.strategy, is_folder, read, pieces.load)]
+    return [detach, _compat_sharded.read_folders(trainer.strategy, is_folder, read)]

@@ -35,6 +35,7 @@ from lightning_sbckpt.plugin.collect import (
 )
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
+from lightning_sbckpt.plugin.training_state import Description
 
 ENDED = "ended"
 """The key under which a checkpoint says why the fit that ended with it did."""
@@ -105,6 +106,7 @@ class Resumption:
     Attributes:
         report: What is known of the resume so far.
         within_epoch: Whether the save was between two batches of an epoch.
+        description: What was saved about optimizers and schedulers beside their states.
         validated_this_epoch: Whether the epoch had been validated before the save.
     """
 
@@ -125,7 +127,7 @@ class Resumption:
         self._tracker = tracker
         self._done = done
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
-        self.classes: Mapping[str, list[str]] = {}
+        self.description = Description()
         self._loops: _compat_loops.LoopResumption | None = None
         self._undo: list[_compat.Undo] = []
         self._state: dict[str, Any] = {}
@@ -155,7 +157,7 @@ class Resumption:
                 "Lightning alone would, which is not exact within an epoch"
             )
             return
-        self.classes = position["classes"]
+        self.description = Description.saved_in(position)
         self._read_rank_state(checkpoint, reader, rank, size)
         self._read_buffers(checkpoint, reader, rank)
         self.within_epoch = within_epoch = bool(position["within_epoch"])

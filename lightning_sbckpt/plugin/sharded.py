@@ -15,15 +15,20 @@ from torch.optim import Optimizer
 from lightning_sbckpt._folder.layout import SHARDED_EXT
 from lightning_sbckpt._sharded import fsdp1
 from lightning_sbckpt._sharded.names import plain_name
-from lightning_sbckpt._sharded.states import empty_like, is_fsdp1, module_state, numbered
+from lightning_sbckpt._sharded.states import (
+    empty_like,
+    is_fsdp1,
+    module_state,
+    names_of,
+    numbered,
+)
 from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin import _compat_sharded
+from lightning_sbckpt.plugin.names import OwnNames
 
 if TYPE_CHECKING:
     from lightning_sbckpt._sharded.reading import SavedShards
-
-_NOT_WANTED = "Nothing was loaded. To go on with a new optimizer, pass skip=['optimizer']"
 
 
 class Pieces:
@@ -48,10 +53,6 @@ class Pieces:
         """Whether this rank is the one to compare what others wrote with the manifest."""
         return self._trainer.global_rank == 0
 
-    def _rename(self, name: str) -> str:
-        old = next((old for old in self._key_map if name.startswith(old)), None)
-        return name if old is None else self._key_map[old] + name[len(old) :]
-
     def model(self, path: Path, prefix: str = "") -> dict[str, Any]:
         """Return the saved state of a module or submodule; what the live one lacks is not read.
 
@@ -64,16 +65,17 @@ class Pieces:
 
         self._path = path
         own = module_state(self._module)
+        find = OwnNames.of(own, self._key_map).find
         if path.suffix != SHARDED_EXT:
             state: Any = open_state(path)
-            whole = {self._rename(f"{prefix}{name}"): value for name, value in state.items()}
+            whole = {find(f"{prefix}{name}"): value for name, value in state.items()}
             pieces = model_pieces(whole, own)
-            return {name: pieces[self._rename(f"{prefix}{name}")] for name in state}
+            return {name: pieces[find(f"{prefix}{name}")] for name in state}
 
         shards = SavedShards(path)
 
         def allocate(flat: str, saved: Any) -> torch.Tensor:
-            live = own.get(plain_name(self._rename(f"{prefix}{shards.contents.place(flat)[-1]}")))
+            live = own.get(plain_name(find(f"{prefix}{shards.contents.place(flat)[-1]}")))
             if isinstance(live, torch.Tensor) and tuple(live.shape) == saved.size:
                 return empty_like(live, saved.dtype, saved.size)
             # Only its size is wanted, to say that it does not fit.
@@ -101,8 +103,8 @@ class Pieces:
             return self._flat_optimizer(shards, index, path)
         try:
             if index < len(optimizers):
-                # By their order, as everywhere: parameters may have been renamed.
-                return optimizer_like(shards, optimizers[index], None)
+                optimizer = optimizers[index]
+                return optimizer_like(shards, optimizer, self._saved_names(shards, optimizer))
         except MismatchError:
             pass  # It is said with everything else that does not fit.
         return numbered(
@@ -116,6 +118,22 @@ class Pieces:
             found.optimizer if isinstance(found, LightningOptimizer) else found
             for found in self._trainer.strategy.optimizers
         ]
+
+    def _saved_names(self, shards: SavedShards, optimizer: Optimizer) -> dict[int, str] | None:
+        """Return the names under which parameters were saved, by id; None if not all are found.
+
+        They are taken in their order then: hooks of the user's may have renamed them.
+        """
+        live = names_of(self._module)
+        trained = [id(each) for group in optimizer.param_groups for each in group["params"]]
+        names = OwnNames.of(live.values(), self._key_map)
+        saved = shards.nested(shards.values()).get("param_groups", [])
+        before = [plain_name(str(name)) for group in saved for name in group["params"]]
+        at = {names.find(name): name for name in before}
+        own = {number: live.get(number, "") for number in trained}
+        if len(before) != len(trained) or set(at) != set(own.values()):
+            return None
+        return {number: at[name] for number, name in own.items()}
 
     @property
     def _module(self) -> nn.Module:
@@ -131,28 +149,12 @@ class Pieces:
             return flat_optimizer_like(saved, optimizer, self._module, path, by_order=True)
         except MismatchError as error:
             # The model may not fit either, which says more; and the user may not want the state.
-            return _Misfit(optimizer.state_dict(), error)
+            return Misfit(optimizer.state_dict(), error)
 
     def own_state(self) -> dict[str, Any]:
         """Return the state of the live module, by the names that `load_model` wants."""
         module = self._module
         return dict(module_state(module) if is_fsdp1(module) else module.state_dict())
-
-    def load(self, dump: Mapping[str, Any], strict: bool) -> None:
-        """Put the states of model and optimizers in place.
-
-        Raises:
-            MismatchError: One does not fit.
-        """
-        fits = self._trainer.state.fn == "fit"
-        for state in dump["optimizer_states"] if fits else ():
-            if isinstance(state, _Misfit):
-                raise MismatchError(f"{state.error}\n{_NOT_WANTED}") from state.error
-        self.load_model(dump["state_dict"], strict)
-        if not fits:
-            return
-        for optimizer, state in zip(self.optimizers, dump["optimizer_states"], strict=False):
-            optimizer.load_state_dict(state)
 
     def load_model(self, state: Mapping[str, Any], strict: bool) -> None:
         """Put a state of the model in place.
@@ -181,8 +183,12 @@ class Pieces:
         fsdp1.load_model_state(self._module, model_pieces(fitting, own))
 
 
-class _Misfit(dict[str, Any]):
-    """Stands for a saved state that does not fit an optimizer, until it is wanted."""
+class Misfit(dict[str, Any]):
+    """Stands for a saved state that does not fit an optimizer, until it is wanted.
+
+    Attributes:
+        error: Why it does not fit.
+    """
 
     def __init__(self, own: Mapping[str, Any], error: MismatchError) -> None:
         super().__init__(own)
