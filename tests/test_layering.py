@@ -157,6 +157,7 @@ ORDER = (
     "plugin._compat",
     "plugin._compat_buffers",
     "plugin._compat_callbacks",
+    "plugin._compat_ddp",
     "plugin._compat_finders",
     "plugin._compat_logged",
     "plugin._compat_loops",

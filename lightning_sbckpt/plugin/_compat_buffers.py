@@ -18,7 +18,7 @@ import xxhash
 
 from lightning_sbckpt._sharded.names import plain_name
 
-__all__ = ["NonPersistentBuffers", "digest"]
+__all__ = ["NonPersistentBuffers", "digest", "persistent_buffers"]
 
 _Mark = tuple[object, ...]
 
@@ -100,6 +100,14 @@ def digest(state: Mapping[str, Mapping[str, Any]]) -> str:
         whole.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         whole.update(value.reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()
+
+
+def persistent_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the other buffers, those that a `state_dict` has, each with its name."""
+    for prefix, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and key not in owner._non_persistent_buffers_set:
+                yield plain_name(f"{prefix}.{key}" if prefix else key), buffer
 
 
 def _buffers(

@@ -18,6 +18,7 @@ from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _compat, _compat_finders, _compat_loops, _options, exact
+from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin._compat_loading import ForNewModule
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.best import restore_weights
@@ -50,6 +51,7 @@ _OF_A_FIT = (
     "_saving",
     "_reader",
     "_tracker",
+    "_reductions",
     "_undo",
     "_beginning",
     "_schedule",
@@ -247,6 +249,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._saving: Saving | None = None
         self._reader = FolderReader(trust_pickle=self._trust_pickle)
         self._tracker: LoaderTracker | None = None
+        self._reductions: Reductions | None = None
         self._undo: list[_compat.Undo] = []
         self._beginning: Beginning | None = None
         self._schedule = Schedule(*self._triggers)
@@ -316,12 +319,15 @@ class SBCheckpoint(LightningCheckpoint):
         self._tracker = LoaderTracker(making)
         making.begins = self._tracker.complete
         self._tracker.attach(strategy)
+        self._reductions = Reductions(strategy)
+        self._undo.append(self._reductions.undo)
         self._saving = saving = Saving(
             self._run,
             self._gatherer,
             self._metrics,
             self._schedule,
             self._tracker,
+            self._reductions,
             self._watch,
             lambda: self._announce(trainer),
         )
@@ -330,6 +336,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._run,
             self._reader,
             self._tracker,
+            self._reductions,
             self._adaptation,
             own=lambda: self._gatherer.of_user(trainer),
             optional=self._optional,
@@ -360,8 +367,12 @@ class SBCheckpoint(LightningCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell at the first fit, not after the crash, what will not resume exactly."""
         began_anew = self._run is not None and self._run.resumed_from is None
-        if self._tracker is not None and began_anew:
-            for sentence in [*self._tracker.warnings(), *exact.weak_points(trainer)]:
+        if self._tracker is not None and self._reductions is not None and began_anew:
+            for sentence in [
+                *self._tracker.warnings(),
+                *exact.weak_points(trainer),
+                *self._reductions.weak_points(),
+            ]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
         if self._saving is not None:
             self._saving.begin(pl_module)
@@ -426,7 +437,7 @@ class SBCheckpoint(LightningCheckpoint):
         while self._undo:
             self._undo.pop()()
         self._reader.skip = ()
-        self._tracker = self._watch = None
+        self._tracker = self._reductions = self._watch = None
         if self._run is not None:
             self._run.checkpointer.release()
 

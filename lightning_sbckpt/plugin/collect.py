@@ -61,10 +61,11 @@ LOADERS = "loaders"
 METRICS = "metrics"
 GRADIENTS = "gradients"
 NONPERSISTENT = "nonpersistent"
+RANK_BUFFERS = "rank_buffers"
 
 RESERVED = frozenset(
     {MODEL, OPTIMIZER, SCHEDULER, LOOPS, CALLBACKS, PRECISION, DATAMODULE, HPARAMS, EXTRAS}
-    | {RNG, LOADERS, METRICS, GRADIENTS, NONPERSISTENT}
+    | {RNG, LOADERS, METRICS, GRADIENTS, NONPERSISTENT, RANK_BUFFERS}
 )
 """The names that recoverables of the user can't have; nor those that `_numbered` makes."""
 

@@ -12,6 +12,7 @@ from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat, _compat_loops, _compat_sharded
+from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder, is_resumable
 from lightning_sbckpt.plugin.loaders import LoaderTracker
@@ -28,6 +29,7 @@ class Beginning:
         run: Its checkpoints.
         reader: Reads folders.
         tracker: Positions the loaders.
+        reductions: How DDP adds up gradients.
         adaptation: What of a checkpoint is not taken as it is.
         own: Gives the user's recoverables, by name.
         optional: Those of them that a checkpoint may lack.
@@ -44,6 +46,7 @@ class Beginning:
         run: Run,
         reader: FolderReader,
         tracker: LoaderTracker,
+        reductions: Reductions,
         adaptation: Adaptation,
         *,
         own: Callable[[], Mapping[str, object]],
@@ -56,6 +59,7 @@ class Beginning:
         self._run = run
         self._reader = reader
         self._tracker = tracker
+        self._reductions = reductions
         self._adaptation = adaptation
         self._own = own
         self._optional = optional
@@ -104,6 +108,7 @@ class Beginning:
             chosen,
             self._reader,
             self._tracker,
+            self._reductions,
             rank=world.rank,
             size=world.size,
             skip=self._adaptation.skip,

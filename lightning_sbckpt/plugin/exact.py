@@ -7,15 +7,17 @@ gradient-accumulation window, the gradients. Each rank has its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import xxhash
 from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
 from lightning_sbckpt._sharded.names import plain_module_name, plain_name
+from lightning_sbckpt._sharded.states import is_sharded_tensor
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin import _compat, _compat_buffers, _compat_callbacks, _compat_logged
 from lightning_sbckpt.plugin.collect import (
@@ -23,6 +25,7 @@ from lightning_sbckpt.plugin.collect import (
     LOADERS,
     METRICS,
     NONPERSISTENT,
+    RANK_BUFFERS,
     RNG,
     Part,
 )
@@ -44,6 +47,39 @@ def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
             "torchmetrics": {name: metric_state(metric) for name, metric in metrics_in(module)},
         },
     }
+
+
+def own_buffers(trainer: Trainer, world: World, broadcast: Collection[int]) -> dict[str, Any]:
+    """Return the buffers of this rank that are not rank zero's, by name; every rank calls this.
+
+    A checkpoint has rank zero's. With `broadcast_buffers=False`, between the batches of a window of
+    accumulation, and in modules that are sharded, the others' differ: statistics of a
+    normalization, queues, codebooks.
+
+    Args:
+        trainer: Whose module.
+        world: The ranks.
+        broadcast: The ids of those that rank zero is about to give to all.
+    """
+    if world.size == 1:
+        return {}
+    own = {
+        name: buffer.detach()
+        for name, buffer in _compat_buffers.persistent_buffers(trainer.lightning_module)
+        if id(buffer) not in broadcast and not is_sharded_tensor(buffer)
+    }
+    if not own:
+        return {}
+    digests = {name: _digest(buffer) for name, buffer in own.items()}
+    of_main = world.broadcast(digests)
+    return {name: own[name] for name in own if digests[name] != of_main.get(name)}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    plain = tensor.cpu().reshape(-1).contiguous().view(torch.uint8)
+    whole = xxhash.xxh3_128()
+    whole.update(cast("Any", plain.numpy()))
+    return whole.hexdigest()
 
 
 def weak_points(trainer: Trainer) -> list[str]:
@@ -110,6 +146,8 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
     if METRICS in state:
         problems += _compat_logged.restore_logged_state(trainer, state[METRICS]["logged"])
         problems += _restore_metrics(module, state[METRICS]["torchmetrics"])
+    if RANK_BUFFERS in state:
+        problems += _restore_buffers(module, state[RANK_BUFFERS])
     if GRADIENTS in state:
         problems += put_gradients(trainer, state[GRADIENTS])
     if NONPERSISTENT in state:
@@ -140,6 +178,19 @@ def _restore_metrics(module: LightningModule, states: Mapping[str, Any]) -> list
             set_metric_state(metrics[name], state)
         except MismatchError as error:
             problems.append(f"{subject}: {error}")
+    return problems
+
+
+def _restore_buffers(module: LightningModule, saved: Mapping[str, torch.Tensor]) -> list[str]:
+    buffers = dict(_compat_buffers.persistent_buffers(module))
+    problems = []
+    for name, value in saved.items():
+        if name in buffers and buffers[name].shape == value.shape:
+            buffers[name].copy_(value)
+        else:
+            problems.append(
+                f"the buffer {name!r} of this rank: the module has no such buffer any more"
+            )
     return problems
 
 

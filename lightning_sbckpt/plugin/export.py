@@ -28,6 +28,7 @@ from lightning_sbckpt.plugin.collect import (
     LOOPS,
     METRICS,
     NONPERSISTENT,
+    RANK_BUFFERS,
     RNG,
     FolderReader,
     divide,
@@ -44,6 +45,7 @@ _NOT_LIGHTNINGS = {
     METRICS: "the metrics of the epoch so far",
     GRADIENTS: "the gradients gathered so far",
     NONPERSISTENT: "the non-persistent buffers",
+    RANK_BUFFERS: "the buffers of the other ranks",
 }
 
 

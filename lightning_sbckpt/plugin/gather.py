@@ -25,7 +25,14 @@ from lightning_sbckpt.plugin import (
     exact,
 )
 from lightning_sbckpt.plugin._compat_buffers import NonPersistentBuffers
-from lightning_sbckpt.plugin.collect import GRADIENTS, NONPERSISTENT, divide, divide_model
+from lightning_sbckpt.plugin._compat_ddp import Reductions
+from lightning_sbckpt.plugin.collect import (
+    GRADIENTS,
+    NONPERSISTENT,
+    RANK_BUFFERS,
+    divide,
+    divide_model,
+)
 from lightning_sbckpt.plugin.gradients import take_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.training_state import Description, first_rates
@@ -116,6 +123,7 @@ class Gatherer:
         self,
         trainer: Trainer,
         tracker: LoaderTracker,
+        reductions: Reductions,
         world: World,
         *,
         within_epoch: bool,
@@ -126,6 +134,9 @@ class Gatherer:
         if in_pieces:
             take_back_to_pieces(trainer.lightning_module)
         state = exact.capture(trainer, tracker)
+        buffers = exact.own_buffers(trainer, world, reductions.broadcast_buffers())
+        if buffers:
+            state[RANK_BUFFERS] = buffers
         position = {
             "within_epoch": within_epoch,
             "loops": _compat_loops.loop_state(trainer),
@@ -133,6 +144,8 @@ class Gatherer:
             "modes": exact.modes(trainer.lightning_module),
             **Description.of(trainer, self._first_rates).as_record(),
             "found": _compat_finders.found_values(trainer),
+            "ranks": world.size,
+            "reductions": reductions.state(),
         }
         with _compat_sharded.states_in_pieces(trainer) if in_pieces else nullcontext():
             dump = _compat.dump_checkpoint(trainer)

@@ -20,6 +20,7 @@ from lightning_sbckpt.plugin import (
     exact,
     stopping,
 )
+from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin.collect import (
     CALLBACKS,
     GRADIENTS,
@@ -27,6 +28,7 @@ from lightning_sbckpt.plugin.collect import (
     LOOPS,
     METRICS,
     NONPERSISTENT,
+    RANK_BUFFERS,
     RNG,
     FolderReader,
     is_reserved,
@@ -40,7 +42,7 @@ from lightning_sbckpt.plugin.training_state import Description
 ENDED = "ended"
 """The key under which a checkpoint says why the fit that ended with it did."""
 
-_PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS)
+_PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS, RANK_BUFFERS)
 _OF_RANKS = (*_PER_RANK, NONPERSISTENT)
 
 
@@ -98,6 +100,7 @@ class Resumption:
         checkpoint: The folder's record.
         reader: Reads its parts.
         tracker: Positions the loaders.
+        reductions: How DDP adds up gradients.
         rank: The rank of this process.
         size: How many ranks there are.
         skip: Names of parts that are not restored.
@@ -116,6 +119,7 @@ class Resumption:
         checkpoint: Checkpoint,
         reader: FolderReader,
         tracker: LoaderTracker,
+        reductions: Reductions,
         *,
         rank: int,
         size: int,
@@ -125,6 +129,7 @@ class Resumption:
         self._skip = skip
         self._trainer = trainer
         self._tracker = tracker
+        self._reductions = reductions
         self._done = done
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
         self.description = Description()
@@ -161,6 +166,7 @@ class Resumption:
         self._read_rank_state(checkpoint, reader, rank, size)
         self._read_buffers(checkpoint, reader, rank)
         self.within_epoch = within_epoch = bool(position["within_epoch"])
+        same_ranks = position.get("ranks", size) == size
         self._told_to_stop = bool(position["loops"]["should_stop"])
         self.validated_this_epoch = bool(position.get("validated_this_epoch"))
         if LOADERS in self._state:
@@ -171,7 +177,7 @@ class Resumption:
             progress=loops["loops"]["fit_loop"],
             extra=position["loops"],
             before_batches=lambda: tracker.release(True),
-            finish=lambda: self._finish(within_epoch, position["modes"]),
+            finish=lambda: self._finish(within_epoch, position, same_ranks=same_ranks),
         )
         self._undo = _compat_finders.search_no_more(
             trainer, position.get("found", {}), self.report.notes.append
@@ -293,16 +299,19 @@ class Resumption:
         self._state[NONPERSISTENT] = own or state_of_rank(part, 0)
         self.report.restored.append(NONPERSISTENT)
 
-    def _finish(self, within_epoch: bool, modes: Mapping[str, list[str]]) -> None:
+    def _finish(self, within_epoch: bool, position: Mapping[str, Any], *, same_ranks: bool) -> None:
         if not within_epoch:
             self._tracker.release(False)
         self._let_search()
         if within_epoch:
             _compat_callbacks.enter_epoch(self._trainer)
-        exact.restore_modes(self._trainer.lightning_module, modes)
+        exact.restore_modes(self._trainer.lightning_module, position["modes"])
         self.report.skipped += exact.restore(self._trainer, self._state)
+        if same_ranks:
+            self.report.notes += self._reductions.restore(position.get("reductions"))
         self.report.notes += self._tracker.report()
         self.report.notes += exact.weak_points(self._trainer)
+        self.report.notes += self._reductions.weak_points()
         self._done(self.report)
 
 

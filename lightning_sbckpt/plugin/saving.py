@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin.gather import Gatherer
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.metrics import Metrics
@@ -36,6 +37,7 @@ class Saving:
         metrics: What was computed for which weights.
         schedule: When one is due.
         tracker: Where the loaders are.
+        reductions: How DDP adds up gradients.
         watch: Whether the run is to end; None if nobody may ask it to.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
     """
@@ -45,6 +47,7 @@ class Saving:
     metrics: Metrics
     schedule: Schedule
     tracker: LoaderTracker
+    reductions: Reductions
     watch: Watch | None
     announce: Callable[[], object]
     _unannounced: bool = False
@@ -135,6 +138,7 @@ class Saving:
             checkpointer.recoverables = self.gatherer.recoverables(
                 trainer,
                 self.tracker,
+                self.reductions,
                 checkpointer.world,
                 within_epoch=within_epoch,
                 validated_this_epoch=self.schedule.validated_this_epoch,
