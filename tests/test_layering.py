@@ -198,6 +198,7 @@ ORDER = (
     "plugin._options",
     "plugin.gather",
     "plugin.metrics",
+    "plugin.wanted",
     "plugin.opening",
     "plugin.saving",
     "plugin.callback",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,42 @@ def epoch_metrics(trainer: Trainer) -> dict[str, Any]:
         if isinstance(value, torch.Tensor):
             found.update(dict.fromkeys(results._forked_name(metric, on_step=False), value))
     return found
+
+
+def step_metrics(trainer: Trainer, names: Collection[str]) -> dict[str, Any]:
+    """Return what the last training batch logged on its step alone, of these names."""
+    results = trainer.fit_loop.epoch_loop._results
+    found: dict[str, Any] = {}
+    for metric in results.values() if names else ():
+        name = metric.meta.forked_name(on_step=True)
+        value = metric._forward_cache
+        if metric.meta.on_step and name in names and isinstance(value, torch.Tensor):
+            found[name] = value
+    return found
+
+
+def logged_names(trainer: Trainer) -> set[str]:
+    """Return the names of what was logged, whenever it was; nothing is computed or reduced."""
+    return {*trainer._logger_connector._callback_metrics, *_names_in_loops(trainer)}
+
+
+def set_by_hand(trainer: Trainer) -> dict[str, Any]:
+    """Return what users have put into `trainer.callback_metrics` past `self.log`."""
+    metrics = trainer._logger_connector._callback_metrics
+    logged = _names_in_loops(trainer)
+    return {name: value for name, value in metrics.items() if name not in logged}
+
+
+def _names_in_loops(trainer: Trainer) -> set[str]:
+    loop = trainer.fit_loop.epoch_loop
+    names: set[str] = set()
+    for results in (loop._results, loop.val_loop._results):
+        for metric in results.values():
+            for on_step in (False, True):
+                # On steps alone, only training's are seen by callbacks.
+                if metric.meta.on_epoch or results.training:
+                    names.update(results._forked_name(metric, on_step=on_step))
+    return names
 
 
 def logged_state(trainer: Trainer) -> dict[str, object]:

@@ -39,6 +39,7 @@ from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.saving import Saving
 from lightning_sbckpt.plugin.schedule import Schedule, why_ended
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
+from lightning_sbckpt.plugin.wanted import WantedKeys
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.triggers import Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
@@ -56,6 +57,7 @@ _OF_A_FIT = (
     "_beginning",
     "_schedule",
     "_metrics",
+    "_wanted",
     # Lightning's own: methods of the module, which would take all of it with them.
     "log",
     "log_dict",
@@ -253,7 +255,8 @@ class SBCheckpoint(LightningCheckpoint):
         self._undo: list[_compat.Undo] = []
         self._beginning: Beginning | None = None
         self._schedule = Schedule(*self._triggers)
-        self._metrics = Metrics()
+        self._wanted = WantedKeys(self._best_by, self._rules, self._ckpt_predicate)
+        self._metrics = Metrics(self._wanted.named)
 
     def __getstate__(self) -> dict[str, object]:
         """Return the configuration and what is known of the run, as it is copied and pickled."""
@@ -276,7 +279,8 @@ class SBCheckpoint(LightningCheckpoint):
         self.current_score: torch.Tensor | None = None
         self.last_model_path = ""
         self._schedule = Schedule(*self._triggers)
-        self._metrics = Metrics()
+        self._wanted = WantedKeys(self._best_by, self._rules, self._ckpt_predicate)
+        self._metrics = Metrics(self._wanted.named)
 
     @property
     def checkpointer(self) -> Checkpointer | None:
@@ -325,6 +329,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._run,
             self._gatherer,
             self._metrics,
+            self._wanted,
             self._schedule,
             self._tracker,
             self._reductions,
@@ -341,11 +346,7 @@ class SBCheckpoint(LightningCheckpoint):
             own=lambda: self._gatherer.of_user(trainer),
             optional=self._optional,
             searches=self._resume,
-            went_on=lambda resumption: self._schedule.resumed(
-                trainer,
-                within_epoch=resumption.within_epoch,
-                validated_this_epoch=resumption.validated_this_epoch,
-            ),
+            went_on=partial(self._went_on, trainer),
         )
         outside = partial(_compat_finders.outside_trials, self, trainer)
         self._undo += [
@@ -443,6 +444,14 @@ class SBCheckpoint(LightningCheckpoint):
 
     def _resumption(self) -> Resumption | None:
         return None if self._beginning is None else self._beginning.resumption
+
+    def _went_on(self, trainer: Trainer, resumption: Resumption) -> None:
+        self._metrics.resumed(trainer)
+        self._schedule.resumed(
+            trainer,
+            within_epoch=resumption.within_epoch,
+            validated_this_epoch=resumption.validated_this_epoch,
+        )
 
     def _resume_path(self, given: object) -> object:
         if _compat_finders.is_of_a_finder(given):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,6 +22,7 @@ from lightning_sbckpt.plugin.schedule import (
     step_follows,
     training_ends,
 )
+from lightning_sbckpt.plugin.wanted import WantedKeys
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.rng import isolated_rng
 from lightning_sbckpt.triggers import Due, together
@@ -35,6 +36,7 @@ class Saving:
         run: Whose checkpoints they are.
         gatherer: What goes into them.
         metrics: What was computed for which weights.
+        wanted: What the user asks of the metrics.
         schedule: When one is due.
         tracker: Where the loaders are.
         reductions: How DDP adds up gradients.
@@ -45,6 +47,7 @@ class Saving:
     run: Run
     gatherer: Gatherer
     metrics: Metrics
+    wanted: WantedKeys
     schedule: Schedule
     tracker: LoaderTracker
     reductions: Reductions
@@ -121,7 +124,8 @@ class Saving:
     ) -> None:
         if not and_end:
             if due is not None:
-                self._save(trainer, due, within_epoch=within_epoch)
+                meta = self._save(trainer, due, within_epoch=within_epoch)
+                self._check_keys(trainer, meta, within_epoch=within_epoch)
             return
         watch = cast("Watch", self.watch)
         due = cast("Due", together([due, Due(f"preempted by {watch.agreed}")]))
@@ -129,10 +133,25 @@ class Saving:
         self.finish()
         raise watch.ending()
 
-    def _save(self, trainer: Trainer, due: Due, *, within_epoch: bool, last: bool = False) -> None:
+    def _check_keys(
+        self, trainer: Trainer, meta: Mapping[str, object], *, within_epoch: bool
+    ) -> None:
+        resumed_from = self.run.resumed_from
+        self.wanted.check(
+            trainer,
+            {**(resumed_from.meta if resumed_from else {}), **meta},
+            self.run.checkpointer.world,
+            has_validated=self.metrics.has_validated,
+            within_epoch=within_epoch,
+            ends=not step_follows(trainer, within_epoch=within_epoch),
+        )
+
+    def _save(
+        self, trainer: Trainer, due: Due, *, within_epoch: bool, last: bool = False
+    ) -> Mapping[str, object]:
         checkpointer = self.run.checkpointer
         if checkpointer.access == "read":
-            return
+            return {}
         # Hooks of the user may draw random numbers: a run with saves must equal one without.
         with isolated_rng():
             checkpointer.recoverables = self.gatherer.recoverables(
@@ -152,10 +171,10 @@ class Saving:
                 # The last one is not skipped: nothing comes after it that would hold the same.
                 saver.wait(checkpointer.world)
             self._failed, skipped = saver.failed, saver.skipped
+            metrics = self.metrics.at(trainer)
+            meta = self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch)
             checkpointer.save_checkpoint(
-                self.gatherer.meta(
-                    trainer, self.metrics.at(trainer), due, within_epoch=within_epoch
-                ),
+                meta,
                 end_of_epoch=over,
                 # What a run is to be started again from stays, whatever the rules say of it.
                 then=None if last else self.run.prune,
@@ -164,12 +183,13 @@ class Saving:
             # They would keep the whole state of this moment in memory.
             checkpointer.recoverables = {}
         if saver.skipped > skipped:
-            return
+            return meta
         is_sync = saver.policy.mode == "sync"
         if is_sync or self._unannounced:
             # In the background it is the one before that is durable by now.
             self._announce()
         self._unannounced = not is_sync
+        return meta
 
     def _announce(self) -> None:
         self._unannounced = False

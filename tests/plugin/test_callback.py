@@ -279,15 +279,6 @@ class TestMeta:
         assert run.callback.best_model_score == 0.5
         assert run.module.steps == 8
 
-    def test_a_key_that_is_never_logged_does_not_stop_training(self, tmp_path, caplog):
-        """It is said at the end, with what to do; the newest is kept."""
-        with pytest.warns(UserWarning, match=r"lowest vall_loss, so the last weights stay"):
-            run = fit(tmp_path, min_key="vall_loss")
-        assert run.module.steps == 12
-        # Without the key they are no candidates to be kept for being best.
-        assert steps_saved(tmp_path) == [12]
-        assert run.callback.best_model_path == ""
-
     def test_an_importance_key_that_misses_a_metric_does_not_stop_training(self, tmp_path):
         """A checkpoint without the metric is no candidate, as with min_key."""
         run = fit(
