@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 # What schedulers compute the rates from lies in the groups of the optimizer, too.
-_OF_THE_SCHEDULE = ("lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+_CYCLED = "max_momentum"
+_MOMENTUM = ("momentum", "betas")
+_OF_THE_SCHEDULE = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", _CYCLED)
 
 
 def rates_of(optimizers: Sequence[Optimizer]) -> list[list[float]]:
@@ -29,7 +31,7 @@ def rates_of(optimizers: Sequence[Optimizer]) -> list[list[float]]:
 def schedule_in(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return what of each group belongs to this run's schedule, to be put back by `put_schedule`."""
     return [
-        {key: copy.deepcopy(group[key]) for key in _OF_THE_SCHEDULE if key in group}
+        {key: copy.deepcopy(group[key]) for key in (*_OF_THE_SCHEDULE, *_MOMENTUM) if key in group}
         for group in optimizer.param_groups
     ]
 
@@ -37,9 +39,11 @@ def schedule_in(optimizer: Optimizer) -> list[dict[str, Any]]:
 def put_schedule(optimizer: Optimizer, own: Sequence[Mapping[str, Any]]) -> None:
     """Put back what `schedule_in` returned, when the optimizer has loaded another state."""
     for group, values in zip(optimizer.param_groups, own, strict=False):
+        # A schedule that moves the momentum against the rate owns that, too.
+        cycled = _CYCLED in group or _CYCLED in values
         for key in _OF_THE_SCHEDULE:
             group.pop(key, None)
-        group.update(values)
+        group.update({k: v for k, v in values.items() if cycled or k not in _MOMENTUM})
 
 
 def advance(scheduler: Any, state: Mapping[str, Any], reductions: Sequence[int]) -> str | None:
@@ -49,13 +53,17 @@ def advance(scheduler: Any, state: Mapping[str, Any], reductions: Sequence[int])
         scheduler: As this run made it.
         state: The state of the saved one.
         reductions: How often a plateau had lowered the rate of each group by then.
+
+    Raises:
+        ValueError: This run's schedule has not as many steps.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
         _advance_plateau(scheduler, state, reductions)
         return None
     steps = _steps_made(state)
     if isinstance(scheduler, LRScheduler) and steps is not None:
-        return _step(scheduler, steps - (_steps_made(scheduler.state_dict()) or 0))
+        _step(scheduler, steps - (_steps_made(scheduler.state_dict()) or 0))
+        return None
     own = {key: value for key, value in scheduler.state_dict().items() if "lr" in key.split("_")}
     own |= {key: value for key, value in scheduler.state_dict().items() if key.endswith("lrs")}
     scheduler.load_state_dict({**state, **copy.deepcopy(own)})
@@ -64,7 +72,7 @@ def advance(scheduler: Any, state: Mapping[str, Any], reductions: Sequence[int])
     )
 
 
-def _step(scheduler: LRScheduler, steps: int) -> str | None:
+def _step(scheduler: LRScheduler, steps: int) -> None:
     with warnings.catch_warnings():
         # The optimizer has made its steps in another process.
         warnings.simplefilter("ignore")
@@ -72,11 +80,9 @@ def _step(scheduler: LRScheduler, steps: int) -> str | None:
             try:
                 scheduler.step()
             except ValueError as error:
-                return (
-                    f"this run's schedule ends after {made} steps, {steps} were made, so its last "
-                    f"rate stays ({error})"
-                )
-    return None
+                raise ValueError(
+                    f"this run's schedule has {made} steps, and {steps} were made already ({error})"
+                ) from error
 
 
 def _steps_made(state: Mapping[str, Any]) -> int | None:
