@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from lightning_sbckpt._flat_yaml import parse_flat
+from lightning_sbckpt._python_yaml import Part, add_constructors
 from lightning_sbckpt.errors import MetaError, brief
 
 TENSOR_MARK = "!tensor"
@@ -91,6 +92,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+add_constructors(_Loader)
 
 
 def _with_tensors(value: object, seen: dict[int, object]) -> object:
@@ -174,6 +176,8 @@ def _refuse_growth(value: object, seen: dict[int, int | None]) -> int:
     A few lines of aliases of aliases take no memory, and more time than there is as soon as
     somebody prints, compares or copies them.
     """
+    if isinstance(value, Part):
+        raise MetaError("it has a name or a part of a value where a value should be")
     if isinstance(value, str):
         return 1 + len(value)
     if isinstance(value, int):

@@ -1,0 +1,275 @@
+"""Values that PyYAML's full dumper wrote: numbers of numpy's and torch's, tuples, ordered dictionaries.
+
+SpeechBrain writes its meta by `yaml.dump`, which tells how such a value is made anew in Python. Here
+that is never done. For a short list of names the value is worked out from the bytes and numbers that
+are written there, as a plain one; any other name is refused, as it is by the safe loader.
+
+Sources: PyYAML's `representer.py` and `constructor.py`; `__reduce__` of numpy's scalars, arrays and
+dtypes; `torch/_utils.py` and the legacy format of `torch/serialization.py`, in which a storage is
+pickled.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple, cast
+
+import torch
+import yaml
+
+_TAG = "tag:yaml.org,2002:python/"
+# Kind and width as numpy writes them, and what the struct module calls the same.
+_NUMBERS = {
+    "b1": "?",
+    "i1": "b",
+    "i2": "h",
+    "i4": "i",
+    "i8": "q",
+    "u1": "B",
+    "u2": "H",
+    "u4": "I",
+    "u8": "Q",
+    "f2": "e",
+    "f4": "f",
+    "f8": "d",
+}
+_COMPLEX = {"c8": "f", "c16": "d"}
+_TEXT = re.compile(r"([US])([0-9]{1,7})")
+_STORAGES = {
+    "torch DoubleStorage": torch.float64,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+    "torch ShortStorage": torch.int16,
+    "torch CharStorage": torch.int8,
+    "torch ByteStorage": torch.uint8,
+    "torch BoolStorage": torch.bool,
+}
+# The first pickles of a file of torch's legacy format: a magic number, a version, some sizes, the
+# storage and the keys of storages. Then come a count and the bytes.
+_PICKLES = 5
+_STORAGE_AT = 3
+_MOST_DIMENSIONS = 32
+
+
+class Part(NamedTuple):
+    """What is no value itself, but part of how one is written; a dtype, a storage or a name."""
+
+    what: str
+    detail: object = None
+    data: bytes = b""
+
+
+def add_constructors(loader: Any) -> None:
+    """Have a safe loader class read such values, too.
+
+    Args:
+        loader: The class of the safe loader.
+    """
+    loader.add_constructor(f"{_TAG}tuple", lambda made, node: tuple(_items(made, node)))
+    loader.add_constructor(f"{_TAG}list", _items)
+    loader.add_constructor(
+        f"{_TAG}dict", lambda made, node: made.construct_mapping(node, deep=True)
+    )
+    loader.add_constructor(f"{_TAG}none", lambda made, node: made.construct_yaml_null(node))
+    loader.add_constructor(f"{_TAG}bool", lambda made, node: made.construct_yaml_bool(node))
+    loader.add_constructor(f"{_TAG}int", lambda made, node: made.construct_whole_number(node))
+    loader.add_constructor(f"{_TAG}float", lambda made, node: made.construct_yaml_float(node))
+    for name in ("complex", "str"):  # A plain value has no complex numbers.
+        loader.add_constructor(f"{_TAG}{name}", lambda made, node: made.construct_scalar(node))
+    loader.add_multi_constructor(f"{_TAG}name:", _name)
+    loader.add_multi_constructor(f"{_TAG}object/apply:", _apply)
+
+
+def _items(loader: Any, node: yaml.Node) -> list[object]:
+    return cast("list[object]", loader.construct_sequence(node, deep=True))
+
+
+def _name(_: object, name: str, node: yaml.Node) -> Part:
+    return Part("name", f"{name} at {node.start_mark}")
+
+
+def _apply(loader: Any, name: str, node: yaml.Node) -> object:
+    make = _MAKERS.get(name)
+    if make is None:
+        raise yaml.constructor.ConstructorError(
+            None,
+            None,
+            f"could not determine a constructor for the tag {node.tag!r}",
+            node.start_mark,
+        )
+    if isinstance(node, yaml.SequenceNode):
+        return make(_items(loader, node), {})
+    fields = loader.construct_mapping(node, deep=True)
+    return make(fields.pop("args", []), fields)
+
+
+# ---------------------------------------------------------------------- numpy
+
+
+def _dtype(args: Sequence[object], fields: Mapping[str, object]) -> Part:
+    state = fields.get("state", (3, "<"))
+    order = cast("Sequence[object]", state)[1]
+    return Part("dtype", (str(args[0]), ">" if order == ">" else "<"))
+
+
+def _numpy_scalar(args: Sequence[object], _: object) -> object:
+    dtype, data = args
+    return _numbers(cast("Part", dtype), _bytes(data), 1)[0]
+
+
+def _numpy_array(_: object, fields: Mapping[str, object]) -> object:
+    _, shape, dtype, by_columns, data = cast("Sequence[Any]", fields["state"])
+    lengths, count = _shape(shape)
+    values = _numbers(dtype, _bytes(data), count)
+    if len(values) == 1:
+        return values[0]
+    if any(isinstance(value, str) for value in values):
+        return values if len(lengths) == 1 else [lengths, values]
+    tensor = torch.tensor(values, dtype=_dtype_of(dtype))
+    if not count:
+        return tensor
+    if by_columns:
+        return tensor.reshape(lengths[::-1]).permute(*reversed(range(len(lengths)))).contiguous()
+    return tensor.reshape(lengths)
+
+
+def _shape(given: object) -> tuple[list[int], int]:
+    """Return lengths, and how many elements there are."""
+    lengths = [int(length) for length in cast("Sequence[int]", given)]
+    # One of no length lets the others be anything, which is then counted through by whoever prints.
+    if len(lengths) > _MOST_DIMENSIONS or any(not 0 <= n < 2**31 for n in lengths):
+        raise ValueError("no value of a meta has that shape")
+    return lengths, math.prod(lengths)
+
+
+def _dtype_of(dtype: Part) -> torch.dtype | None:
+    code = str(cast("Sequence[object]", dtype.detail)[0])
+    return {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}.get(code)
+
+
+def _numbers(dtype: Part, data: bytes, count: int) -> list[Any]:
+    if dtype.what != "dtype":
+        raise ValueError("something else stands in the place of a dtype")
+    code, order = cast("tuple[str, str]", dtype.detail)
+    text = _TEXT.fullmatch(code)
+    width = int(text[2]) * (4 if text[1] == "U" else 1) if text else int(code[1:])
+    if width * count != len(data):
+        raise ValueError(f"{count} of {code} don't have {len(data)} bytes")
+    if text:
+        encoding = "latin-1" if text[1] == "S" else f"utf-32-{'be' if order == '>' else 'le'}"
+        texts = [data[i * width : (i + 1) * width] for i in range(count)]
+        return [part.decode(encoding).rstrip("\0") for part in texts]
+    if code in _COMPLEX:
+        parts = struct.unpack(f"{order}{2 * count}{_COMPLEX[code]}", data)
+        return [str(complex(*pair)) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    if code == "f16":
+        return [_extended(data[i : i + 16]) for i in range(0, len(data), 16)]
+    return list(struct.unpack(f"{order}{count}{_NUMBERS[code]}", data))
+
+
+def _extended(data: bytes) -> float:
+    """Return a number of 80 bits, as x86 has them, as one of 64."""
+    mantissa, exponent = struct.unpack("<QH", data[:10])
+    sign = -1.0 if exponent & 0x8000 else 1.0
+    exponent &= 0x7FFF
+    if exponent == 0x7FFF:
+        return sign * math.inf if mantissa == 1 << 63 else math.nan
+    try:
+        return sign * math.ldexp(mantissa, exponent - 16383 - 63)
+    except OverflowError:
+        return sign * math.inf
+
+
+def _bytes(data: object) -> bytes:
+    if not isinstance(data, bytes):
+        raise TypeError("something else stands in the place of bytes")
+    return data
+
+
+# ---------------------------------------------------------------------- torch
+
+
+def _storage(args: Sequence[object], _: object) -> Part:
+    data = _bytes(args[0])
+    begin, names = 0, ""
+    for number in range(_PICKLES):
+        # This takes a pickle apart and runs nothing of it.
+        for code, argument, at in pickletools.genops(data[begin:]):
+            if number == _STORAGE_AT and code.name == "GLOBAL":
+                names = str(argument)
+            end = at or 0
+        begin += end + 1
+    dtype = _STORAGES[names]
+    (count,) = struct.unpack_from("<q", data, begin)
+    numbers = data[begin + 8 :]
+    if count < 0 or count * dtype.itemsize != len(numbers):
+        raise ValueError("a storage has another length than it says")
+    return Part("storage", dtype, numbers)
+
+
+def _tensor(args: Sequence[object], _: object) -> object:
+    storage, offset, shape, stride = cast("tuple[Part, int, object, Sequence[int]]", args[:4])
+    if storage.what != "storage":
+        raise ValueError("something else stands in the place of a storage")
+    dtype = cast("torch.dtype", storage.detail)
+    held = len(storage.data) // dtype.itemsize
+    size, count = _shape(shape)
+    if not count:
+        return torch.zeros(0, dtype=dtype)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+    if min((offset, *stride)) < 0 or count > held or last >= held:
+        raise ValueError("a tensor reaches beyond its storage")
+    flat = torch.frombuffer(bytearray(storage.data), dtype=dtype)
+    tensor = flat.as_strided(size, list(stride), offset)
+    return tensor.item() if count == 1 else tensor.clone()
+
+
+def _first(args: Sequence[object], _: object) -> object:
+    return args[0]
+
+
+# ---------------------------------------------------------------------- Python's own
+
+
+def _mapping(args: Sequence[object], fields: Mapping[str, object]) -> dict[object, object]:
+    # The first argument of a defaultdict is what makes a missing value: nothing is to be made.
+    given = args[0] if args and not isinstance(args[0], Part) else {}
+    return {**dict(cast("Any", given)), **cast("Any", fields.get("dictitems", {}))}
+
+
+def _sequence(args: Sequence[object], fields: Mapping[str, object]) -> list[object]:
+    return [*cast("Any", args[0] if args else ()), *cast("Any", fields.get("listitems", ()))]
+
+
+def _path(args: Sequence[object], _: object) -> str:
+    return str(PurePosixPath(*cast("Sequence[str]", args)))
+
+
+_MAKERS: dict[str, Callable[[Sequence[object], Mapping[str, object]], object]] = {
+    "numpy.dtype": _dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+    "numpy.core.multiarray._reconstruct": _numpy_array,
+    "numpy._core.multiarray._reconstruct": _numpy_array,
+    "torch.storage._load_from_bytes": _storage,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _first,
+    "torch.Size": _sequence,
+    "torch.device": lambda args, _: ":".join(map(str, args)),
+    "collections.OrderedDict": _mapping,
+    "collections.defaultdict": _mapping,
+    "collections.Counter": _mapping,
+    "collections.deque": _sequence,
+    "builtins.frozenset": _sequence,
+    "pathlib.PosixPath": _path,
+    "pathlib.PurePosixPath": _path,
+    "pathlib._local.PosixPath": _path,
+}
