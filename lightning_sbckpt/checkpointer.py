@@ -20,6 +20,7 @@ import torch
 
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.layout import check_name, sweep
+from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._saving.description import Description, meta_of_new, time_after
 from lightning_sbckpt._saving.jobs import SaveJob, save_jobs
 from lightning_sbckpt._saving.saver import SavePolicy
@@ -134,21 +135,27 @@ class Checkpointer(Recoverer):
         self._newest_saved = 0.0
         self._watched: dict[int, object] = {}
         if access != "read":
-            self._open_for_saving()
+            self._open_for_saving(self.checkpoints_dir, self._mirror)
 
-    def _open_for_saving(self) -> None:
-        if self._mirror is not None:
+    def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
+        self.wait()
+        if self.access != "read":
+            self._open_for_saving(*place)
+        super()._move_to(place)
+        self._newest_saved = 0.0
+
+    def _open_for_saving(self, folder: Path, mirror: Mirror | None) -> None:
+        if mirror is not None:
             # Now, and not at the first save: hours may have gone by until then.
-            decided_by_main(self.world, self._mirror.open)
+            decided_by_main(self.world, mirror.open)
         if self.world.rank == 0:
             try:
-                self._storage.make_dirs(self.checkpoints_dir)
+                self._storage.make_dirs(folder)
             except OSError as error:
                 raise ConfigurationError(
-                    f"checkpoints_dir {self.checkpoints_dir} can't be made a folder: "
-                    f"{error.strerror or error}"
+                    f"checkpoints_dir {folder} can't be made a folder: {error.strerror or error}"
                 ) from error
-            sweep(self.checkpoints_dir, self._storage)
+            sweep(folder, self._storage)
 
     def save_checkpoint(
         self,

@@ -13,6 +13,7 @@ from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._folder.lock import FolderLock
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
+from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.uploading import Uploads
 from lightning_sbckpt._saving.saver import SavePolicy, Saver
 from lightning_sbckpt._saving.workshop import Workshop
@@ -89,14 +90,31 @@ class Curator(Annotator):
             local_dir=local_dir,
             storage_options=storage_options,
         )
-        workshop = Workshop(self.checkpoints_dir, self._storage, Links(enabled=link_unchanged))
+        self._link_unchanged = link_unchanged
+        self.saver = Saver(self._workshop(), policy or SavePolicy())
+        self._set_up_uploads()
+
+    def _workshop(self) -> Workshop:
+        root = self.checkpoints_dir
+        workshop = Workshop(root, self._storage, Links(enabled=self._link_unchanged))
         self._history = workshop.history
-        self.saver = Saver(workshop, policy or SavePolicy())
-        self._lock = workshop.right = FolderLock(self.checkpoints_dir, shared=access == "shared")
+        self._lock = workshop.right = FolderLock(root, shared=self.access == "shared")
+        return workshop
+
+    def _set_up_uploads(self) -> None:
         self._uploads: Uploads | None = None
+        self.saver.then_upload = None
         if self._mirror is not None:
-            self._uploads = Uploads(self._mirror, alone=access == "exclusive")
+            self._uploads = Uploads(self._mirror, alone=self.access == "exclusive")
             self.saver.then_upload = self._uploads.ship
+
+    def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
+        # What was begun belongs to the folder before, and so does the retention that follows it.
+        self.wait()
+        self._lock.release()
+        super()._move_to(place)
+        self.saver.move_to(self._workshop())
+        self._set_up_uploads()
 
     def claim(self) -> None:
         """Make sure that nobody else writes to the folder; every save does so by itself.

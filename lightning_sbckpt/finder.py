@@ -63,16 +63,49 @@ class Finder:
         local_dir: str | Path | None = None,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        found = place_of(checkpoints_dir, local_dir, storage_options)
-        self.checkpoints_dir: Path = found[0]
-        self._mirror: Mirror | None = found[1]
-        self.url = None if self._mirror is None else self._mirror.url
         self.recoverables: dict[str, object] = {}
         self._world = world
-        self._catalog = Catalog(self.checkpoints_dir, keep_index=keep_index)
+        self._keep_index = keep_index
         # Retention may look in the background while the caller does.
         self._looking = RLock()
+        self._look_in(place_of(checkpoints_dir, local_dir, storage_options))
         _all.add(self)
+
+    def _look_in(self, place: tuple[Path, Mirror | None]) -> None:
+        with self._looking:
+            self._checkpoints_dir, self._mirror = place
+            self.url = None if self._mirror is None else self._mirror.url
+            self._catalog = Catalog(self._checkpoints_dir, keep_index=self._keep_index)
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """The folder; of a URL the local one. Given another, everything moves there.
+
+        SpeechBrain's `Brain` does so in debug mode, to leave the checkpoints of the run alone: nothing
+        in the folder before is changed from then on. Every rank must set it.
+
+        Raises:
+            SaveError: What was being saved in the background failed; nothing has moved.
+            ConfigurationError: It can't be made a folder; nothing has moved.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> checkpointer.checkpoints_dir = tempfile.mkdtemp(prefix="debug-")
+            >>> checkpointer.save_checkpoint(name="a").path.parent.name.startswith("debug-")
+            True
+        """
+        return self._checkpoints_dir
+
+    @checkpoints_dir.setter
+    def checkpoints_dir(self, path: str | Path) -> None:
+        place = place_of(path)
+        if place[0].absolute() != self._checkpoints_dir.absolute():
+            self._move_to(place)
+
+    def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
+        self._look_in(place)
 
     @property
     def world(self) -> World:

@@ -105,6 +105,10 @@ class Saver:
         self._in_flight: Save | None = None
         self._again: Callable[[], object] | None = None
 
+    def move_to(self, workshop: Workshop) -> None:
+        """Save in another folder from now on; nothing may be in flight."""
+        self._workshop = workshop
+
     @property
     def busy(self) -> bool:
         """Whether a save is in flight in this process."""
