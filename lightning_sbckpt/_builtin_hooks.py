@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from lightning_sbckpt import _speechbrain
 from lightning_sbckpt._torchfile.reading import load_live_state, load_state
 from lightning_sbckpt._torchfile.state import save_state
 from lightning_sbckpt.errors import MismatchError
@@ -49,7 +50,10 @@ def torch_save(obj: Stateful, path: str | Path) -> None:
 
 
 def warn_if_empty(state: object, kind: str, filename: str) -> None:
-    """Warn of a state without anything in it: what was to be saved is probably elsewhere."""
+    """Warn of a state without anything in it: what was to be saved is probably elsewhere.
+
+    Where it is known to be elsewhere, `save_jobs` has refused it before.
+    """
     if isinstance(state, Mapping) and not state:
         logger.warning("the state_dict of %s, saved in %s, is empty", kind, filename)
 
@@ -81,7 +85,14 @@ def torch_recovery(obj: Stateful, path: str | Path, end_of_epoch: bool) -> None:
     """
     del end_of_epoch
     path = Path(path)
-    apply_state(obj, load_live_state(obj, path), path)
+    apply_state(obj, _state_for(obj, path), path)
+
+
+def _state_for(obj: Stateful, path: Path) -> Mapping[str, object]:
+    state: object = load_live_state(obj, path)
+    if not isinstance(state, dict):
+        return cast("Mapping[str, object]", state)
+    return _speechbrain.renamed(state, obj.state_dict)
 
 
 def apply_state(obj: Stateful, state: Mapping[str, object], path: Path) -> None:
@@ -115,7 +126,7 @@ def torch_parameter_transfer(obj: torch.nn.Module, path: str | Path) -> None:
         >>> torch_parameter_transfer(torch.nn.Linear(1, 1, bias=False), file)
     """
     path = Path(path)
-    state = load_live_state(obj, path)
+    state = _state_for(obj, path)
     name = type(obj).__name__
     try:
         keys = obj.load_state_dict(state, strict=False)
@@ -280,6 +291,16 @@ def _register_sentencepiece(registry: HookRegistry, cls: type) -> None:
     registry.transfer[cls] = lambda obj, path: obj.load(str(path))
 
 
+def _load_steps(scheduler: object, path: Path, end_of_epoch: bool) -> None:
+    del end_of_epoch
+    cast("Any", scheduler).n_steps = cast("dict[str, int]", load_state(path))["n_steps"]
+
+
+def _register_inverse_square_root(registry: HookRegistry, cls: type) -> None:
+    # The only scheduler of SpeechBrain's that has a save hook and no load hook.
+    registry.load[cls] = _load_steps
+
+
 def _register_builtin_hooks(registry: HookRegistry) -> None:
     for cls in (
         torch.nn.Module,
@@ -296,6 +317,10 @@ def _register_builtin_hooks(registry: HookRegistry) -> None:
     registry.register_lazily(_METRIC, _register_metric)
     registry.register_lazily(_COLLECTION, _register_metric)
     registry.register_lazily("sentencepiece.SentencePieceProcessor", _register_sentencepiece)
+    registry.register_lazily(
+        "speechbrain.nnet.schedulers.InverseSquareRootScheduler", _register_inverse_square_root
+    )
+    registry.ask_speechbrain()
 
 
 _register_builtin_hooks(default_registry)
@@ -304,6 +329,30 @@ _register_builtin_hooks(default_registry)
 def has_state(obj: object) -> bool:
     """Return whether `torch_save` and `torch_recovery` can serve an object of no known class."""
     return all(callable(getattr(obj, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def kept_apart(module: torch.nn.Module) -> list[str]:
+    """Return the attributes of a module that hold tensors and are in no `state_dict`.
+
+    Parameters and buffers are torch's, those that are not persistent included: whoever made them so
+    meant it.
+
+    Args:
+        module: The module; its submodules are not looked into.
+    """
+    own = vars(module).items()
+    return [name for name, value in own if name not in _OF_TORCH and _holds_numbers(value)]
+
+
+_OF_TORCH = frozenset(vars(torch.nn.Module()))
+
+
+def _holds_numbers(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 0
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(map(_holds_numbers, value))
 
 
 STATE_OF: dict[Callable[..., object], Callable[[Any], object]] = {

@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeAlias, TypeVar, overload
 
+from lightning_sbckpt import _speechbrain
 from lightning_sbckpt._averaging_sums import StateDict, average, numbered
 from lightning_sbckpt._disk.absent import bring, bring_file
 from lightning_sbckpt._disk.progress import Progress, Tally
@@ -125,7 +126,12 @@ def average_checkpoints(
         {'weight': tensor([2.])}
     """
     paths = _paramfiles(checkpoint_list, recoverable_name)
-    load = _loader(parameter_loader)
+    read = _loader(parameter_loader)
+
+    def load(path: Path) -> object:
+        state = read(path)
+        return _speechbrain.renamed(state, dict) if isinstance(state, dict) else state
+
     if averager is average_state_dicts:
         # Not through `averager`, so that a message names the file.
         return average((str(path), _as_state_dict(path, load(path))) for path in paths)

@@ -18,6 +18,7 @@ import yaml
 
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError
 from lightning_sbckpt.hooks import (
+    default_registry,
     mark_as_loader,
     mark_as_saver,
     mark_as_transfer,
@@ -53,6 +54,8 @@ class EpochCounter:
     """
 
     def __init__(self, limit: int) -> None:
+        # SpeechBrain may have come after the class.
+        default_registry.tell_speechbrain()
         self.current = 0
         self.limit = _whole_number(type(self).__name__, "limit", limit)
 

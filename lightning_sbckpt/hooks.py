@@ -9,7 +9,13 @@ Which one serves an object is decided in this order, and stated only here:
 
 `HookRegistry` holds the second step. `DEFAULT_SAVE_HOOKS`, `DEFAULT_LOAD_HOOKS` and
 `DEFAULT_TRANSFER_HOOKS` are the dictionaries of the registry that is used when none is named.
-The decorators are those of SpeechBrain's `speechbrain.utils.checkpoints`.
+The decorators are those of SpeechBrain's `speechbrain.utils.checkpoints`. Where the program has
+loaded SpeechBrain, a class counts as registered if it is so there; what was registered here wins
+over that, and what a user registered wins over the hooks that need no registration.
+
+A marked method of a class that nobody decorated is no hook, as in SpeechBrain. But where a base class
+gives the hook, that method saves and loads what it was written for in a second file, and nothing of
+the object is lost.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar, overload
 
+from lightning_sbckpt import _speechbrain
 from lightning_sbckpt.errors import HookSignatureError
 from lightning_sbckpt.typing import LoadHook, SaveHook, TransferHook
 
@@ -44,7 +51,8 @@ _SIGNATURES: dict[str, tuple[str, tuple[object, ...]]] = {
     "load": ("(obj, path, end_of_epoch)", (object(), Path("file"), True)),
     "transfer": ("(obj, path)", (object(), Path("file"))),
 }
-_MARK = "_sbckpt_hook"
+# The hooks that need no registration.
+_BUILTIN = "lightning_sbckpt._builtin_hooks"
 
 
 def check_signature(kind: str, hook: Callable[..., object], owner: str = "") -> None:
@@ -83,11 +91,29 @@ def check_signature(kind: str, hook: Callable[..., object], owner: str = "") -> 
 
 
 class _Hooks(dict[type, Callable[..., object]]):
-    """From classes to hooks of one kind; what is put in is checked."""
+    """From classes to hooks of one kind; what is put in is checked.
+
+    Attributes:
+        kind: `"save"`, `"load"` or `"transfer"`.
+        asks_speechbrain: Whether its registry is asked as well, where it is loaded.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
+        self.asks_speechbrain = False
+
+    def find(self, obj: object) -> tuple[type, Callable[..., object]] | None:
+        """Return the first class along the object's MRO that has a hook, and its hook."""
+        for cls in type(obj).__mro__:
+            own = self.get(cls)
+            if own is not None and own.__module__ != _BUILTIN:
+                return cls, own
+            theirs = _speechbrain.registered(cls, self.kind) if self.asks_speechbrain else None
+            found = own if theirs is None else theirs
+            if found is not None:
+                return cls, found
+        return None
 
     def __setitem__(self, cls: type, hook: Callable[..., object]) -> None:
         check_signature(self.kind, hook, getattr(cls, "__qualname__", repr(cls)))
@@ -120,6 +146,10 @@ class HookRegistry:
         self.save_on_every_rank: set[type] = set()
         self._lazy: dict[str, Callable[[HookRegistry, type], None]] = {}
 
+    @property
+    def _tables(self) -> tuple[_Hooks, _Hooks, _Hooks]:
+        return self.save, self.load, self.transfer
+
     def copy(self) -> HookRegistry:
         """Return a registry with the same hooks that can be changed on its own.
 
@@ -128,9 +158,9 @@ class HookRegistry:
             True
         """
         other = HookRegistry()
-        other.save.update(self.save)
-        other.load.update(self.load)
-        other.transfer.update(self.transfer)
+        for table, mine in zip(other._tables, self._tables, strict=True):
+            table.update(mine)
+            table.asks_speechbrain = mine.asks_speechbrain
         other.save_on_every_rank.update(self.save_on_every_rank)
         other._lazy.update(self._lazy)
         return other
@@ -150,6 +180,32 @@ class HookRegistry:
         """
         self._lazy[name] = register
 
+    def ask_speechbrain(self) -> None:
+        """Ask SpeechBrain's registry as well, and tell it what is registered here, where it is loaded.
+
+        The default registry does so.
+
+        Example:
+            >>> HookRegistry().ask_speechbrain()
+        """
+        for table in self._tables:
+            table.asks_speechbrain = True
+        self.tell_speechbrain()
+
+    def tell_speechbrain(self) -> None:
+        """Let SpeechBrain, where it is loaded, save and load objects of the classes registered here.
+
+        Example:
+            >>> default_registry.tell_speechbrain()
+        """
+        if not self.save.asks_speechbrain or _speechbrain.loaded() is None:
+            return
+        for table in self._tables:
+            for cls, hook in table.items():
+                if hook.__module__ != _BUILTIN:
+                    everywhere = cls in self.save_on_every_rank
+                    _speechbrain.tell(cls, table.kind, hook, on_every_rank=everywhere)
+
     def saver(self, obj: object) -> SaveHook | None:
         """Return the save hook of the object's class, or None.
 
@@ -157,7 +213,8 @@ class HookRegistry:
             >>> default_registry.saver(object()) is None
             True
         """
-        return self._find(obj, self.save)
+        hook = self._find(obj, self.save)
+        return hook if hook is None else _speechbrain.on_main_alone(hook) or hook
 
     def loader(self, obj: object) -> LoadHook | None:
         """Return the load hook of the object's class, or None.
@@ -184,10 +241,52 @@ class HookRegistry:
             >>> default_registry.saves_on_every_rank(object())
             False
         """
-        owner = next((cls for cls in type(obj).__mro__ if cls in self.save), None)
-        return owner in self.save_on_every_rank
+        found = self.save.find(obj)
+        if found is None or found[0] in self.save:
+            return found is not None and found[0] in self.save_on_every_rank
+        # SpeechBrain calls its hooks on every rank.
+        return _speechbrain.on_main_alone(found[1]) is None
+
+    def was_given_saver(self, obj: object) -> bool:
+        """Return whether somebody registered a save hook for the object's class, or a base of it.
+
+        Example:
+            >>> default_registry.was_given_saver(object())
+            False
+        """
+        found = self.save.find(obj)
+        return found is not None and found[1].__module__ != _BUILTIN
+
+    def beside(self, obj: object, kind: str) -> Callable[..., object] | None:
+        """Return the marked method that the object's hook leaves out, or None.
+
+        It is that of a class that nobody decorated, while the hook is that of one of its bases.
+
+        Args:
+            obj: The object.
+            kind: `"save"` or `"load"`.
+
+        Example:
+            >>> class Unnoticed(set):
+            ...     @mark_as_saver
+            ...     def save(self, path): ...
+            >>> registry = HookRegistry()
+            >>> registry.save[set] = lambda obj, path: None
+            >>> registry.beside(Unnoticed(), "save") is Unnoticed.save
+            True
+        """
+        found = (self.save if kind == "save" else self.load).find(obj)
+        if found is None:
+            return None
+        bases = type(obj).__mro__
+        for cls in bases[: bases.index(found[0])]:
+            for method in vars(cls).values():
+                if _is_marked(method, kind):
+                    return method  # type: ignore[no-any-return]
+        return None
 
     def _find(self, obj: object, hooks: _Hooks) -> Callable[..., object] | None:
+        self.tell_speechbrain()
         if self._lazy:
             for cls in type(obj).__mro__:
                 register = self._lazy.pop(f"{cls.__module__}.{cls.__qualname__}", None)
@@ -217,6 +316,9 @@ def get_default_hook(
         >>> get_default_hook(True, {int: max, object: min}) is max
         True
     """
+    if isinstance(default_hooks, _Hooks):
+        found = default_hooks.find(obj)
+        return None if found is None else found[1]
     for cls in type(obj).__mro__:
         if cls in default_hooks:
             return default_hooks[cls]
@@ -225,8 +327,12 @@ def get_default_hook(
 
 def _mark(method: F, kind: str) -> F:
     check_signature(kind, method)
-    setattr(method, _MARK, (*getattr(method, _MARK, ()), kind))
+    setattr(method, _speechbrain.MARKS[kind], True)
     return method
+
+
+def _is_marked(method: object, kind: str) -> bool:
+    return getattr(method, _speechbrain.MARKS[kind], False) is True
 
 
 def mark_as_saver(method: F) -> F:
@@ -309,10 +415,13 @@ def register_checkpoint_hooks(
     tables = {"save": DEFAULT_SAVE_HOOKS, "load": DEFAULT_LOAD_HOOKS}
     tables["transfer"] = DEFAULT_TRANSFER_HOOKS
     for method in vars(cls).values():
-        for kind in getattr(method, _MARK, ()):
-            tables[kind][cls] = method
+        for kind, table in tables.items():
+            if not _is_marked(method, kind):
+                continue
+            table[cls] = method
             if kind == "save":
                 default_registry.save_on_every_rank.discard(cls)
                 if not save_on_main_only:
                     default_registry.save_on_every_rank.add(cls)
+    default_registry.tell_speechbrain()
     return cls

@@ -1,7 +1,7 @@
 """Parameter transfer: files collected from folders and stores, loaded into chosen objects.
 
 Files from a hub or a web server are to be downloaded with the tools made for it, and the folder is
-then the source.
+then the source. Where the program has loaded SpeechBrain, its `fetch` is such a tool, and is called.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from uuid import uuid4
 
+from lightning_sbckpt import _speechbrain
 from lightning_sbckpt._builtin_hooks import has_state, torch_parameter_transfer, torch_recovery
 from lightning_sbckpt._folder.layout import PARAMFILE_EXT, check_name
 from lightning_sbckpt._remote.places import bring_file
@@ -38,6 +39,16 @@ Condition: TypeAlias = "bool | Callable[[], bool]"
 
 # What is behind these has versions, redirections and tokens of its own.
 _NOT_STORES = ("http", "https", "hf")
+_STRATEGIES = ("SYMLINK", "COPY", "COPY_SKIP_CACHE", "NO_LINK")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class _Sources(NamedTuple):
+    """Where the files are, by name: on this machine, in stores, and where SpeechBrain fetches them."""
+
+    here: dict[str, Path]
+    urls: dict[str, str]
+    fetched: dict[str, tuple[object, str]]
 
 
 class Pretrainer:
@@ -142,8 +153,11 @@ class Pretrainer:
         self.conditions.update(conditions)
 
     @staticmethod
-    def split_path(path: PathLike) -> tuple[str, str]:
+    def split_path(path: Any) -> tuple[Any, str]:
         """Return the source and the name of the file; without a source, the current folder.
+
+        Args:
+            path: A path, a URL, or a `FetchSource` of SpeechBrain's, whose source is one again.
 
         Example:
             >>> Pretrainer.split_path("pretrained/encoder.ckpt")
@@ -151,6 +165,9 @@ class Pretrainer:
             >>> Pretrainer.split_path("encoder.ckpt")
             ('./', 'encoder.ckpt')
         """
+        if _is_fetch_source(path):
+            source, filename = Pretrainer.split_path(path.path)
+            return path._replace(path=source), filename
         text = os.fspath(path)
         if "/" not in text:
             return "./", text
@@ -167,7 +184,15 @@ class Pretrainer:
         condition = self.conditions.get(name, True)
         return bool(condition() if callable(condition) else condition)
 
-    def collect_files(self, default_source: PathLike | None = None) -> dict[str, Path]:
+    def collect_files(
+        self,
+        default_source: PathLike | None = None,
+        local_strategy: object = None,
+        fetch_config: object = None,
+        *,
+        use_auth_token: bool = False,
+        internal_ddp_handling: bool = False,
+    ) -> dict[str, Path]:
         """Find the file of every object, and bring them together if `collect_in` is set.
 
         A collected file is a hard link where the file system allows one, and else a copy, never a
@@ -178,13 +203,22 @@ class Pretrainer:
 
         Args:
             default_source: The folder of the files `<name>.ckpt` for names without a path, here or
-                in a store; may be a checkpoint.
+                in a store; may be a checkpoint. With SpeechBrain loaded also a repository on the hub,
+                a URL of the web, or a `FetchSource`.
+            local_strategy: SpeechBrain's `LocalStrategy`, or the name of one: `COPY` makes copies
+                where links are possible, too, and `NO_LINK` leaves files of this machine where they
+                are. `SYMLINK` makes no symbolic link, see above.
+            fetch_config: SpeechBrain's `FetchConfig`, for what it fetches.
+            use_auth_token: The same for SpeechBrain 1.0.
+            internal_ddp_handling: Of no effect, since every process may collect; a parameter of
+                SpeechBrain 1.0.
 
         Returns:
             From names to the files that will be loaded.
 
         Raises:
-            ConfigurationError: An object has neither a path nor a default source.
+            ConfigurationError: An object has neither a path nor a default source, or there is no such
+                strategy.
             CheckpointNotFoundError: Files are not there, or their sources can't be used; the message
                 lists all that are here, or all of stores, and nothing has been collected.
             RemoteError: A store can't be asked; nothing has been collected.
@@ -202,36 +236,57 @@ class Pretrainer:
                 "was given. Add a path with add_paths, or call "
                 "collect_files(default_source=<folder>)."
             )
-        sources: dict[str, Path] = {}
-        urls: dict[str, str] = {}
-        problems: list[str] = []
-        for name in names:
-            folder, filename = (
-                self.split_path(self.paths[name])
-                if name in self.paths or default_source is None
-                else (os.fspath(default_source), name + PARAMFILE_EXT)
+        del internal_ddp_handling
+        strategy = str(getattr(local_strategy, "name", local_strategy or "SYMLINK"))
+        if strategy not in _STRATEGIES:
+            raise ConfigurationError(
+                f"local_strategy is {local_strategy!r}, expected one of {', '.join(_STRATEGIES)}"
             )
-            here = local_path(folder)
-            if here is None:
-                urls[name] = f"{folder}/{filename}"
-                problem = _unusable_url(folder, self.collect_in)
-            else:
-                sources[name] = here / filename
-                problem = _unusable(str(here), sources[name])
-            if problem is not None:
-                problems.append(f"{name!r}: {problem}")
-        _raise_all(problems)
+        sources = self._find_sources(names, default_source)
+        found = dict(sources.here)
         if self.collect_in is not None:
             self.collect_in.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=".collecting-", dir=self.collect_in) as staged:
-                brought = self._bring_urls(urls, Path(staged))
-                for name, source in (sources | brought).items():
+                brought = self._bring_urls(sources.urls, Path(staged))
+                local = {} if strategy == "NO_LINK" else sources.here
+                for name, source in (local | brought).items():
                     target = self.collect_in / (name + PARAMFILE_EXT)
-                    _bring(source, target)
-                    sources[name] = target
-        collected = {name: sources[name] for name in names}
+                    _bring(
+                        source, target, may_link=name in brought or not strategy.startswith("COPY")
+                    )
+                    found[name] = target
+        options = _fetch_options(local_strategy, fetch_config, use_auth_token=use_auth_token)
+        for name, (place, filename) in sources.fetched.items():
+            found[name] = _fetch(filename, place, self.collect_in, name, options)
+        collected = {name: found[name] for name in names}
         self._collected.update(collected)
         return collected
+
+    def _find_sources(self, names: Sequence[str], default_source: object) -> _Sources:
+        sources = _Sources({}, {}, {})
+        problems: list[str] = []
+        for name in names:
+            folder: Any = default_source
+            filename = name + PARAMFILE_EXT
+            if name in self.paths:
+                folder, filename = self.split_path(self.paths[name])
+            if _is_fetch_source(folder) and folder.FetchFrom.name == "LOCAL":
+                folder = folder.path
+            if _is_for_speechbrain(folder):
+                sources.fetched[name] = folder, filename
+                continue
+            folder = os.fspath(folder)
+            here: Path | None = local_path(folder)
+            if here is None:
+                sources.urls[name] = f"{folder}/{filename}"
+                problem = _unusable_url(folder, self.collect_in)
+            else:
+                sources.here[name] = here / filename
+                problem = _unusable(str(here), sources.here[name])
+            if problem is not None:
+                problems.append(f"{name!r}: {problem}")
+        _raise_all(problems)
+        return sources
 
     def _bring_urls(self, urls: Mapping[str, str], folder: Path) -> dict[str, Path]:
         brought: dict[str, Path] = {}
@@ -309,6 +364,62 @@ class Pretrainer:
         return lambda obj, path: loader(obj, path, False)
 
 
+def _is_fetch_source(source: object) -> bool:
+    return isinstance(source, tuple) and hasattr(source, "FetchFrom")
+
+
+def _is_for_speechbrain(source: Any) -> bool:
+    """Return whether SpeechBrain's `fetch` is there, and knows this source while we don't."""
+    if _speechbrain.loaded("fetching") is None:
+        return False
+    if _is_fetch_source(source):
+        return True
+    folder = os.fspath(source)
+    if folder.startswith(("http:", "https:")):
+        return True
+    return _REPOSITORY.fullmatch(folder) is not None and not Path(folder).exists()
+
+
+def _fetch_options(
+    local_strategy: object, fetch_config: object, *, use_auth_token: bool
+) -> dict[str, object]:
+    """Return what SpeechBrain's `fetch` is called with beyond the places; 1.0 knows no config."""
+    fetching: Any = _speechbrain.loaded("fetching")
+    options: dict[str, object] = {}
+    strategies = getattr(fetching, "LocalStrategy", None)
+    if strategies is not None:
+        # A copy, unless somebody wants something else: the folder may be moved.
+        name = getattr(local_strategy, "name", local_strategy) or "COPY"
+        options["local_strategy"] = strategies[str(name)]
+    if fetch_config is not None:
+        options["fetch_config"] = fetch_config
+    elif use_auth_token and hasattr(fetching, "FetchConfig"):
+        options["fetch_config"] = fetching.FetchConfig(token=True)
+    elif use_auth_token:
+        options["use_auth_token"] = True
+    return options
+
+
+def _fetch(
+    filename: str, source: object, folder: Path | None, name: str, options: Mapping[str, object]
+) -> Path:
+    fetching: Any = _speechbrain.loaded("fetching")
+    try:
+        found = fetching.fetch(
+            filename=filename,
+            source=source,
+            savedir=folder,
+            save_filename=name + PARAMFILE_EXT,
+            **options,
+        )
+    except Exception as error:
+        raise CheckpointNotFoundError(
+            f"Cannot collect {name!r}: SpeechBrain could not fetch {filename} from {source}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return Path(found)
+
+
 def _raise_all(problems: list[str]) -> None:
     if problems:
         raise CheckpointNotFoundError(
@@ -338,23 +449,30 @@ def _unusable(folder: str, file: Path) -> str | None:
     if Path(folder).is_dir():
         return f"there is no file {file}"
     hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", folder) and not folder.startswith("."):
+    if _REPOSITORY.fullmatch(folder) and not folder.startswith("."):
         hint = ". If that is the name of a repository on a hub, download it first"
     return f"there is no folder {folder}{hint}"
 
 
-def _bring(source: Path, target: Path) -> None:
-    if target.exists() and not target.is_symlink() and target.samefile(source):
+def _bring(source: Path, target: Path, *, may_link: bool) -> None:
+    is_there = target.exists() and not target.is_symlink() and target.samefile(source)
+    if is_there and (may_link or target.absolute() == source.absolute()):
         return
     # Through a name of its own: another process must never see a half-copied file. A link to the
     # file itself, since a link to a symbolic link would be one, too.
     source = source.resolve()
     part = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
-        try:
-            os.link(source, part)
-        except OSError:
+        if not (may_link and _linked(source, part)):
             shutil.copyfile(source, part)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _linked(source: Path, part: Path) -> bool:
+    try:
+        os.link(source, part)
+    except OSError:
+        return False
+    return True

@@ -69,7 +69,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @contextlib.contextmanager
-def _standin_torchaudio() -> Iterator[None]:
+def standin_torchaudio() -> Iterator[None]:
     # SpeechBrain imports torchaudio, which need not exist for the torch in use, and nothing of it
     # is called by checkpointing. Afterwards neither the stand-in nor SpeechBrain's lazy modules
     # may stay importable, since other libraries look at what sys.modules holds.
@@ -92,12 +92,27 @@ def _is_foreign(name: str) -> bool:
 @pytest.fixture(scope="session")
 def speechbrain() -> SimpleNamespace:
     """The real SpeechBrain's three modules, under the paths `sb.utils.<module>`."""
-    with _standin_torchaudio():
+    with standin_torchaudio():
         modules = {
             name: importlib.import_module(f"speechbrain.utils.{name}")
             for name in ("checkpoints", "epoch_loop", "parameter_transfer")
         }
     return SimpleNamespace(utils=SimpleNamespace(**modules))
+
+
+@pytest.fixture(scope="module")
+def loaded_speechbrain() -> Iterator[ModuleType]:
+    """The whole of the real SpeechBrain, loaded while the tests of a module run."""
+    with standin_torchaudio():
+        for name in (
+            "core",
+            "nnet.schedulers",
+            "nnet.adapters",
+            "processing.features",
+            "utils.repro",
+        ):
+            importlib.import_module(f"speechbrain.{name}")
+        yield sys.modules["speechbrain"]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from lightning_sbckpt._disk.absent import bring, stored_files
 from lightning_sbckpt._folder.layout import SHARDED_EXT, is_checkpoint
 from lightning_sbckpt._folder.manifest import find_damage, read_manifest
 from lightning_sbckpt._sharded.states import is_sharded
-from lightning_sbckpt._torchfile.reading import pickled_path, trusting_pickle
+from lightning_sbckpt._torchfile.reading import marked_path, pickled_path, trusting_pickle
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     DamagedCheckpointError,
@@ -51,7 +51,11 @@ def damage_of(ckpt: Checkpoint, names: Collection[str], *, recent: bool = False)
 
 def _files_of(ckpt: Checkpoint, names: Collection[str]) -> set[str]:
     paths = [ckpt.paramfiles[name] for name in names if name in ckpt.paramfiles]
-    return {path.name for path in paths} | {pickled_path(path).name for path in paths}
+    return {each.name for path in paths for each in _all_of(path)}
+
+
+def _all_of(path: Path) -> tuple[Path, Path, Path]:
+    return path, pickled_path(path), marked_path(path)
 
 
 def bytes_of(ckpt: Checkpoint, names: Collection[str]) -> int:
@@ -158,15 +162,23 @@ def load_into(
     """
     end_of_epoch = bool(checkpoint.meta.get("end-of-epoch", True))
     hooks = _find_hooks(recoverables, checkpoint, options)
+    besides = {
+        name: options.registry.beside(recoverables[name], "load")
+        for name in hooks
+        if name not in options.custom_hooks
+    }
     start = time.perf_counter()
     with trusting_pickle(options.trust_pickle):
         for name, hook in hooks.items():
             path = checkpoint.paramfiles[name]
             # Rank zero has looked at those of its own machine.
-            bring(checkpoint.path, [path.name, pickled_path(path).name])
+            bring(checkpoint.path, [each.name for each in _all_of(path)])
             try:
                 if hook is not torch_recovery or not _load_pieces(name, path, recoverables):
                     hook(recoverables[name], path, end_of_epoch)
+                beside = besides.get(name)
+                if beside is not None and marked_path(path).exists():
+                    beside(recoverables[name], marked_path(path), end_of_epoch)
             except SBCheckpointError:
                 raise
             except Exception as error:

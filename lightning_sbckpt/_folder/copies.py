@@ -7,13 +7,13 @@ from pathlib import Path
 
 from lightning_sbckpt._disk.progress import moved
 from lightning_sbckpt._disk.regular import open_regular
-from lightning_sbckpt._torchfile.reading import pickled_path
+from lightning_sbckpt._torchfile.reading import marked_path, pickled_path
 
 _BLOCK = 8 * 2**20
 
 
 def copy_paramfile(source: object, path: Path) -> None:
-    """Copy a paramfile, or the folder that it is, and what only pickle holds beside it.
+    """Copy a paramfile, or the folder that it is, and what belongs to it beside it.
 
     This is a save hook, for the path of the file as the recoverable.
     """
@@ -22,8 +22,9 @@ def copy_paramfile(source: object, path: Path) -> None:
         shutil.copytree(file, path, copy_function=_copy_file)
         return
     _copy_file(file, path)
-    if pickled_path(file).exists():
-        _copy_file(pickled_path(file), pickled_path(path))
+    for beside in (pickled_path, marked_path):
+        if beside(file).exists():
+            _copy_file(beside(file), beside(path))
 
 
 def _copy_file(source: str | Path, target: str | Path) -> None:

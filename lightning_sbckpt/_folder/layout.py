@@ -26,7 +26,7 @@ from pathlib import Path
 from lightning_sbckpt._disk.absent import stored_files
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, annotated
-from lightning_sbckpt._torchfile.reading import PICKLED_SUFFIX
+from lightning_sbckpt._torchfile.reading import MARKED_SUFFIX, PICKLED_SUFFIX
 from lightning_sbckpt.errors import CheckpointNameError, CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, read_meta
 
@@ -56,10 +56,10 @@ def check_name(name: object, what: str) -> str:
             f"{name!r} can't be the name of a {what}: it names a file, so it must be a non-empty "
             "string without path separators and control characters"
         )
-    if what == "recoverable" and name.endswith(PICKLED_SUFFIX):
+    if what == "recoverable" and name.endswith((PICKLED_SUFFIX, MARKED_SUFFIX)):
         raise CheckpointNameError(
-            f"{name!r} can't be the name of a recoverable: names that end in {PICKLED_SUFFIX} are "
-            "those of the files of what only pickle can hold"
+            f"{name!r} can't be the name of a recoverable: names that end in {PICKLED_SUFFIX} and "
+            f"{MARKED_SUFFIX} are those of the second files of recoverables"
         )
     if what == "recoverable" and name.endswith(SHARDED_EXT):
         raise CheckpointNameError(
@@ -348,10 +348,10 @@ def read_folder(
         raise MetaError(f"{folder}{os.sep}{META_NAME} can't be read: {problem}") from error
     if ANNOTATIONS_NAME in present:
         meta = annotated(Path(folder), meta)
-    # What only pickle can hold lies beside a recoverable's file and is no recoverable.
-    pickled = PICKLED_SUFFIX + PARAMFILE_EXT
+    # The second file of a recoverable lies beside the first, and is none itself.
+    second = (PICKLED_SUFFIX + PARAMFILE_EXT, MARKED_SUFFIX + PARAMFILE_EXT)
     return meta, [
         name.removesuffix(PARAMFILE_EXT)
         for name in present
-        if name.endswith((PARAMFILE_EXT, SHARDED_EXT)) and not name.endswith(pickled)
+        if name.endswith((PARAMFILE_EXT, SHARDED_EXT)) and not name.endswith(second)
     ]

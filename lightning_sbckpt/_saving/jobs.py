@@ -7,14 +7,20 @@ package, at the disk's pace and, if wanted, later. Any other hook writes its fil
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from lightning_sbckpt._builtin_hooks import STATE_OF, has_state, torch_save, warn_if_empty
+from lightning_sbckpt._builtin_hooks import (
+    STATE_OF,
+    has_state,
+    kept_apart,
+    torch_save,
+    warn_if_empty,
+)
 from lightning_sbckpt._disk.blocks import Source
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
 from lightning_sbckpt._folder.layout import PARAMFILE_EXT
@@ -23,7 +29,7 @@ from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._saving.snapshot import Arena
 from lightning_sbckpt._sharded.states import sharded_states
 from lightning_sbckpt._torchfile.image import Image, storages_of
-from lightning_sbckpt._torchfile.reading import pickled_path
+from lightning_sbckpt._torchfile.reading import MARKED_SUFFIX, pickled_path
 from lightning_sbckpt._torchfile.state import encode, say_what_is_pickled
 from lightning_sbckpt._torchfile.templates import Description, Templates, describe
 from lightning_sbckpt._torchfile.writing import write_torch
@@ -107,6 +113,7 @@ def save_jobs(
     """
     jobs: dict[str, SaveJob] = {}
     unknown: list[str] = []
+    lost: list[str] = []
     sharded = sharded_states(recoverables)
     for name, obj in recoverables.items():
         hook = custom_hooks.get(name) or registry.saver(obj)
@@ -126,6 +133,21 @@ def save_jobs(
         jobs[name] = SaveJob(
             name, type(obj).__name__, state, partial(hook, obj), every_rank, volatile, in_pieces
         )
+        beside = None if name in custom_hooks else registry.beside(obj, "save")
+        if beside is not None:
+            second = name + MARKED_SUFFIX
+            jobs[second] = SaveJob(
+                second, type(obj).__name__, None, partial(beside, obj), every_rank, volatile
+            )
+        elif hook is torch_save and isinstance(obj, torch.nn.Module):
+            lost += _lost(name, obj, recoverables, registry)
+    if lost:
+        raise HookError(
+            f"state would be lost: {'; '.join(lost)}. Nothing was saved. Make such a module a "
+            "recoverable of its own if its class has hooks, else give it some "
+            "(register_checkpoint_hooks, or custom_save_hook and custom_load_hook), or keep its "
+            "tensors in buffers; one whose tensors are made anew each time is no recoverable"
+        )
     if unknown:
         raise HookError(
             f"Don't know how to save {', '.join(unknown)}: no hook is registered for the type and "
@@ -133,6 +155,29 @@ def save_jobs(
             "register_checkpoint_hooks, or pass custom_save_hook to add_recoverable"
         )
     return jobs
+
+
+def _lost(
+    name: str, module: torch.nn.Module, recoverables: Mapping[str, object], registry: HookRegistry
+) -> Iterator[str]:
+    """Yield what a module holds that its `state_dict` leaves out although it is needed."""
+    # A state that is empty is nobody's choice, if there is something to save.
+    is_empty = not any(True for _ in module.parameters()) and not module.state_dict()
+    saved = {id(obj) for obj in recoverables.values()}
+    for path, part in module.named_modules():
+        if (part is not module and id(part) in saved) or not (attributes := kept_apart(part)):
+            continue
+        # A part that has hooks of its own would be saved as a recoverable of its own.
+        if part is not module and registry.was_given_saver(part):
+            needed = not part.state_dict()
+        else:
+            needed = is_empty and registry.saver(part) is torch_save
+        if needed:
+            where = f"{name}.{path}" if path else name
+            yield (
+                f"{where!r} ({type(part).__name__}) keeps {', '.join(attributes)} outside of its "
+                "state_dict"
+            )
 
 
 @dataclass(frozen=True)

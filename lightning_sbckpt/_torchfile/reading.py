@@ -24,6 +24,7 @@ from lightning_sbckpt._torchfile.screening import screen_file
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 PICKLED_SUFFIX = "+pickled"
+MARKED_SUFFIX = "+marked"
 TAG = "__lightning_sbckpt__"
 Where = tuple[object, ...]
 
@@ -56,6 +57,11 @@ def pickle_is_trusted() -> bool:
 def pickled_path(path: Path) -> Path:
     """Return the file beside `path` that holds what only pickle can hold."""
     return path.with_name(f"{path.stem}{PICKLED_SUFFIX}{path.suffix}")
+
+
+def marked_path(path: Path) -> Path:
+    """Return the file beside `path` that a marked method wrote whose class nobody decorated."""
+    return path.with_name(f"{path.stem}{MARKED_SUFFIX}{path.suffix}")
 
 
 def load_state(
