@@ -57,6 +57,8 @@ _STORAGES = {
 _PICKLES = 5
 _STORAGE_AT = 3
 _MOST_DIMENSIONS = 32
+# Of the code of a dtype, the name of a device, a path.
+_LONGEST = 4096
 
 
 class Part(NamedTuple):
@@ -88,6 +90,14 @@ def add_constructors(loader: Any) -> None:
     loader.add_multi_constructor(f"{_TAG}object/apply:", _apply)
 
 
+def is_long_key(node: yaml.Node) -> bool:
+    """Return whether a key is a tuple of more than a few scalars."""
+    return node.tag == f"{_TAG}tuple" and (
+        len(node.value) > _MOST_DIMENSIONS
+        or not all(isinstance(item, yaml.ScalarNode) for item in node.value)
+    )
+
+
 def _items(loader: Any, node: yaml.Node) -> list[object]:
     return cast("list[object]", loader.construct_sequence(node, deep=True))
 
@@ -117,7 +127,7 @@ def _apply(loader: Any, name: str, node: yaml.Node) -> object:
 def _dtype(args: Sequence[object], fields: Mapping[str, object]) -> Part:
     state = fields.get("state", (3, "<"))
     order = cast("Sequence[object]", state)[1]
-    return Part("dtype", (str(args[0]), ">" if order == ">" else "<"))
+    return Part("dtype", (_short(args[0]), ">" if order == ">" else "<"))
 
 
 def _numpy_scalar(args: Sequence[object], _: object) -> object:
@@ -143,11 +153,24 @@ def _numpy_array(_: object, fields: Mapping[str, object]) -> object:
 
 def _shape(given: object) -> tuple[list[int], int]:
     """Return lengths, and how many elements there are."""
-    lengths = [int(length) for length in cast("Sequence[int]", given)]
-    # One of no length lets the others be anything, which is then counted through by whoever prints.
-    if len(lengths) > _MOST_DIMENSIONS or any(not 0 <= n < 2**31 for n in lengths):
-        raise ValueError("no value of a meta has that shape")
+    lengths = _sizes(given)
     return lengths, math.prod(lengths)
+
+
+def _sizes(given: object) -> list[int]:
+    if not isinstance(given, (list, tuple)) or len(given) > _MOST_DIMENSIONS:
+        raise ValueError("no value of a meta has that shape")
+    # One of no length lets the others be anything, which is then counted through by whoever prints.
+    if not all(isinstance(n, int) and 0 <= n < 2**31 for n in given):
+        raise ValueError("no value of a meta has that shape")
+    return list(given)
+
+
+def _short(given: object) -> str:
+    # What aliases have made long can be made longer by each step that joins it.
+    if not isinstance(given, str) or len(given) > _LONGEST:
+        raise ValueError("something else stands in the place of a short text")
+    return given
 
 
 def _dtype_of(dtype: Part) -> torch.dtype | None:
@@ -216,7 +239,7 @@ def _storage(args: Sequence[object], _: object) -> Part:
 
 
 def _tensor(args: Sequence[object], _: object) -> object:
-    storage, offset, shape, stride = cast("tuple[Part, int, object, Sequence[int]]", args[:4])
+    storage, start, shape, stride = cast("tuple[Part, object, object, object]", args[:4])
     if storage.what != "storage":
         raise ValueError("something else stands in the place of a storage")
     dtype = cast("torch.dtype", storage.detail)
@@ -224,16 +247,24 @@ def _tensor(args: Sequence[object], _: object) -> object:
     size, count = _shape(shape)
     if not count:
         return torch.zeros(0, dtype=dtype)
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min((offset, *stride)) < 0 or count > held or last >= held:
+    (offset,), steps = _sizes([start]), _sizes(stride)
+    last = offset + sum((n - 1) * step for n, step in zip(size, steps, strict=True))
+    if count > held or last >= held:
         raise ValueError("a tensor reaches beyond its storage")
     flat = torch.frombuffer(bytearray(storage.data), dtype=dtype)
-    tensor = flat.as_strided(size, list(stride), offset)
+    tensor = flat.as_strided(size, steps, offset)
     return tensor.item() if count == 1 else tensor.clone()
 
 
-def _first(args: Sequence[object], _: object) -> object:
+def _parameter(args: Sequence[object], _: object) -> object:
+    if not isinstance(args[0], (torch.Tensor, int, float)):
+        raise TypeError("something else stands in the place of a tensor")
     return args[0]
+
+
+def _device(args: Sequence[object], _: object) -> str:
+    kind, *index = args
+    return ":".join([_short(kind), *(str(number) for number in _sizes(index))])
 
 
 # ---------------------------------------------------------------------- Python's own
@@ -242,15 +273,21 @@ def _first(args: Sequence[object], _: object) -> object:
 def _mapping(args: Sequence[object], fields: Mapping[str, object]) -> dict[object, object]:
     # The first argument of a defaultdict is what makes a missing value: nothing is to be made.
     given = args[0] if args and not isinstance(args[0], Part) else {}
-    return {**dict(cast("Any", given)), **cast("Any", fields.get("dictitems", {}))}
+    pairs = given.items() if isinstance(given, dict) else cast("Any", given)
+    if any(isinstance(key, tuple) for key, _ in pairs):
+        raise TypeError("a tuple is the key of a value")
+    return {**dict(pairs), **cast("Any", fields.get("dictitems", {}))}
 
 
 def _sequence(args: Sequence[object], fields: Mapping[str, object]) -> list[object]:
-    return [*cast("Any", args[0] if args else ()), *cast("Any", fields.get("listitems", ()))]
+    given = fields["listitems"] if "listitems" in fields else args[0] if args else []
+    if not isinstance(given, (list, tuple)):
+        raise TypeError("something else stands in the place of a list")
+    return list(given)
 
 
 def _path(args: Sequence[object], _: object) -> str:
-    return str(PurePosixPath(*cast("Sequence[str]", args)))
+    return _short(str(PurePosixPath(*map(_short, args))))
 
 
 _MAKERS: dict[str, Callable[[Sequence[object], Mapping[str, object]], object]] = {
@@ -261,9 +298,9 @@ _MAKERS: dict[str, Callable[[Sequence[object], Mapping[str, object]], object]] =
     "numpy._core.multiarray._reconstruct": _numpy_array,
     "torch.storage._load_from_bytes": _storage,
     "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter": _parameter,
     "torch.Size": _sequence,
-    "torch.device": lambda args, _: ":".join(map(str, args)),
+    "torch.device": _device,
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": _mapping,
     "collections.Counter": _mapping,

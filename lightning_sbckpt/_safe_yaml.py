@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from lightning_sbckpt._flat_yaml import parse_flat
-from lightning_sbckpt._python_yaml import Part, add_constructors
+from lightning_sbckpt._python_yaml import Part, add_constructors, is_long_key
 from lightning_sbckpt.errors import MetaError, brief
 
 TENSOR_MARK = "!tensor"
@@ -81,6 +81,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         """Refuse merge keys: a few lines of them grow without end, and no writer makes them."""
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise MetaError("it has the merge key '<<'")
+        # A tuple is hashed in full each time it is a key, tuples in it and all.
+        if any(is_long_key(key) for key, _ in node.value):
+            raise MetaError("it has a long tuple as a key")
         super().flatten_mapping(node)
 
     def construct_whole_number(self, node: yaml.ScalarNode) -> int:

@@ -93,7 +93,7 @@ def test_tensors_stay_tensors():
     [
         ((1, 2), (1, 2)),
         (((1, 2), [3]), ((1, 2), [3])),
-        ({(1, 2): 3}, {(1, 2): 3}),
+        ({"at": {(1, 2): 3}}, {"at": {(1, 2): 3}}),
         (collections.OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
         (collections.defaultdict(float, a=1.0), {"a": 1.0}),
         (collections.Counter("aab"), {"a": 2, "b": 1}),
@@ -181,6 +181,44 @@ def test_deep_tuples_and_growing_ones_are_refused():
     for text in (f"deep: {deep}\n", growing):
         with pytest.raises(MetaError):
             parse_yaml(text.encode(), "CKPT.yaml")
+
+
+DOUBLED = {
+    "key": ("(x, y)", "!!python/tuple [*a{0}, *a{0}]", "? *a{0}\n: 1\n"),
+    "set": ("(x, y)", "!!python/tuple [*a{0}, *a{0}]", "s: !!set\n  ? *a{0}\n"),
+    "path": ("x", "!!python/object/apply:pathlib.PosixPath [*a{0}, *a{0}]", ""),
+    "device": ("[x]", "[*a{0}, *a{0}]", "d: !!python/object/apply:torch.device [*a{0}]\n"),
+    "dtype": ("[x]", "[*a{0}, *a{0}]", "d: !!python/object/apply:numpy.dtype [*a{0}]\n"),
+    "deque": (
+        "[x]",
+        "!!python/object/apply:collections.deque {{args: [*a{0}], listitems: *a{0}}}",
+        "",
+    ),
+    "ordered": (
+        "[x]",
+        "!!python/object/apply:collections.OrderedDict [[[*a{0}, *a{0}]]]",
+        "",
+    ),
+    "parameter": (
+        "!!python/tuple [x]",
+        "!!python/tuple [*a{0}, *a{0}]",
+        "? !!python/object/apply:torch._utils._rebuild_parameter [*a{0}]\n: 1\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DOUBLED)
+def test_what_doubles_in_each_line_is_refused_or_stays_small(kind):
+    """Sixty lines that would make 2 to the 60th of something, in memory or in time."""
+    first, then, last = DOUBLED[kind]
+    first = first.replace("(x, y)", "!!python/tuple [x, y]")
+    lines = [f"a0: &a0 {first}\n"]
+    lines += [f"a{i}: &a{i} {then.format(i - 1)}\n" for i in range(1, 61)]
+    try:
+        found = parse_yaml(("".join(lines) + last.format(60)).encode(), "CKPT.yaml")
+    except MetaError:
+        return
+    assert len(repr(found)) < 2**16
 
 
 def test_a_folder_with_such_meta_is_ranked_and_recovered(tmp_path, caplog):
