@@ -31,9 +31,10 @@ class _Replacement:
     """
 
     def __init__(self, obj: object, name: str, wrapper: Callable[..., Any]) -> None:
-        self._obj, self._name, self._wrapper = obj, name, wrapper
-        self._original = getattr(obj, name)
-        update_wrapper(self, self._original)
+        original = getattr(obj, name)
+        # First: it takes over attributes, and the original may itself be a replacement.
+        update_wrapper(self, original)
+        self._obj, self._name, self._wrapper, self._original = obj, name, wrapper, original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._wrapper(self._original, *args, **kwargs)

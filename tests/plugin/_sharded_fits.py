@@ -64,6 +64,16 @@ class Renamed(HeadRenamed, InPieces):
     """With another name for its head."""
 
 
+class HeadFirst(InPieces):
+    """With its layers made in another order, and so numbered in it by the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        body = self.body
+        del self.body
+        self.body = body
+
+
 def local(state: object) -> object:
     """Return a state with this rank's pieces as plain tensors."""
     if isinstance(state, torch.Tensor):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.plugin._compat import wrap
 
 
 class Scored(Net):
@@ -203,3 +204,22 @@ def test_load_from_checkpoint_asks_the_modules_hook_with_what_was_saved(tmp_path
     best = begin(tmp_path)
     loaded = Migrates.load_from_checkpoint(str(newest(tmp_path).path))
     assert torch.equal(loaded.body[0].weight, best["net.0.weight"])
+
+
+def test_two_wrappers_on_one_method_both_run_and_come_off_in_turn():
+    """Each door wraps what another one may have wrapped before."""
+
+    class Owner:
+        def method(self):
+            return ["method"]
+
+    owner = Owner()
+    undo = [
+        wrap(owner, "method", lambda original, name=name: [name, *original()])
+        for name in ("inner", "outer")
+    ]
+    assert owner.method() == ["outer", "inner", "method"]
+    undo.pop()()
+    assert owner.method() == ["inner", "method"]
+    undo.pop()()
+    assert owner.method() == ["method"]

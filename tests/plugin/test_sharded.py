@@ -12,7 +12,7 @@ import pytest
 import torch
 from _ranks import checkpoints, differences, make, run
 from _releases import needs_torch
-from _sharded_fits import InPieces, Renamed, fit, fit_or_tell, local, prepare
+from _sharded_fits import HeadFirst, InPieces, Renamed, fit, fit_or_tell, local, prepare
 from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
@@ -226,6 +226,21 @@ def test_a_model_that_was_renamed_is_refused_with_a_list_and_taken_by_a_key_map(
         assert "head.bias: only in the checkpoint" in message
     by_name = {"module": Renamed, "key_map": {"head.": "top."}}
     ended_well(run(fit_or_tell, tmp_path, prepare, by_name))
+
+
+@pytest.mark.slow
+def test_layers_that_change_places_keep_their_own_moments(tmp_path):
+    """By name, as with a model that is in one piece."""
+    ended_well(run(fit, tmp_path / "through", None, {}))
+    ended_well(run(fit, tmp_path / "run", None, {"trainer": {"max_epochs": 1}}))
+    ended_well(run(fit, tmp_path / "run", None, {"module": HeadFirst}))
+    for rank in range(2):
+        expected, found = (
+            torch.load(tmp_path / name / f"final{rank}.pt", weights_only=True)["after the fit"]
+            for name in ("through", "run")
+        )
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def with_recoverables(folder, rank, epochs):
