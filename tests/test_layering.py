@@ -168,6 +168,7 @@ ORDER = (
     "plugin.ranks",
     "plugin.world",
     "plugin.preemption",
+    "plugin.epoch_position",
     "plugin._loader_workers",
     "plugin._sampling",
     "plugin._iteration",

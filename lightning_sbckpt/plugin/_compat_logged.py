@@ -119,11 +119,17 @@ def restore_logged_state(trainer: Trainer, state: Mapping[str, Any]) -> list[str
         metric._update_count = saved["update_count"]
         metric.has_reset = saved["has_reset"]
         results[key] = metric
-    for name in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
-        setattr(connector, f"_{name}", dict(state[name]))
+    restore_values(trainer, state)
     connector._first_loop_iter = state["first_loop_iter"]
     connector._current_fx = state["current_fx"]
     return problems
+
+
+def restore_values(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Put back only what has been computed, which belongs to no rank alone."""
+    connector = trainer._logger_connector
+    for name in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
+        setattr(connector, f"_{name}", dict(state[name]))
 
 
 def _result_state(metric: Any) -> dict[str, object]:

@@ -23,6 +23,7 @@ def loop_state(trainer: Trainer) -> dict[str, object]:
         "should_stop": trainer.should_stop,
         "train_reload_epoch": _finite(fit_loop._last_train_dl_reload_epoch),
         "val_reload_epoch": _finite(fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch),
+        "batches": None if fit_loop.max_batches == float("inf") else int(fit_loop.max_batches),
         "fetched": getattr(fit_loop._data_fetcher, "fetched", 0),
         "combined_index": getattr(iterator, "_idx", 0),
         "combined_consumed": list(getattr(iterator, "_consumed", ())),
@@ -108,6 +109,8 @@ class LoopResumption:
         within_epoch: Whether the save was between two batches of an epoch.
         progress: Lightning's own state of the fit loop.
         extra: What `loop_state` returned.
+        count: Given the batches that the epoch had, those that it has now, and how many of them
+            each rank had trained on, returns how many these are now.
         before_batches: Called when the loaders have to be positioned, within an epoch only.
         finish: Called last, just before training goes on.
 
@@ -122,6 +125,7 @@ class LoopResumption:
         within_epoch: bool,
         progress: Mapping[str, Any],
         extra: Mapping[str, Any],
+        count: Callable[[int | None, int | None, int], int],
         before_batches: Callable[[], None],
         finish: Callable[[], None],
     ) -> None:
@@ -129,6 +133,7 @@ class LoopResumption:
         self._within_epoch = within_epoch
         self._progress = dict(progress)
         self._extra = extra
+        self._count = count
         self._before_batches = before_batches
         self._finish = finish
         self._undo: list[Undo] = []
@@ -195,8 +200,29 @@ class LoopResumption:
         fit_loop = cast("Any", self._trainer.fit_loop)
         fit_loop.epoch_loop.max_steps = self.max_steps
         self._restore_progress()
+        self._count_batches()
         for loader in fit_loop._combined_loader.flattened:
             _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+
+    def _count_batches(self) -> None:
+        """Count the batches of the epoch as this run divides it."""
+        fit_loop = cast("Any", self._trainer.fit_loop)
+        progress = fit_loop.epoch_loop.batch_progress
+        done = progress.current.ready
+        length = None if fit_loop.max_batches == float("inf") else int(fit_loop.max_batches)
+        now = self._count(self._extra.get("batches"), length, done)
+        if now == done:
+            return
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, now)
+        progress.is_last_batch = length is not None and now >= length
+        # The data goes on from another batch, too, and none of several loaders has come to its end.
+        self._extra = {
+            **self._extra,
+            "fetched": now,
+            "combined_index": now,
+            "combined_consumed": [],
+        }
 
     def _keep_progress(self, original: Callable[..., Any]) -> None:
         """Do not count the epoch's batches from zero."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from lightning_sbckpt._streams import to_bytes, to_tensors
 from lightning_sbckpt.plugin._iteration import (
@@ -43,6 +43,7 @@ from lightning_sbckpt.plugin._sampling import (
     is_well_known,
     set_samplers,
 )
+from lightning_sbckpt.plugin.epoch_position import EpochPosition
 from lightning_sbckpt.rng import (
     isolated_rng,
 )
@@ -104,6 +105,7 @@ class LoaderPosition(LoaderHandle):
         place: Place = state["iteration"]
         with self._as_if_nothing_happened():
             self._compare(state["loader"])
+            place = self._as_batches_are_now(state["loader"], place)
             mode = self._mode()
             if mode == "own" and "own" in place:
                 iteration = self._resume_own(place, keeps_last=keeps_last)
@@ -200,6 +202,17 @@ class LoaderPosition(LoaderHandle):
         return {"own": own, "batch": iteration.last, "workers": states}
 
     # -- getting there --------------------------------------------------------------------------
+
+    def _as_batches_are_now(self, saved: Mapping[str, Any], place: Place) -> Place:
+        """Return a place with as many batches as there are samples in those that were given."""
+        here = self.describe()
+        then = EpochPosition(place["yielded"], saved["batch_size"], 1, saved["length"])
+        count = then.batches_with(
+            batch_size=cast("int | None", here["batch_size"]),
+            ranks=1,
+            length=cast("int | None", here["length"]),
+        )
+        return place if count == place["yielded"] else {**place, "yielded": count}
 
     def _resume_map(self, place: Place, *, keeps_last: bool) -> Iteration:
         loader, count = self.loader, place["yielded"]

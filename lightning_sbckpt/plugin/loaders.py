@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.plugin._compat import wrap
@@ -185,6 +185,12 @@ class LoaderTracker:
             for track in self._groups[stage]:
                 if track.key in self.pending:
                     track.position.restore_now(self.pending[track.key])
+
+    def batch_size(self) -> int | None:
+        """Return the size of a batch of the first training loader, if it is known."""
+        if not self._groups["train"]:
+            return None
+        return cast("int | None", self._groups["train"][0].position.describe()["batch_size"])
 
     # -- telling --------------------------------------------------------------------------------
 

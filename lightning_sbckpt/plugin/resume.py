@@ -16,6 +16,7 @@ from lightning_sbckpt.plugin import (
     _compat,
     _compat_callbacks,
     _compat_finders,
+    _compat_logged,
     _compat_loops,
     exact,
     stopping,
@@ -35,6 +36,7 @@ from lightning_sbckpt.plugin.collect import (
     position_in,
     submodules_in,
 )
+from lightning_sbckpt.plugin.epoch_position import EpochPosition
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
 from lightning_sbckpt.plugin.training_state import Description
@@ -127,6 +129,7 @@ class Resumption:
         done: Callable[[ResumeReport], None],
     ) -> None:
         self._skip = skip
+        self._size = size
         self._trainer = trainer
         self._tracker = tracker
         self._reductions = reductions
@@ -136,6 +139,8 @@ class Resumption:
         self._loops: _compat_loops.LoopResumption | None = None
         self._undo: list[_compat.Undo] = []
         self._state: dict[str, Any] = {}
+        # Of rank zero, where other ranks have saved than there are now, and how many these were.
+        self._of_others: dict[str, tuple[Any, int]] = {}
         self.validated_this_epoch = False
         self.within_epoch = False
         self._told_to_stop = False
@@ -175,7 +180,10 @@ class Resumption:
             trainer,
             within_epoch=within_epoch,
             progress=loops["loops"]["fit_loop"],
-            extra=position["loops"],
+            extra=position["loops"]
+            if LOADERS in self._state
+            else {**position["loops"], "combined_consumed": []},
+            count=self._count,
             before_batches=lambda: tracker.release(True),
             finish=lambda: self._finish(within_epoch, position, same_ranks=same_ranks),
         )
@@ -277,16 +285,41 @@ class Resumption:
                     f"{name} (saved by {_ranks(saved_by)}, this run has {size}: every rank has its "
                     "own, so the run goes on, but not bit for bit)"
                 )
-                if name == LOADERS and not checkpoint.meta.get("end-of-epoch"):
-                    self.report.notes.append(
-                        "the batches of this epoch are counted on from where "
-                        f"{_ranks(saved_by)} left them, while its data comes from the beginning: "
-                        "some samples come twice in it and some not at all. From the next epoch on "
-                        "it is as ever"
-                    )
+                self._of_others[name] = state_of_rank(part, 0), saved_by
             elif (mine := state_of_rank(part, rank)) is not None:
                 self._state[name] = mine
                 self.report.restored.append(name)
+
+    def _count(self, length_then: int | None, length: int | None, done: int) -> int:
+        """Return how many batches of this run are as far in the epoch as those of the one before."""
+        loaders, saved_by = self._of_others.get(LOADERS, (self._state.get(LOADERS), self._size))
+        if loaders is None:
+            return done
+        saved = loaders["train"][0]["loader"] if loaders["train"] else {}
+        then = EpochPosition(
+            done,
+            saved.get("batch_size"),
+            saved_by,
+            # Checkpoints of earlier releases don't have it.
+            saved.get("length") if length_then is None else length_then,
+        )
+        now = then.batches_with(
+            batch_size=self._tracker.batch_size(), ranks=self._size, length=length
+        )
+        of = "" if length is None else f" of {length}"
+        if saved_by != self._size:
+            self.report.notes.append(
+                f"the epoch goes on after {now}{of} batches, which have no more samples than the "
+                f"{done} that {_ranks(saved_by)} had trained on. Its data comes from the beginning: "
+                "some samples come twice in it and some not at all. From the next epoch on it is "
+                "as ever"
+            )
+        elif now != done:
+            self.report.notes.append(
+                f"the epoch goes on after {now}{of} batches, which have no more samples than the "
+                f"{done} that had been trained on"
+            )
+        return now
 
     def _read_buffers(self, checkpoint: Checkpoint, reader: FolderReader, rank: int) -> None:
         if NONPERSISTENT in self._skip:
@@ -306,6 +339,9 @@ class Resumption:
         if within_epoch:
             _compat_callbacks.enter_epoch(self._trainer)
         exact.restore_modes(self._trainer.lightning_module, position["modes"])
+        if METRICS in self._of_others:
+            # What stops a run, or steps a scheduler, wants the values of the last validation.
+            _compat_logged.restore_values(self._trainer, self._of_others[METRICS][0]["logged"])
         self.report.skipped += exact.restore(self._trainer, self._state)
         if same_ranks:
             self.report.notes += self._reductions.restore(position.get("reductions"))

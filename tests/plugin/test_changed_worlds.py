@@ -6,7 +6,9 @@ import exact_cells
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_sbckpt.errors import MismatchError
 
@@ -215,18 +217,65 @@ def test_a_part_that_is_left_out_is_not_loaded(tmp_path, skip, counted):
     assert callback.epochs == counted
 
 
-def test_another_batch_size_goes_on_and_is_named_as_not_exact(tmp_path):
-    """The position counts batches, which are others now."""
-    fit(tmp_path, every_n_train_steps=5, every_n_epochs=None)
-    trainer, module, data = exact_cells.make(tmp_path, trainer={"max_epochs": 2})
-    data["train_dataloaders"] = torch.utils.data.DataLoader(exact_cells.Numbers(), 8, shuffle=True)
-    trainer.fit(module, **data)
-    notes = "\n".join(trainer.checkpoint_callback.resume_report.notes)
-    assert "its batch size was 4 and is 8, so the run goes on, but not bit for bit" in notes
+class StopFit(L.Callback):
+    """Ends a fit before its n-th batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batch:
+            raise ZeroDivisionError
 
 
-def test_fewer_epochs_than_were_trained_is_one_clear_error(tmp_path):
-    """Lightning says it itself: the numbers of both."""
-    fit(tmp_path, epochs=3)
-    with pytest.raises(Exception, match=r"current_epoch=\d.*max_epochs=1"):
-        fit(tmp_path, epochs=1)
+@pytest.mark.parametrize(
+    ("before", "after", "samples", "batches", "workers"),
+    [
+        # Ten batches of four, and the last of them is not trained on.
+        (4, 8, 40, [4], 0),
+        (4, 8, 40, [4], 2),
+        (4, 2, 40, [18, 19], 0),
+        (4, 40, 40, [0], 0),
+        (4, 4, 16, [3], 0),
+    ],
+)
+def test_an_epoch_with_other_batches_ends_with_its_validation(
+    tmp_path, before, after, samples, batches, workers
+):
+    """It goes on after as many samples; one batch is left of it, however few there are now."""
+    trained, validated = [], []
+
+    class Recording(exact_cells.Model):
+        def training_step(self, batch, batch_idx):
+            trained.append((self.current_epoch, batch_idx))
+            return super().training_step(batch, batch_idx)
+
+        def on_validation_end(self):
+            validated.append(self.current_epoch)
+
+    def fit_with(batch_size, length, stop):
+        trainer, module, data = exact_cells.make(
+            tmp_path,
+            model=Recording,
+            callbacks=lambda: [StopFit(stop), EarlyStopping("val_loss")],
+            trainer={"max_epochs": 1, "num_sanity_val_steps": 0},
+            checkpoint={"every_n_train_steps": 1},
+        )
+        numbers = exact_cells.Numbers(length=length)
+        data["train_dataloaders"] = DataLoader(
+            numbers, batch_size, shuffle=True, num_workers=workers if stop is None else 0
+        )
+        trainer.fit(module, **data)
+        return "\n".join(trainer.checkpoint_callback.resume_report.notes)
+
+    with pytest.raises(ZeroDivisionError):
+        fit_with(before, 40, 10)
+    trained.clear()
+    notes = fit_with(after, samples, None)
+    if before != after:
+        said = (
+            f"its batch size was {before} and is {after}, so the run goes on, but not bit for bit"
+        )
+        assert said in notes
+    assert trained == [(0, batch) for batch in batches]
+    assert validated == [0]

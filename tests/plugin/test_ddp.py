@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import _ranks
 import pytest
 import torch
 from _ranks import checkpoints, differences, make, run, traced_fit
+from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.storage import LocalStorage
@@ -80,31 +82,49 @@ def test_each_rank_has_numbers_and_data_of_its_own(tmp_path, through):
         assert repr(state_of_rank(part, 0)) != repr(state_of_rank(part, 1))
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+LATE = {1: "on_train_batch_start:15", 2: "on_train_batch_start:8", 3: "on_train_batch_start:6"}
+"""Before the last batches of the second epoch, by the number of ranks."""
+
+
 @pytest.mark.parametrize(
-    "kill",
-    ["on_train_batch_start:6", pytest.param("on_train_epoch_start:2", marks=pytest.mark.slow)],
+    ("before", "after", "kill"),
+    [
+        (1, 2, LATE[1]),
+        (2, 1, "on_train_epoch_end:2"),
+        pytest.param(2, 1, LATE[2], marks=pytest.mark.slow),
+        pytest.param(1, 2, "on_train_epoch_end:2", marks=pytest.mark.slow),
+        pytest.param(1, 2, "on_train_epoch_start:2", marks=pytest.mark.slow),
+        pytest.param(1, 3, LATE[1], marks=pytest.mark.slow),
+        pytest.param(3, 2, LATE[3], marks=pytest.mark.slow),
+        pytest.param(2, 4, LATE[2], marks=pytest.mark.slow),
+    ],
 )
 def test_another_number_of_ranks_goes_on_and_says_what_it_cannot_keep(
     tmp_path, before, after, kill
 ):
-    """Weights, optimizer and step go on; what each rank had of its own begins anew, and is named."""
-    run(traced_fit, tmp_path, kill, {**EVERY_STEP, "size": before}, size=before)
+    """The epoch goes on after as many samples, and ends with its validation, which others wait for."""
+    options = {**EVERY_STEP, "callbacks": [EarlyStopping("val_loss", patience=9)]}
+    run(traced_fit, tmp_path, kill, {**options, "size": before}, size=before)
     last = checkpoints(tmp_path)[-1]
-    ended = run(traced_fit, tmp_path, None, {**EVERY_STEP, "size": after}, size=after)
-    assert ended.codes == [0] * after
+    ended = run(traced_fit, tmp_path, None, {**options, "size": after}, size=after)
+    assert ended.codes == [0] * after, ended.outputs
+    within = not last.meta["end-of-epoch"]
     for rank in range(after):
         told = report(tmp_path, rank)
         assert f"resuming from {last.path}" in told
         for name in (RNG, LOADERS, "metrics"):
-            saved_by = "1 rank" if before == 1 else "2 ranks"
+            saved_by = "1 rank" if before == 1 else f"{before} ranks"
             assert f"{name} (saved by {saved_by}, this run has {after}: every rank has" in told
-        assert "restored: loops; lr_scheduler; model; optimizer" in told
-        counted_on = f"counted on from where {saved_by} left them" in told
-        assert counted_on == (not last.meta["end-of-epoch"])
+        assert "restored: callbacks; loops; lr_scheduler; model; optimizer" in told
+        assert ("Its data comes from the beginning" in told) == ("epoch_start" not in kill)
     trace = _ranks.outcome(tmp_path, 0).trace
-    steps = [line["batch"] for line in trace if "batch" in line]
-    assert steps[0] == last.meta["global_step"]  # Counted before the batch is done.
+    first = next(line for line in trace if "batch" in line)
+    assert first["batch"] == last.meta["global_step"]  # Counted before the batch is done.
+    per_rank = [math.ceil(_ranks.SAMPLES / (_ranks.BATCH * size)) for size in (before, after)]
+    done = last.meta["global_step"] % per_rank[0]
+    assert first["batch_idx"] == done * before // after if within else first["batch_idx"] == 0
+    validated = [line["logged"]["epoch"] for line in trace if "val_loss" in line.get("logged", {})]
+    assert [float.fromhex(epoch) for epoch in validated] == ([1.0, 2.0] if within else [2.0])
     newest = checkpoints(tmp_path)[-1]
     assert newest.meta["epoch"] == 2 and newest.meta["end-of-epoch"]
 
