@@ -1,11 +1,14 @@
 """SpeechBrain's checkpointing for PyTorch and Lightning, exact and crash-safe.
 
 The core (`Checkpointer` and what is beside it) needs torch alone. `SBCheckpoint`, the Lightning
-callback, and `assert_resume_exact` are imported when first asked for, and Lightning with them.
+callback, and `assert_resume_exact` are imported when first asked for, and Lightning with them. If
+Lightning is there already, its Trainers and modules take checkpoint folders from now on.
 """
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lightning_sbckpt._builtin_hooks import torch_parameter_transfer, torch_recovery, torch_save
@@ -77,3 +80,9 @@ def __getattr__(name: str) -> object:
 
         return assert_resume_exact
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if "lightning.pytorch" in sys.modules:
+    # It may be in the middle of its own import; then the first name above that is asked for does it.
+    with suppress(ImportError, AttributeError):
+        import lightning_sbckpt.plugin.callback  # noqa: F401

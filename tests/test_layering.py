@@ -129,6 +129,7 @@ ORDER = (
     "_finding.index",
     "_finding.watch",
     "_finding.catalog",
+    "_finding.noted_rules",
     "_pictures.timeline",
     "_pictures.folder_view",
     "_pictures.drawing",
@@ -186,6 +187,7 @@ ORDER = (
     "plugin.pieces",
     "plugin.export",
     "plugin.io",
+    "plugin.run_folders",
     "plugin.adapt",
     "plugin.by_name",
     "plugin.rates",
@@ -208,7 +210,6 @@ ORDER = (
     "plugin._comparison",
     "plugin.selftest",
     # The command line stands on top of everything.
-    "cli._rules",
     "cli._bars",
     "cli._common",
     "cli._folders",

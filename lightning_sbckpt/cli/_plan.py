@@ -10,11 +10,11 @@ from typing import TypeVar
 
 import click
 
+from lightning_sbckpt._finding.noted_rules import RunRules, best_by, events_of, run_rules
 from lightning_sbckpt._folder.manifest import lineage_of
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._pictures.timeline import build_timeline
 from lightning_sbckpt.cli._folders import Folder, first_sound, require_key
-from lightning_sbckpt.cli._rules import RunRules, best_by, events_of, run_rules
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression
 from lightning_sbckpt.inspect import marks_of

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from lightning_sbckpt._finding.noted_rules import best_by, run_rules
 from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.cli._common import (
@@ -17,7 +18,6 @@ from lightning_sbckpt.cli._common import (
     print_json,
 )
 from lightning_sbckpt.cli._folders import Folder, first_sound, open_folder, require_key
-from lightning_sbckpt.cli._rules import best_by, run_rules
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import Criterion, importance, rank_checkpoints
 

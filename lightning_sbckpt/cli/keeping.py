@@ -12,6 +12,7 @@ import click
 import yaml
 
 from lightning_sbckpt._disk.progress import Tally
+from lightning_sbckpt._finding.noted_rules import RunRules, best_by, run_rules
 from lightning_sbckpt._folder.history import History
 from lightning_sbckpt._inspect.columns import freed_by, metric_keys, printable
 from lightning_sbckpt._pictures.wording import say_number, say_size
@@ -20,7 +21,6 @@ from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
-from lightning_sbckpt.cli._rules import RunRules, best_by, run_rules
 from lightning_sbckpt.cli._screen import listing_of
 from lightning_sbckpt.curator import Curator
 from lightning_sbckpt.inspect import marks_of

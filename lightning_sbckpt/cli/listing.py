@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from lightning_sbckpt._finding.noted_rules import events_of
 from lightning_sbckpt._inspect.columns import (
     metric_keys,
     size_of,
@@ -20,7 +21,6 @@ from lightning_sbckpt._remote.places import said
 from lightning_sbckpt.cli._common import counted, echo, json_option, print_json, printable
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
 from lightning_sbckpt.cli._plan import chosen_rules, rule_options, standing
-from lightning_sbckpt.cli._rules import events_of
 from lightning_sbckpt.cli._screen import listing_of, listing_of_gone
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency

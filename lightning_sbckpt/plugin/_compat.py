@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from functools import update_wrapper, wraps
 from typing import Any, NoReturn, cast
 
@@ -20,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 Undo = Callable[[], None]
 
@@ -149,6 +151,35 @@ def let_load_from_checkpoint_read(
     pl_load._reads_folders = True  # type: ignore[attr-defined]
     vars(saving)["pl_load"] = pl_load
     vars(saving)["_load_state"] = load_state
+
+
+def let_every_trainer_read(
+    is_ours: Callable[[object], bool],
+    reading: Callable[[Trainer, object], AbstractContextManager[object]],
+) -> None:
+    """Have every Trainer of this process take paths that are ours.
+
+    A Trainer without our callback gives no other occasion. `_CheckpointConnector.resume_start` is
+    where every restore begins, of a fit or an evaluation.
+
+    Args:
+        is_ours: Says for which paths `reading` is asked.
+        reading: Gives what to read in the place of such a path, and has the Trainer able to.
+    """
+    original = _CheckpointConnector.resume_start
+    if getattr(original, "_reads_folders", False):
+        return
+
+    @wraps(original)
+    def resume_start(self: Any, checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
+        if not is_ours(checkpoint_path):
+            original(self, checkpoint_path, *args, **kwargs)
+            return
+        with reading(self.trainer, checkpoint_path) as path:
+            original(self, cast("Any", path), *args, **kwargs)
+
+    resume_start._reads_folders = True  # type: ignore[attr-defined]
+    _CheckpointConnector.resume_start = resume_start  # type: ignore[method-assign]
 
 
 def has_own_checkpoint_format(strategy: Strategy) -> bool:

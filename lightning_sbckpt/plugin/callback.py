@@ -22,7 +22,7 @@ from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin._compat_loading import ForNewModule
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.best import restore_weights
-from lightning_sbckpt.plugin.collect import FolderReader, is_folder, read_to_load
+from lightning_sbckpt.plugin.collect import FolderReader, read_to_load
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.doors import Doors
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
@@ -36,6 +36,11 @@ from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption
 from lightning_sbckpt.plugin.run import Run
+from lightning_sbckpt.plugin.run_folders import (
+    checkpoint_at,
+    is_readable,
+    open_for_every_trainer,
+)
 from lightning_sbckpt.plugin.saving import Saving
 from lightning_sbckpt.plugin.schedule import Schedule, why_ended
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
@@ -497,9 +502,10 @@ class SBCheckpoint(LightningCheckpoint):
 
 
 _compat.let_load_from_checkpoint_read(
-    is_folder,
-    read_to_load,
+    is_readable,
+    lambda path, **options: read_to_load(cast("str", checkpoint_at(path)), **options),
     check_loaded,
     lambda dump: ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump,
 )
+open_for_every_trainer(SBCheckpoint)
 hand_back_attributes(SBCheckpoint)

@@ -19,6 +19,7 @@ from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.preemption import requeued_if_newer
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
 from lightning_sbckpt.plugin.run import Run
+from lightning_sbckpt.plugin.run_folders import checkpoint_at
 
 
 class Beginning:
@@ -86,6 +87,7 @@ class Beginning:
                     "searched for a checkpoint to resume from"
                 )
             # What the others see of a shared disk may be older.
+            given = decided_by_main(world, lambda: checkpoint_at(given, newest=True))
             if not decided_by_main(world, lambda: is_folder(given)):
                 self.report = explicit_report(given)
                 return given

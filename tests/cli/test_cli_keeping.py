@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._finding.noted_rules import run_rules
 from lightning_sbckpt._folder.history import History, read_history
-from lightning_sbckpt.cli._rules import run_rules
 from lightning_sbckpt.expressions import parse_predicate
 from lightning_sbckpt.retention import Newest
 
