@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Union, cast
 
 import torch
@@ -20,6 +19,7 @@ from lightning_sbckpt._streams import (
     to_bytes,
     to_tensors,
 )
+from lightning_sbckpt._walk import Walk, members
 from lightning_sbckpt.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -27,17 +27,12 @@ if TYPE_CHECKING:
 
 Generator = Union[torch.Generator, random.Random, "np.random.Generator", "np.random.RandomState"]
 
-# A dataset may hold half of the program; beyond this many objects the search stops.
-_MOST_OBJECTS = 512
-_MOST_ITEMS = 16
-_DEEPEST = 5
-
 
 def generators_in(obj: object) -> dict[str, Generator]:
     """Return the random generators that `obj` and the objects it holds keep for themselves.
 
-    Looks at instance attributes, and in lists, tuples and dictionaries of moderate length.
-    Modules, tensors and classes are not entered.
+    Looks at attributes, in containers of any size and depth, in closures, partial functions and
+    methods, and at the attributes of classes and modules that users' methods draw from.
 
     Args:
         obj: a loader, sampler, dataset, transform...
@@ -52,26 +47,16 @@ def generators_in(obj: object) -> dict[str, Generator]:
         >>> list(generators_in(SimpleNamespace(sampler=sampler, generator=sampler.generator)))
         ['generator']
     """
-    kinds = _generator_kinds()
-    found: dict[str, Generator] = {}
-    seen: set[int] = set()
-    level: list[tuple[str, object]] = [("", obj)]
-    # Breadth first, so that the shortest name wins and the limit cuts off the remotest objects.
-    for _ in range(_DEEPEST):
-        below: list[tuple[str, object]] = []
-        for path, holder in level:
-            for name, value in _members(holder):
-                if isinstance(value, _LEAVES) or id(value) in seen:
-                    continue
-                if isinstance(value, kinds):
-                    seen.add(id(value))
-                    if not isinstance(value, random.SystemRandom):
-                        found[f"{path}{name}"] = cast("Generator", value)
-                elif len(seen) < _MOST_OBJECTS and _may_enter(value):
-                    seen.add(id(value))
-                    below.append((f"{path}{name}.", value))
-        level = below
-    return found
+    return with_state(Walk(generator_kinds()).through(obj).wanted)
+
+
+def with_state(generators: Mapping[str, object]) -> dict[str, Generator]:
+    """Return the generators without those that draw from the system, and have no state."""
+    return {
+        path: cast("Generator", generator)
+        for path, generator in generators.items()
+        if not isinstance(generator, random.SystemRandom)
+    }
 
 
 def generator_state(generator: Generator) -> dict[str, object]:
@@ -138,14 +123,15 @@ def install_generator(root: object, path: str, state: Mapping[str, object]) -> b
         >>> dataset.rng.random() == random.Random(3).random()
         True
     """
+    kinds = generator_kinds()
     holder: Any = root
     *parents, last = path.split(".")
     for name in parents:
-        holder = dict(_members(holder)).get(name)
+        holder = dict(members(holder, kinds)).get(name)
         if holder is None:
             return False
-    current = dict(_members(holder)).get(last)
-    if isinstance(current, _generator_kinds()):
+    current = dict(members(holder, kinds)).get(last)
+    if isinstance(current, kinds):
         generator = cast("Generator", current)
     elif current is None and hasattr(holder, "__dict__"):
         made = _new_generator(cast("dict[str, Any]", to_bytes(dict(state))))
@@ -200,7 +186,8 @@ def _set_numpy(generator: Any, state: object) -> None:
         generator.bit_generator.state = state
 
 
-def _generator_kinds() -> tuple[type, ...]:
+def generator_kinds() -> tuple[type, ...]:
+    """Return the classes of generators, as far as their libraries are loaded."""
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     numpy = sys.modules.get("numpy")
     if numpy is not None and "numpy.random" in sys.modules:
@@ -232,21 +219,3 @@ def _new_generator(state: Mapping[str, Any]) -> Generator | None:
     if kind == "numpy.random.Generator" and bits is not None:
         return np.random.Generator(bits(0))
     return None
-
-
-_PLAIN = (str, bytes, int, float, complex, type(None))
-_LEAVES = (*_PLAIN, type, ModuleType, torch.Tensor, torch.nn.Module)
-
-
-def _may_enter(value: object) -> bool:
-    if isinstance(value, (list, tuple, dict)):
-        return 0 < len(value) <= _MOST_ITEMS
-    return hasattr(value, "__dict__") and not callable(getattr(value, "__get__", None))
-
-
-def _members(holder: object) -> list[tuple[str, object]]:
-    if isinstance(holder, dict):
-        return [(str(key), value) for key, value in list(holder.items())]
-    if isinstance(holder, (list, tuple)):
-        return [(str(index), value) for index, value in enumerate(holder)]
-    return list(getattr(holder, "__dict__", {}).items())

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_sbckpt._streams import set_streams, streams
 from lightning_sbckpt.plugin._sampling import DrawLog, Order
 from lightning_sbckpt.typing import Stateful
 
@@ -26,9 +28,15 @@ __all__ = [
     "is_standard",
     "is_torchdata",
     "length",
+    "mark_of",
+    "same",
     "turn_to",
     "vars_of",
 ]
+
+# A batch is told apart by so many of its parts, and of each tensor by so many values.
+_MOST_PARTS = 256
+_MOST_VALUES = 256
 
 Place = dict[str, Any]
 """Where an iteration is: how it came to be, and how many batches it gave."""
@@ -56,6 +64,9 @@ class Iteration:
         self.keeps_batch = False
         self.last: object = None
         self.on_first: list[Callable[[Iteration], None]] = []
+        self.after: Callable[[Iteration, object], None] | None = None
+        self.if_empty: Callable[[], Iterator[object]] | None = None
+        self.is_position: bool | None = None
         self._before_next = before_next
         self._is_watched = True
 
@@ -93,18 +104,32 @@ class Iteration:
                 self._before_next(self)
             if self.log is not None:
                 self.log.before()
+            before = None if self.if_empty is None else streams()
             try:
                 batch = next(self.inner)
             except StopIteration:
-                self._end()
-                raise
+                batch = self._once_more(before)
+            self.if_empty = None
             if self.log is not None:
                 self.log.after(self.yielded)
+            if self.after is not None:
+                self.after(self, batch)
         if self.keeps_batch:
             self.last = batch
         self.yielded += 1
-        self._is_watched = bool(self.ready or self._before_next or self.log)
+        self._is_watched = bool(self.ready or self._before_next or self.log or self.after)
         return batch
+
+    def _once_more(self, before: dict[str, object] | None) -> object:
+        if self.if_empty is not None and before is not None:
+            self.inner, self.if_empty = self.if_empty(), None
+            set_streams(before)
+            try:
+                return next(self.inner)
+            except StopIteration:
+                pass
+        self._end()
+        raise StopIteration
 
     def _end(self) -> None:
         self.ended = True
@@ -174,6 +199,47 @@ def is_plain(value: object) -> bool:
     return type(value) in (torch.Tensor, int, float, bool, str, type(None))
 
 
+def mark_of(batch: object) -> int:
+    """Return a number that tells one batch from another, made of some of its values.
+
+    Example:
+        >>> mark_of([torch.ones(2), "a"]) == mark_of([torch.ones(2), "a"])
+        True
+        >>> mark_of({"x": torch.ones(2)}) == mark_of({"x": torch.zeros(2)})
+        False
+    """
+    mark = 0
+    waiting, seen = [batch], 0
+    while waiting and seen < _MOST_PARTS:
+        value = waiting.pop()
+        seen += 1
+        mark = zlib.crc32(_bytes_in(value), mark)
+        if isinstance(value, Mapping):
+            waiting += [part for item in list(value.items()) for part in item]
+        elif isinstance(value, (list, tuple)):
+            waiting += value[:_MOST_PARTS]
+        elif not isinstance(value, (torch.Tensor, type)):
+            waiting += list(vars_of(value).values())
+    return mark
+
+
+def _bytes_in(value: Any) -> bytes:
+    kind = type(value).__name__
+    if isinstance(value, torch.Tensor):
+        said = f"{tuple(value.shape)} {value.dtype}".encode()
+        plain = value.device.type == "cpu" and value.layout is torch.strided
+        if not plain or value.is_quantized or value.numel() == 0:
+            return said
+        some = value.detach().flatten()[:_MOST_VALUES].resolve_conj().resolve_neg()
+        return said + some.contiguous().view(torch.uint8).numpy().tobytes()
+    if isinstance(value, (int, float, complex, str, bytes, type(None))):
+        return f"{kind} {value!r}"[:1000].encode(errors="replace")
+    if hasattr(value, "tobytes") and hasattr(value, "dtype") and value.dtype.kind in "biufcSUmM":
+        some = value[:1] if getattr(value, "ndim", 0) else value
+        return f"{kind} {getattr(value, 'shape', ())}".encode() + bytes(some.tobytes()[:4096])
+    return kind.encode()
+
+
 def draw_seed(loader: Any) -> None:
     """Draw as every iterator of a `DataLoader` does for the seed of its workers."""
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
@@ -188,3 +254,24 @@ def turn_to(inner: Any, worker: int) -> None:
 def vars_of(obj: object) -> dict[str, Any]:
     """Return the attributes of an object, if it has any."""
     return getattr(obj, "__dict__", {})
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two states are equal, tensors and arrays included.
+
+    Example:
+        >>> same({"epoch": 1, "order": torch.arange(3)}, {"epoch": 1, "order": torch.arange(3)})
+        True
+    """
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    try:
+        return bool(one == other)
+    except (ValueError, TypeError, RuntimeError):
+        return bool((one == other).all()) if hasattr(one, "shape") else False

@@ -10,6 +10,7 @@ from weakref import WeakMethod
 
 from torch.utils.data import IterableDataset
 
+from lightning_sbckpt.plugin._data_state import Baseline, DataState
 from lightning_sbckpt.plugin._iteration import (
     Iteration,
     Place,
@@ -18,7 +19,8 @@ from lightning_sbckpt.plugin._iteration import (
     is_standard,
     is_torchdata,
     length,
-    vars_of,
+    mark_of,
+    same,
 )
 from lightning_sbckpt.plugin._loader_workers import (
     StartWorker,
@@ -39,7 +41,6 @@ from lightning_sbckpt.plugin._sampling import (
 from lightning_sbckpt.rng import (
     capture_rng,
     generator_state,
-    generators_in,
     install_generator,
     restore_rng,
 )
@@ -53,13 +54,19 @@ class LoaderHandle:
 
     Args:
         loader: Any that can be iterated.
+        baseline: What the objects of the data were like when the fit began.
 
     Attributes:
+        data: What the objects behind the loader know about where they are.
         notes: What was found on the way to a place, a half sentence each.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, baseline: Baseline) -> None:
         self.loader = loader
+        # What a persistent iterator holds is either reachable without it or torch's own business.
+        root = vars(loader) if is_standard(loader) else loader
+        apart = samplers_in(loader).values()
+        self.data = DataState(root, baseline, skip=("_iterator",), apart=apart)
         self.latest: Iteration | None = None
         self.notes: list[str] = []
         self._baseline = counters(samplers_in(loader))
@@ -98,29 +105,31 @@ class LoaderHandle:
 
     def _moment(self, *, rng: bool = True) -> Place:
         moment: Place = {"rng": capture_rng()} if rng else {}
+        self.data.look_again()
         moment["generators"] = {
-            name: generator_state(generator) for name, generator in self._generators().items()
+            name: generator_state(generator) for name, generator in self.data.generators().items()
         }
         moment["samplers"] = samplers_state(self.loader, self._baseline)
+        # torchdata's loader has the state of its dataset in its own.
+        asks = not (self._mode() == "own" and is_torchdata(self.loader))
+        moment["data"] = self.data.take(states=asks)
         return moment
 
-    def _set(self, moment: Place, *, samplers: bool = False) -> None:
+    def _set(self, moment: Place, *, samplers: bool = False, states: bool = False) -> None:
         restore_rng(moment["rng"])
         self._set_generators(moment["generators"])
         if samplers and "samplers" in moment:
             set_samplers(self.loader, moment["samplers"], self._baseline, own_states=True)
-
-    def _generators(self) -> dict[str, Any]:
-        # What a persistent iterator holds is either reachable without it or torch's own business.
-        held = {name: value for name, value in vars_of(self.loader).items() if name != "_iterator"}
-        return dict(generators_in(held))
+        if "data" in moment:
+            self.notes += self.data.set(moment["data"], states=states)
 
     def _set_generators(self, states: Mapping[str, Any]) -> list[str]:
-        here = self._generators()
+        self.data.look()
+        here = self.data.generators()
         problems = []
         for name, state in states.items():
             # A dataset may be about to make its generator; a loader without one has none.
-            if name not in here and not name.startswith("dataset."):
+            if name not in here and not name.startswith("dataset.") and is_standard(self.loader):
                 problems.append(f"its random generator {name!r} is not there any more")
             elif not install_generator(self.loader, name, state):
                 problems.append(f"its random generator {name!r} is gone, or of another kind now")
@@ -136,6 +145,7 @@ class LoaderHandle:
             restore_rng(before["rng"])
             self._set_generators(before["generators"])
             set_samplers(self.loader, {"counters": numbers}, {}, own_states=False)
+            self.data.set(before["data"], states=False)
 
     # -- what kind of loader it is --------------------------------------------------------------
 
@@ -147,6 +157,10 @@ class LoaderHandle:
         if is_torchdata(loader) and (iterable or isinstance(loader.dataset, Stateful)):
             return "own"
         return "replay" if iterable else "map"
+
+    def _is_custom(self) -> bool:
+        """Return whether it is a loader of the user's, or another library's, with a state."""
+        return not is_standard(self.loader) and isinstance(self.loader, Stateful)
 
     def _has_workers(self) -> bool:
         return is_standard(self.loader) and self.loader.num_workers > 0
@@ -190,7 +204,14 @@ class LoaderHandle:
         iterable = isinstance(loader.dataset, IterableDataset)
         if loader.num_workers:
             swaps["collate_fn"] = TagBatch(loader.collate_fn)
-            swaps["worker_init_fn"] = StartWorker(loader.worker_init_fn, states)
+            # A replay needs them as of its beginning only.
+            starts = not iterable or loader.persistent_workers
+            swaps["worker_init_fn"] = StartWorker(
+                loader.worker_init_fn,
+                states,
+                loader.collate_fn,
+                sends_states=starts and not is_torchdata(loader),
+            )
             if is_torchdata(loader):
                 # With rarer snapshots its workers would be behind the states that we know.
                 swaps["snapshot_every_n_steps"] = 1
@@ -216,7 +237,9 @@ class LoaderHandle:
         order = None if self._sampler is None else self._sampler.latest
         log = None
         if not self._has_workers() and (
-            mode == "replay" or (mode == "own" and not self._is_data_stateful(inner))
+            mode == "replay"
+            or self._is_custom()
+            or (mode == "own" and not self._is_data_stateful(inner))
         ):
             log = DrawLog()
         before_next: Callable[[Iteration], None] | None = None
@@ -229,6 +252,24 @@ class LoaderHandle:
         if mode == "map" and not self._has_workers():
             iteration.on_first.append(_weakly(self._note_first))
         return iteration
+
+    def _watch_beginning(self, iteration: Iteration) -> None:
+        """Have a fresh iteration's first batches looked at, by which a replay is checked."""
+        iteration.after = _weakly(self._note_mark)
+
+    def _note_mark(self, iteration: Iteration, batch: object) -> None:
+        if iteration.yielded == 0:
+            iteration.place["mark"] = mark_of(batch)
+            if self._is_custom():
+                iteration.place["own_first"] = copy.deepcopy(self.loader.state_dict())
+                return
+        elif "own_first" in iteration.place:
+            # A state that two batches leave as it was counts epochs, and says no place in one.
+            first = iteration.place.pop("own_first")
+            iteration.is_position = not same(first, self.loader.state_dict())
+            if iteration.is_position:
+                iteration.log = None
+        iteration.after = None
 
     def _is_data_stateful(self, inner: Any) -> bool:
         if not is_torchdata(self.loader):
@@ -250,14 +291,14 @@ class LoaderHandle:
             iteration.place["before_last"] = self._moment()
 
 
-def _weakly(method: Callable[[Iteration], None]) -> Callable[[Iteration], None]:
+def _weakly(method: Callable[..., None]) -> Callable[..., None]:
     # In a cycle of references, workers would wait for the garbage collector, which tears down
     # their queues in any order: they then take many seconds to end.
     reference = WeakMethod(method)
 
-    def call(iteration: Iteration) -> None:
+    def call(iteration: Iteration, *batch: object) -> None:
         alive = reference()
         if alive is not None:
-            alive(iteration)
+            alive(iteration, *batch)
 
     return call

@@ -1,4 +1,4 @@
-"""What the workers of a DataLoader carry across: their own random states, after every batch.
+"""What the workers of a DataLoader carry across: their random states and their dataset's state.
 
 A worker draws augmentations from random streams that live in its process and die with it. Here
 the worker sends its state along with each batch, and a worker that is started to go on with an
@@ -19,8 +19,10 @@ from typing import Any, cast
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lightning_sbckpt._generators import with_state
 from lightning_sbckpt._streams import set_streams, streams
-from lightning_sbckpt.rng import generators_in, install_generator, raw_generator_state
+from lightning_sbckpt.plugin._data_state import Baseline, DataState
+from lightning_sbckpt.rng import install_generator, raw_generator_state
 
 __all__ = [
     "StartWorker",
@@ -30,6 +32,9 @@ __all__ = [
     "WorkerState",
     "tagging",
 ]
+
+# Of more objects a worker looks at the numbers only, after every batch.
+_MANY_OBJECTS = 100
 
 WorkerState = dict[str, Any]
 """Of one worker: the streams and generators that are not as when it was started."""
@@ -60,19 +65,38 @@ class _Worker:
     """What this worker process remembers of its start. In the main process it stays unused."""
 
     def __init__(self) -> None:
-        self.base: WorkerState | None = None
+        self.base: WorkerState = {}
         self.begun: WorkerState | None = None
+        self.data = DataState({}, Baseline())
+        self.sends_states = False
 
-    def now(self) -> WorkerState:
-        """Return what differs from the base; most workers draw from one stream only."""
-        info = get_worker_info()
+    def start(self, root: Mapping[str, object], *, sends_states: bool) -> None:
+        """Note what there is before the first sample."""
+        self.data = DataState(dict(root), Baseline())
+        self.sends_states = sends_states
+        self.base = {}
+        self.base = self.now(states=False)
+
+    def now(self, *, states: bool) -> WorkerState:
+        """Return what differs from the base; most workers draw from one stream only.
+
+        Args:
+            states: Ask the objects that offer a state, too.
+        """
+        found = self.data.look_again()
         state: WorkerState = dict(streams())
-        state["generators"] = {
+        state["held"] = {
             name: raw_generator_state(generator)
-            for name, generator in generators_in(getattr(info, "dataset", None)).items()
+            for name, generator in with_state(found.wanted).items()
         }
-        base = self.base or {}
-        return {name: value for name, value in state.items() if value != base.get(name)}
+        state = {name: value for name, value in state.items() if value != self.base.get(name)}
+        many = len(found.objects) > _MANY_OBJECTS
+        if data := self.data.take(states=states, numbers_only=many):
+            # In a tuple, since what a user's state holds goes as it is.
+            state["data"] = (data,)
+        if self.data.untold:
+            state["untold"] = list(self.data.untold)
+        return state
 
 
 _worker = _Worker()
@@ -91,17 +115,25 @@ class TagBatch:
         if info is None:
             return batch
         begun, _worker.begun = _worker.begun, None
-        return TaggedBatch(batch, info.id, _worker.now(), begun)
+        state = _worker.now(states=_worker.sends_states)
+        return TaggedBatch(batch, info.id, state, begun)
 
 
 class StartWorker:
     """A `worker_init_fn` that runs the user's, then sets the states the worker goes on with."""
 
     def __init__(
-        self, init: Callable[[int], object] | None, states: Mapping[int, WorkerState]
+        self,
+        init: Callable[[int], object] | None,
+        states: Mapping[int, WorkerState],
+        collate: object,
+        *,
+        sends_states: bool,
     ) -> None:
         self.init = init
         self.states = dict(states)
+        self.collate = collate
+        self.sends_states = sends_states
 
     def __call__(self, worker: int) -> None:
         """Start worker number `worker`."""
@@ -113,11 +145,16 @@ class StartWorker:
             dataset = dataset.watched
         if self.init is not None:
             self.init(worker)
-        _worker.base = None
-        _worker.base = _worker.now()
+        root = {"dataset": dataset, "collate_fn": self.collate}
+        _worker.start(root, sends_states=self.sends_states)
         state = dict(self.states.get(worker, {}))
+        for data in state.pop("data", ()):
+            _worker.data.set(data)
+        # The releases before the first knew of the generators of the dataset alone.
         for name, generator in state.pop("generators", {}).items():
             install_generator(dataset, name, generator)
+        for name, generator in state.pop("held", {}).items():
+            install_generator(root, name, generator)
         set_streams(state)
 
 
@@ -134,7 +171,7 @@ class WatchedIterable(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         """Note, then iterate the dataset."""
         if get_worker_info() is not None:
-            _worker.begun = _worker.now()
+            _worker.begun = _worker.now(states=True)
         return iter(self.watched)
 
 

@@ -10,6 +10,11 @@ workers    a map-style `DataLoader` with workers: the same, and each worker is s
 own        a loader that carries its state itself: it is given back, nothing is skipped
 replay     anything else (iterable datasets above all): the batches are loaded again, dropped
 =========  =====================================================================================
+
+A replay begins with the state that the objects of the data had when the iterator was made: those
+that offer one are given it, and counters are set back. It is checked by its first batch. An
+iterable that holds an iterator goes on where it was, and no one can put an iterator back: then
+all batches since the fit began are loaded again.
 """
 
 # The iterators of a DataLoader have no public interface.
@@ -18,11 +23,14 @@ replay     anything else (iterable datasets above all): the batches are loaded a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any, cast
+from weakref import ref
 
 from lightning_sbckpt._streams import to_bytes, to_tensors
+from lightning_sbckpt._walk import is_opaque
+from lightning_sbckpt.plugin._data_state import Baseline
 from lightning_sbckpt.plugin._iteration import (
     Closed,
     Iteration,
@@ -31,6 +39,7 @@ from lightning_sbckpt.plugin._iteration import (
     draw_seed,
     is_plain,
     is_torchdata,
+    mark_of,
     turn_to,
 )
 from lightning_sbckpt.plugin._loader_handle import LoaderHandle
@@ -51,9 +60,23 @@ from lightning_sbckpt.typing import Stateful
 
 __all__ = ["LoaderPosition"]
 
+# Each takes about 10 kB of a checkpoint.
+_MOST_ROUNDS = 1000
+
 
 class LoaderPosition(LoaderHandle):
-    """The position of one loader: begins its iterations, describes them, takes them up again."""
+    """The position of one loader: begins its iterations, describes them, takes them up again.
+
+    Args:
+        loader: Any that can be iterated.
+        baseline: What the objects of the data were like when the fit began.
+    """
+
+    def __init__(self, loader: Any, baseline: Baseline) -> None:
+        super().__init__(loader, baseline)
+        self._rounds: list[Place] = []
+        self._lost_rounds = False
+        self._was_given_states = False
 
     # -- iterating ------------------------------------------------------------------------------
 
@@ -64,6 +87,7 @@ class LoaderPosition(LoaderHandle):
             keeps_last: whether the batch that is given last may have to be given again.
         """
         created = self._moment()
+        self._note_round()
         if self._start is not None and self._born is not None:
             # The workers of an earlier run go on; starting them must not touch the present.
             with isolated_rng():
@@ -77,7 +101,33 @@ class LoaderPosition(LoaderHandle):
                 self._born = created
         place = {"created": created, "born": self._born, "made": made, "first": None}
         self.latest = self._iteration(inner, place, keeps_last=keeps_last)
+        self._watch_beginning(self.latest)
+        if self._was_given_states:
+            # A state of the end of an epoch may mean that nothing is left to give.
+            self.latest.if_empty = _weakly_fresh(ref(self), created)
+            self._was_given_states = False
         return self.latest
+
+    def goes_on(self) -> list[str]:
+        """Return the iterators that a new iteration goes on with, by name."""
+        if is_opaque(self.loader):
+            return [type(self.loader).__name__]
+        return list(self.data.iterators())
+
+    def can_replay(self) -> bool:
+        """Return whether what goes on where it was can be brought there by iterating anew."""
+        return self._mode() == "replay" and not self._has_workers() and not self._lost_rounds
+
+    def begins_anew(self) -> bool:
+        """Return whether the iterators of the data are in use over epochs at all."""
+        # Workers that don't persist get copies for each epoch, as of before the first.
+        return not self._has_workers() or self._persists()
+
+    def untold(self) -> list[str]:
+        """Return what changes as the data is iterated and can't be saved, here and in workers."""
+        states = getattr(getattr(self.latest, "inner", None), "worker_states", {})
+        of_workers = [what for state in states.values() for what in state.get("untold", ())]
+        return list(dict.fromkeys([*self.data.untold, *of_workers]))
 
     def let_go(self) -> None:
         """Forget the present iteration, and with it the last reference to its workers."""
@@ -88,6 +138,7 @@ class LoaderPosition(LoaderHandle):
     def state(self, prefetched: int) -> dict[str, object]:
         """Return where the loader is, as plain values."""
         now = self._moment(rng=False)
+        self.data.look()
         place = None if self.latest is None else self._place(self.latest, prefetched)
         return {"loader": self.describe(), "now": now, "iteration": place}
 
@@ -96,6 +147,9 @@ class LoaderPosition(LoaderHandle):
         now = state["now"]
         never_iterated = state["iteration"] is None
         set_samplers(self.loader, now["samplers"], self._baseline, own_states=never_iterated)
+        if "data" in now:
+            self.notes += self.data.set(now["data"])
+            self._was_given_states = bool(now["data"].get("states"))
         self.notes += self._set_generators(now["generators"])
 
     # -- going on -------------------------------------------------------------------------------
@@ -116,6 +170,7 @@ class LoaderPosition(LoaderHandle):
         if place["ended"]:
             iteration.inner, iteration.ended = iter(()), True
         self.latest = iteration
+        self._was_given_states = False
         return iteration
 
     def prepare_epoch(self, state: Mapping[str, Any]) -> None:
@@ -135,6 +190,8 @@ class LoaderPosition(LoaderHandle):
                     self._resume_own({**place, "own": own, "prefetched": 0}, keeps_last=False)
                 else:
                     loader.load_state_dict(own)
+            elif mode != "map" and self._must_replay(place):
+                self._replay_epoch(place)
             elif self._persists() and place["born"] and same_workers:
                 if mode == "map":
                     # Its workers stay, and what they were doing at the end of the epoch, too.
@@ -154,10 +211,50 @@ class LoaderPosition(LoaderHandle):
                     next(order, None)
         self.latest = None
 
+    def begin_fresh(self, created: Place) -> Iterator[object]:
+        """Iterate as if no state had been given, under the random states of the beginning."""
+        self.data.set_fresh_states()
+        self._set(created)
+        return iter(self.loader)
+
+    # -- iterating a second time ----------------------------------------------------------------
+
+    def _note_round(self) -> None:
+        """Keep what a replay of all epochs needs of the last one, if there would have to be one."""
+        if not self.goes_on() or self._has_workers() or self._mode() == "map":
+            self._rounds = []
+        elif self.latest is not None:
+            self._rounds.append(self._place(self.latest, 0))
+            self._rounds[-1].pop("rounds", None)
+            if len(self._rounds) > _MOST_ROUNDS:
+                self._rounds, self._lost_rounds = [], True
+
+    def _must_replay(self, place: Place) -> bool:
+        """Return whether the next epoch can only be reached by replaying the last one."""
+        if self._has_workers():
+            # A persistent worker's dataset may have counted on after its last batch.
+            told = [*place["workers"].values(), *place["begun"].values()]
+            return self._persists() and place["ended"] and any("data" in each for each in told)
+        if "rounds" in place:
+            return True
+        # Whoever stopped within an epoch may begin the next one there, or anew.
+        states = place["created"].get("data", {}).get("states")
+        return bool(states) and not place["ended"] and place["yielded"] > 0
+
+    def _replay_epoch(self, place: Place) -> None:
+        drawn = place["yielded"] + place["prefetched"]
+        iteration = self._resume_replay({**place, "yielded": drawn, "prefetched": 0})
+        if place["ended"]:
+            next(iteration.inner, None)
+        self._was_given_states = False
+        if "rounds" in place:
+            self._rounds.append({k: v for k, v in place.items() if k != "rounds"})
+
     # -- describing -----------------------------------------------------------------------------
 
     def _place(self, iteration: Iteration, prefetched: int) -> Place:
-        prefetched = min(prefetched, iteration.yielded)
+        # Where one of several loaders has come to its end, the batch was of the others.
+        prefetched = 0 if iteration.ended else min(prefetched, iteration.yielded)
         count = iteration.yielded - prefetched
         inner = iteration.inner
         mode = self._mode()
@@ -180,18 +277,26 @@ class LoaderPosition(LoaderHandle):
             place["workers"].pop(worker, None)
             if before is not None:
                 place["workers"][worker] = to_tensors(before)
+        if "rng" in place["created"] and self._rounds_matter(mode):
+            place["rounds"] = self._rounds
         own_before = place.pop("own_before", None)
+        place.pop("own_first", None)
         if not prefetched:
             place.pop("before_last", None)
         if mode == "own":
             own = copy.deepcopy(self.loader.state_dict())
-            if is_torchdata(self.loader) and not carries_data(own):
+            if (is_torchdata(self.loader) and not carries_data(own)) or (
+                self._is_custom() and not _is_position(iteration)
+            ):
                 place["mode"] = "replay"
             elif prefetched and not is_plain(iteration.last):
                 place["own"] = own_before
             else:
                 place.update(self._own_place(own, iteration, prefetched))
         return place
+
+    def _rounds_matter(self, mode: str) -> bool:
+        return mode == "replay" and not self._has_workers() and bool(self.goes_on())
 
     def _own_place(self, own: object, iteration: Iteration, prefetched: int) -> Place:
         if not prefetched:
@@ -240,7 +345,7 @@ class LoaderPosition(LoaderHandle):
             turn_to(inner, count % loader.num_workers)
             for _ in range(self._ahead()):
                 inner._try_put_index()
-        fresh = {key: place[key] for key in ("created", "born", "made", "first")}
+        fresh = _as_begun(place)
         iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
         iteration.yielded = count
         if place["prefetched"]:
@@ -307,7 +412,23 @@ class LoaderPosition(LoaderHandle):
         )
         return False
 
-    def _resume_replay(self, place: Place, *, keeps_last: bool) -> Iteration:
+    def _replay_round(self, place: Place) -> None:
+        self._set(place["created"], samplers=True)
+        inner, _ = self._open({})
+        log = DrawLog()
+        if place["log"]:
+            log.load(place["log"])
+        for number in range(place["yielded"] + bool(place["ended"])):
+            log.apply(number)
+            next(inner, None)
+        self.notes.append(
+            f"{place['yielded']} batches of an earlier epoch loaded again and dropped, since its "
+            f"{_listed(self.goes_on())} goes on where it was"
+        )
+
+    def _resume_replay(
+        self, place: Place, *, keeps_last: bool = False, anew: bool = False
+    ) -> Iteration:
         states: dict[int, WorkerState] = {}
         if self._has_workers() and not place["made"] and place["born"]:
             self._set(place["born"])
@@ -320,11 +441,14 @@ class LoaderPosition(LoaderHandle):
                     "this one are not known; use persistent_workers=False"
                 )
         else:
-            self._set(place["created"], samplers=True)
+            for earlier in place.get("rounds", ()):
+                self._replay_round(earlier)
+            self._set(place["created"], samplers=True, states=not (anew or place.get("rounds")))
+        self._rounds = list(place.get("rounds", ()))
         if isinstance(self.loader, Stateful) and is_torchdata(self.loader):
             self.loader.load_state_dict({})
         inner, _ = self._open(states)
-        fresh = {key: place[key] for key in ("created", "born", "made", "first")}
+        fresh = _as_begun(place)
         self._born = place["born"]
         iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
         count, prefetched = place["yielded"], place["prefetched"]
@@ -340,9 +464,17 @@ class LoaderPosition(LoaderHandle):
         for number in range(count + prefetched):
             if log is not None:
                 log.apply(number)
-            try:
-                batch = next(inner)
-            except StopIteration:
+            batch = next(inner, _NOTHING)
+            if number == 0 and not _is_first(batch, place):
+                if not anew and self.data.set_fresh_states():
+                    # It takes its state for a place to begin at, and began anew by itself.
+                    return self._resume_replay(place, keeps_last=keeps_last, anew=True)
+                self.notes.append(
+                    "the first batch of its epoch is not the one it was, so its data is not what "
+                    "it would have been: it keeps a state, or draws from something, that can't be "
+                    "seen; give it state_dict and load_state_dict"
+                )
+            if batch is _NOTHING:
                 self.notes.append(f"it has only {number} batches now, and {count} had been given")
                 break
             loaded += number < count
@@ -351,6 +483,8 @@ class LoaderPosition(LoaderHandle):
         if log is not None:
             log.resumed()
         iteration.yielded = loaded
+        # Until a fresh iteration has shown that a loader's own state is a place.
+        iteration.is_position = False
         self.notes.append(f"{loaded} batches loaded again and dropped")
         return iteration
 
@@ -359,10 +493,12 @@ class LoaderPosition(LoaderHandle):
         loader.load_state_dict(copy.deepcopy(place["own"]))
         self._set(place["born"] or place["created"])
         inner, _ = self._open(_worker_states(place["workers"]))
-        fresh = {key: place[key] for key in ("created", "born", "made", "first")}
+        fresh = _as_begun(place)
         self._born = place["born"]
         iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
         iteration.yielded = place["yielded"]
+        if self._is_custom():
+            iteration.is_position, iteration.log = True, None
         if prefetched:
             if "batch" in place:
                 iteration.ready.append(place["batch"])
@@ -371,6 +507,40 @@ class LoaderPosition(LoaderHandle):
                 iteration.ready.append(next(inner))
         self.notes.append(f"it went on from its own state, at batch {place['yielded']}")
         return iteration
+
+
+_NOTHING = object()
+
+
+def _is_first(batch: object, place: Place) -> bool:
+    """Return whether a batch is the one that an epoch began with, as far as that is known."""
+    return "mark" not in place or (batch is not _NOTHING and mark_of(batch) == place["mark"])
+
+
+def _is_position(iteration: Iteration) -> bool:
+    """Return whether the state of a user's loader says where it is within an epoch."""
+    if iteration.is_position is None:
+        return iteration.yielded > 1
+    return iteration.is_position
+
+
+def _as_begun(place: Place) -> Place:
+    """Return what a place says about the beginning of its iteration."""
+    names = ("created", "born", "made", "first", "mark")
+    return {name: place[name] for name in names if name in place}
+
+
+def _weakly_fresh(position: ref[LoaderPosition], created: Place) -> Callable[[], Iterator[object]]:
+    # No iteration may hold what holds it, see `_weakly`.
+    def begin() -> Iterator[object]:
+        alive = position()
+        return iter(()) if alive is None else alive.begin_fresh(created)
+
+    return begin
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _order_state(order: Order | None, count: int) -> Place | None:

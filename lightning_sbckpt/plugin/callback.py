@@ -375,7 +375,7 @@ class SBCheckpoint(LightningCheckpoint):
         began_anew = self._run is not None and self._run.resumed_from is None
         if self._tracker is not None and self._reductions is not None and began_anew:
             for sentence in [
-                *self._tracker.warnings(),
+                *self._tracker.news(),
                 *exact.weak_points(trainer),
                 *self._reductions.weak_points(),
             ]:

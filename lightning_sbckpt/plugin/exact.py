@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import xxhash
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
@@ -39,9 +40,12 @@ from lightning_sbckpt.typing import World
 def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
     """Return this rank's state, by the name of the file that it goes to."""
     module = trainer.lightning_module
+    loaders = tracker.state(_compat.prefetched_batches(trainer))
+    for sentence in tracker.news():
+        rank_zero_warn(f"SBCheckpoint: {sentence}")
     return {
         RNG: capture_rng(),
-        LOADERS: tracker.state(_compat.prefetched_batches(trainer)),
+        LOADERS: loaders,
         METRICS: {
             "logged": _compat_logged.logged_state(trainer),
             "torchmetrics": {name: metric_state(metric) for name, metric in metrics_in(module)},

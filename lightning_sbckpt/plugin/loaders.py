@@ -7,15 +7,17 @@ in its place. How a loader gets back to where it was is told in `_positions.py`.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from lightning_sbckpt._walk import MOST_OBJECTS, is_opaque
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.plugin._compat import wrap
+from lightning_sbckpt.plugin._data_state import Baseline, asks
 from lightning_sbckpt.plugin._positions import LoaderPosition
-from lightning_sbckpt.plugin._sampling import samplers_in
 from lightning_sbckpt.plugin._tracked import Track, TrackedLoader
 from lightning_sbckpt.rng import isolated_rng
+from lightning_sbckpt.typing import Stateful
 
 __all__ = ["LoaderTracker", "TrackedLoader"]
 
@@ -62,6 +64,8 @@ class LoaderTracker:
         self._undo: Callable[[], None] | None = None
         self.is_holding = False
         self.is_mid_epoch = False
+        self._baseline = Baseline()
+        self._told: set[str] = set()
 
     # -- seeing the loaders ---------------------------------------------------------------------
 
@@ -107,7 +111,7 @@ class LoaderTracker:
         group = self._groups[stage]
         # The same loader made "again" may still have its workers.
         position = next((t.position for t in former if t.position.loader is loader), None)
-        track = Track(self, stage, len(group), position or LoaderPosition(loader))
+        track = Track(self, stage, len(group), position or LoaderPosition(loader, self._baseline))
         group.append(track)
         if not self.is_holding and track.key in self.pending:
             track.position.restore_now(self.pending[track.key])
@@ -194,8 +198,14 @@ class LoaderTracker:
 
     # -- telling --------------------------------------------------------------------------------
 
+    def news(self) -> list[str]:
+        """Return the warnings that have not been returned before, as training brings them up."""
+        found = [sentence for sentence in self.warnings() if sentence not in self._told]
+        self._told.update(found)
+        return found
+
     def warnings(self) -> list[str]:
-        """Return what can't be made exact for these loaders, and what to change."""
+        """Return what can't be made exact for these loaders, or costs time, and what to change."""
         return [
             f"{track.name}: {sentence}."
             for stage in STAGES
@@ -210,7 +220,7 @@ class LoaderTracker:
             here = len(self._groups[stage])
             if saved != here and (here or stage == "train"):
                 sentences.append(f"{saved} {stage} loaders were saved and {here} are here.")
-        return sentences + self.notes
+        return sentences + self.notes + self.news()
 
     # -- what the tracks ask --------------------------------------------------------------------
 
@@ -229,23 +239,35 @@ class LoaderTracker:
 
 def _weak_points(position: LoaderPosition) -> list[str]:
     loader = position.loader
-    found = []
-    if isinstance(loader, Iterator):
+    data = position.data
+    found = _about_iterators(position)
+    found += [
+        f"its {path} has a state_dict that only the loader of its library can call, so its place is "
+        "not saved; use that loader"
+        for path, obj in data.found.objects.items()
+        if asks(type(obj)) and not isinstance(loader, Stateful)
+    ]
+    found += [
+        f"its {what} changes as it is iterated, and no checkpoint has that: a resume is not exact if "
+        "the data depends on it; give its owner state_dict and load_state_dict"
+        for what in position.untold()
+    ]
+    if not data.found.is_whole:
         found.append(
-            "it is an iterator, which can be read once only: a resume loads and drops as many "
-            "batches as were given; use a loader that can be iterated anew, or one with "
-            "state_dict and load_state_dict"
+            f"it holds more than {MOST_OBJECTS:,} objects, and not all of them were searched for "
+            "random generators and counters, which are then not saved; hold those in attributes "
+            "of the dataset itself"
         )
+    found += [
+        f"its {path} is a random.SystemRandom, which has no state; use random.Random"
+        for path, generator in data.found.wanted.items()
+        if isinstance(generator, random.SystemRandom)
+    ]
     if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
         found.append(
             "with in_order=False the order of its batches depends on which worker is faster; a "
             "resume can't repeat it; use in_order=True"
         )
-    for name, sampler in samplers_in(loader).items():
-        if any(isinstance(value, random.SystemRandom) for value in vars(sampler).values()):
-            found.append(
-                f"its {name} draws from random.SystemRandom, which has no state; use random.Random"
-            )
     log = None if position.latest is None else position.latest.log
     if log is not None and not log.is_complete:
         found.append(
@@ -253,3 +275,22 @@ def _weak_points(position: LoaderPosition) -> list[str]:
             "is kept for a resume; give the dataset a generator of its own"
         )
     return found
+
+
+def _about_iterators(position: LoaderPosition) -> list[str]:
+    names = position.goes_on()
+    if not names or not position.begins_anew():
+        return []
+    which = "it is an iterator" if is_opaque(position.loader) else f"its {names[0]} is an iterator"
+    if position.can_replay():
+        consequence = (
+            "which goes on in each epoch where it was in the last: a resume loads all batches since "
+            "the run began again, and drops them; give its owner state_dict and load_state_dict to "
+            "go on at once"
+        )
+    else:
+        consequence = (
+            "which goes on where it was, and no checkpoint has its place: a resume is not exact; "
+            "give its owner state_dict and load_state_dict"
+        )
+    return [f"{which}, {consequence}"]
