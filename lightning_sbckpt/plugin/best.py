@@ -9,12 +9,13 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.adapt import REFUSALS, Adaptation
 from lightning_sbckpt.plugin.collect import FolderReader
 from lightning_sbckpt.plugin.doors import load_weights
 from lightning_sbckpt.selection import importance
-from lightning_sbckpt.typing import ImportanceKey
+from lightning_sbckpt.typing import ImportanceKey, World
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def restore_weights(
     module: LightningModule,
     dirpath: Path | str,
     adaptation: Adaptation,
+    world: World,
 ) -> None:
     """Put the weights of the best checkpoint into a module; if they don't fit, the last ones stay.
 
@@ -71,6 +73,10 @@ def restore_weights(
         module: Gets the weights.
         dirpath: Where it was looked for.
         adaptation: What of a checkpoint is not taken as it is.
+        world: The ranks, which all call this.
+
+    Raises:
+        MismatchError: The weights fit on some ranks only.
     """
     criterion = best_by.criterion.describe()
     if best is None:
@@ -81,13 +87,20 @@ def restore_weights(
         )
         return
     dump = reader.read(best.path)
+    # Ranks that load pieces together would wait for one that has given up for a reason of its own.
+    refusals = REFUSALS if reader.pieces is None else (MismatchError,)
+    left_out: list[str] = []
+    error: Exception | None = None
     try:
         left_out = load_weights(dump, module, reader, adaptation)
-    except REFUSALS as error:
+    except refusals as refused:
+        error = refused
+    if _failed(error, world):
         # The training is done, and its weights are worth more than a traceback.
         rank_zero_warn(
             f"SBCheckpoint: the best weights, {criterion} ({best_by.value(best):g}), in {best.path} "
-            f"don't fit this module, so the last weights stay: {error}"
+            "don't fit this module, so the last weights stay: "
+            f"{error if isinstance(error, MismatchError) else repr(error)}"
         )
         return
     if left_out:
@@ -100,3 +113,21 @@ def restore_weights(
         f"SBCheckpoint: restored the best weights, {criterion} "
         f"({best_by.value(best):g}), from {best.path}"
     )
+
+
+def _failed(error: Exception | None, world: World) -> bool:
+    """Return whether a load has failed on every rank.
+
+    Raises:
+        MismatchError: It has failed on some only, whose weights would differ from the others'.
+    """
+    if world.size == 1:
+        return error is not None
+    failed = world.broadcast(world.gather(error is not None)) or []
+    if any(failed) and not all(failed):
+        ranks = ", ".join(str(rank) for rank, each in enumerate(failed) if each)
+        raise MismatchError(
+            f"the best weights fit on some ranks and not on others ({ranks}), which must have the same "
+            f"weights: {error or 'see what these say'}. Pass restore_best=False to keep the last ones"
+        ) from error
+    return all(failed)

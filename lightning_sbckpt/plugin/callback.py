@@ -498,7 +498,15 @@ class SBCheckpoint(LightningCheckpoint):
         if not (self._restore_best and self._best_by.is_given and self._run is not None):
             return
         best = self._run.best_sound()
-        restore_weights(best, self._best_by, self._reader, module, self.dirpath, self._adaptation)
+        restore_weights(
+            best,
+            self._best_by,
+            self._reader,
+            module,
+            self.dirpath,
+            self._adaptation,
+            self._run.checkpointer.world,
+        )
 
 
 _compat.let_load_from_checkpoint_read(

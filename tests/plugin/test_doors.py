@@ -142,7 +142,7 @@ def test_the_best_that_does_not_fit_is_named_and_the_last_weights_stay(tmp_path)
 def test_a_hook_that_can_not_read_the_best_does_not_end_the_fit_with_an_error(tmp_path):
     """It wants what was not saved then."""
     begin(tmp_path)
-    with pytest.warns(UserWarning, match="the last weights stay: 'vocabulary'"):
+    with pytest.warns(UserWarning, match=r"the last weights stay: KeyError\('vocabulary'\)"):
         run = fit(tmp_path, seeded(Needs), epochs=3, **BEST)
     assert run.trainer.current_epoch == 3
 
