@@ -164,6 +164,7 @@ ORDER = (
     "plugin._compat_ddp",
     "plugin._compat_finders",
     "plugin._compat_logged",
+    "plugin._compat_loggers",
     "plugin._compat_loops",
     "plugin._compat_spawn",
     "plugin.spawned",

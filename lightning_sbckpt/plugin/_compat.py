@@ -199,6 +199,17 @@ def dump_checkpoint(trainer: Trainer) -> dict[str, Any]:
     return cast("dict[str, Any]", trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
 
 
+def complete_dumps(trainer: Trainer, complete: Callable[[dict[str, Any]], None]) -> Undo:
+    """Have `complete(dump)` change what `Trainer.save_checkpoint` saves, see `dump_checkpoint`."""
+
+    def dump_checkpoint(original: Callable[..., dict[str, Any]], *a: Any, **k: Any) -> Any:
+        dump = original(*a, **k)
+        complete(dump)
+        return dump
+
+    return wrap(trainer._checkpoint_connector, "dump_checkpoint", dump_checkpoint)
+
+
 def between_batches(trainer: Trainer, act: Callable[[], None]) -> Undo:
     """Have `act()` called after each training batch, when Lightning is wholly done with it.
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
+    ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 
@@ -65,6 +68,44 @@ def _weights_kept(module: LightningModule) -> Iterator[None]:
 def _tensors(module: LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def exception_files(trainer: Trainer) -> list[str]:
+    """Return the files that callbacks write when an exception is raised.
+
+    A fit that is given no path goes on from such a file if it is there, whatever else there is.
+    """
+    return [
+        str(callback.ckpt_path)
+        for callback in callbacks_of(trainer)
+        if isinstance(callback, OnExceptionCheckpoint)
+    ]
+
+
+def neighbours(trainer: Trainer, dirpath: Path | str) -> list[str]:
+    """Return which callbacks write checkpoints that a run won't go on from, a sentence each.
+
+    Args:
+        trainer: Has the callbacks.
+        dirpath: Where the run goes on from.
+    """
+    found = []
+    for callback in callbacks_of(trainer):
+        where = getattr(callback, "dirpath", None)
+        if isinstance(callback, OnExceptionCheckpoint):
+            found.append(
+                f"OnExceptionCheckpoint writes {callback.ckpt_path} when an exception is raised. The run "
+                f"goes on from the checkpoints in {dirpath}, exactly, and from that file only if there "
+                "are none"
+            )
+        elif isinstance(callback, ModelCheckpoint) and (
+            callback.save_last or (where is not None and Path(where).absolute() == dirpath)
+        ):
+            found.append(
+                f"ModelCheckpoint writes files of its own to {where}. The run goes on from the checkpoints "
+                f'in {dirpath}; ckpt_path="last" would go on from such a file, which is not exact'
+            )
+    return found
 
 
 def weak_points(trainer: Trainer) -> list[str]:

@@ -6,16 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.errors import MismatchError, SBCheckpointError
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin import _compat, _compat_sharded
+from lightning_sbckpt.plugin._compat import Undo
 from lightning_sbckpt.plugin.adapt import REFUSALS, Adaptation
 from lightning_sbckpt.plugin.collect import FolderReader
 from lightning_sbckpt.plugin.doors import load_weights
 from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import ImportanceKey, World
+
+_OF_A_MOMENT = ("epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def restore_weights(
     dirpath: Path | str,
     adaptation: Adaptation,
     world: World,
-) -> None:
+) -> bool:
     """Put the weights of the best checkpoint into a module; if they don't fit, the last ones stay.
 
     Args:
@@ -75,6 +79,9 @@ def restore_weights(
         adaptation: What of a checkpoint is not taken as it is.
         world: The ranks, which all call this.
 
+    Returns:
+        Whether they are in place, all of them.
+
     Raises:
         MismatchError: The weights fit on some ranks only.
     """
@@ -85,7 +92,7 @@ def restore_weights(
             "so the last weights stay. Log that metric in validation, or pass "
             "restore_best=False"
         )
-        return
+        return False
     dump = reader.read(best.path)
     # Ranks that load pieces together would wait for one that has given up for a reason of its own.
     refusals = REFUSALS if reader.pieces is None else (MismatchError,)
@@ -102,17 +109,50 @@ def restore_weights(
             "don't fit this module, so the last weights stay: "
             f"{error if isinstance(error, MismatchError) else repr(error)}"
         )
-        return
+        return False
     if left_out:
         rank_zero_warn(
             f"SBCheckpoint: the best weights, {criterion} ({best_by.value(best):g}), in {best.path} "
             f"were restored in part. The last ones stay for {'; '.join(left_out)}"
         )
-        return
+        return False
     rank_zero_info(
         f"SBCheckpoint: restored the best weights, {criterion} "
         f"({best_by.value(best):g}), from {best.path}"
     )
+    return True
+
+
+def save_with_its_state(trainer: Trainer, best: Checkpoint, reader: FolderReader) -> Undo:
+    """Have `trainer.save_checkpoint` save the best weights with the state that they were saved with.
+
+    After a fit the Trainer has the step, the epoch and the optimizers of its end: a file of the best
+    weights with those would be a checkpoint of no moment there was.
+
+    Args:
+        trainer: Has ended its fit, with the best weights in its module.
+        best: Where they come from.
+        reader: Reads it, when something is saved.
+    """
+    step = trainer.global_step
+
+    def complete(dump: dict[str, Any]) -> None:
+        if trainer.global_step != step:
+            return  # Training has gone on.
+        try:
+            if _compat_sharded.shards_the_model(trainer.strategy):
+                raise MismatchError("each rank has pieces of it")
+            saved = reader.read(best.path)
+        except (SBCheckpointError, OSError) as error:
+            rank_zero_warn(
+                f"SBCheckpoint: this file has the best weights, of {best.path.name}, with the step and "
+                f"the optimizers of the end of the fit, since those of the checkpoint can't be read: "
+                f"{error}. To go on from it, resume from the checkpoint folder"
+            )
+            return
+        dump.update({key: saved[key] for key in _OF_A_MOMENT if key in dump and key in saved})
+
+    return _compat.complete_dumps(trainer, complete)
 
 
 def _failed(error: Exception | None, world: World) -> bool:

@@ -17,11 +17,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.plugin import _compat, _compat_finders, _compat_loops, _options, exact
+from lightning_sbckpt.plugin import (
+    _compat,
+    _compat_callbacks,
+    _compat_finders,
+    _compat_loops,
+    _options,
+    exact,
+)
 from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin._compat_loading import ForNewModule
+from lightning_sbckpt.plugin._compat_loggers import Artifacts
 from lightning_sbckpt.plugin.adapt import Adaptation
-from lightning_sbckpt.plugin.best import restore_weights
+from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
 from lightning_sbckpt.plugin.collect import FolderReader, read_to_load
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.doors import Doors
@@ -63,6 +71,8 @@ _OF_A_FIT = (
     "_schedule",
     "_metrics",
     "_wanted",
+    "_unpair",
+    "_artifacts",
     # Lightning's own: methods of the module, which would take all of it with them.
     "log",
     "log_dict",
@@ -259,6 +269,8 @@ class SBCheckpoint(LightningCheckpoint):
         self._reductions: Reductions | None = None
         self._undo: list[_compat.Undo] = []
         self._beginning: Beginning | None = None
+        self._unpair: _compat.Undo | None = None
+        self._artifacts: Artifacts | None = None
         self._schedule = Schedule(*self._triggers)
         self._wanted = WantedKeys(self._best_by, self._rules, self._ckpt_predicate)
         self._metrics = Metrics(self._wanted.named)
@@ -303,6 +315,9 @@ class SBCheckpoint(LightningCheckpoint):
         self._undo += Doors(trainer, self._reader, self._adaptation, self._resumption).open()
         if stage != "fit" or _compat_finders.is_no_run(trainer):
             return
+        if self._unpair is not None:
+            self._unpair()
+            self._unpair = None
         others = [each for each in _compat.callbacks_of(trainer) if isinstance(each, SBCheckpoint)]
         refuse_what_cannot_work(trainer, [each.dirpath for each in others])
         checkpointer = open_checkpointer(
@@ -372,12 +387,15 @@ class SBCheckpoint(LightningCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell at the first fit, not after the crash, what will not resume exactly."""
+        self._artifacts = artifacts = Artifacts(trainer)
         began_anew = self._run is not None and self._run.resumed_from is None
         if self._tracker is not None and self._reductions is not None and began_anew:
             for sentence in [
                 *self._tracker.news(),
                 *exact.weak_points(trainer),
                 *self._reductions.weak_points(),
+                *_compat_callbacks.neighbours(trainer, self.dirpath),
+                *artifacts.warnings(),
             ]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
         if self._saving is not None:
@@ -414,9 +432,10 @@ class SBCheckpoint(LightningCheckpoint):
             return
         try:
             cast("Saving", self._saving).finish()
+            self._upload(trainer, ends=True)
             self._run.note_end(trainer.global_step, why_ended(trainer))
         finally:
-            self._restore_best_weights(pl_module)
+            self._restore_best_weights(trainer, pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -429,7 +448,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._run.checkpointer.saver.finish_here()
         alone = self._run is None or self._run.checkpointer.world.size == 1
         if fitting and alone and isinstance(exception, KeyboardInterrupt):
-            self._restore_best_weights(pl_module)
+            self._restore_best_weights(trainer, pl_module)
         self._leave(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -482,6 +501,14 @@ class SBCheckpoint(LightningCheckpoint):
         self._set_paths(cast("Run", self._run))
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(self))
+        self._upload(trainer, ends=False)
+
+    def _upload(self, trainer: Trainer, *, ends: bool) -> None:
+        if self._artifacts is None or not trainer.is_global_zero:
+            return
+        self._artifacts.upload(
+            [*self.best_k_models, self.last_model_path], self.best_model_path, ends=ends
+        )
 
     def _set_paths(self, run: Run) -> None:
         standing = run.standing(max(1, self.save_top_k))
@@ -494,11 +521,11 @@ class SBCheckpoint(LightningCheckpoint):
         value_now = standing.newest_value
         self.current_score = None if value_now is None else torch.tensor(value_now)
 
-    def _restore_best_weights(self, module: LightningModule) -> None:
+    def _restore_best_weights(self, trainer: Trainer, module: LightningModule) -> None:
         if not (self._restore_best and self._best_by.is_given and self._run is not None):
             return
         best = self._run.best_sound()
-        restore_weights(
+        restored = restore_weights(
             best,
             self._best_by,
             self._reader,
@@ -507,6 +534,8 @@ class SBCheckpoint(LightningCheckpoint):
             self._adaptation,
             self._run.checkpointer.world,
         )
+        if best is not None and restored and best.meta.get("global_step") != trainer.global_step:
+            self._unpair = save_with_its_state(trainer, best, self._reader)
 
 
 _compat.let_load_from_checkpoint_read(

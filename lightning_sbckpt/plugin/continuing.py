@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_loops, _compat_sharded
+from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_loops, _compat_sharded
 from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder, is_resumable
@@ -80,6 +80,8 @@ class Beginning:
         if self._searches and given is not None and given == _compat.hpc_checkpoint(self._trainer):
             ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
             given = requeued_if_newer(str(given), ours, world)
+        if self._searches and str(given) in _compat_callbacks.exception_files(self._trainer):
+            given = self._ours_rather_than(str(given))
         if given is not None and given != "":
             if self._searches:
                 rank_zero_info(
@@ -101,6 +103,18 @@ class Beginning:
             return given
         self._go_on_from(chosen)
         return str(chosen.path)
+
+    def _ours_rather_than(self, file: str) -> str | None:
+        """Return None if there is a checkpoint to go on from exactly, or the file of an exception."""
+        ours = self._run.checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+        if ours is None:
+            return file
+        rank_zero_warn(
+            f"SBCheckpoint: OnExceptionCheckpoint has left {file}, which has no random states and no "
+            f"position of the data. The run goes on from {ours.path} instead, exactly; with "
+            "resume=False it would go on from the file. Beside SBCheckpoint that callback is not needed"
+        )
+        return None
 
     def _go_on_from(self, chosen: Checkpoint) -> None:
         self._run.go_on_from(chosen)
