@@ -58,6 +58,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _secrets_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's own secrets out of the tests, and theirs out of the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        for name in ("LIGHTNING_SBCKPT_SECRET", "LIGHTNING_SBCKPT_SECRET_FILE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer `--original`."""
     parser.addoption(

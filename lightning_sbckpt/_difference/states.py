@@ -17,7 +17,8 @@ import torch
 
 from lightning_sbckpt._torchfile.filling import read_tensors
 from lightning_sbckpt._torchfile.outline import Identity, Stored, identity_of, read_outline
-from lightning_sbckpt._torchfile.reading import TAG, open_state
+from lightning_sbckpt._torchfile.plain import TAG
+from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError
 
 # How many numbers are compared at a time.
@@ -58,7 +59,7 @@ class SavedState:
                 self._identity = outline.identity
                 self._open()
                 return
-        self.leaves = dict(_leaves(open_state(path), (), by_outline=False))
+        self.leaves = dict(_leaves(open_state(path, pickled=False), (), by_outline=False))
 
     def _open(self) -> None:
         self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)

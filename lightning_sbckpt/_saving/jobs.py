@@ -6,7 +6,6 @@ package, at the disk's pace and, if wanted, later. Any other hook writes its fil
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +28,9 @@ from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._saving.snapshot import Arena
 from lightning_sbckpt._sharded.states import sharded_states
 from lightning_sbckpt._torchfile.image import Image, storages_of
+from lightning_sbckpt._torchfile.marks import mark
 from lightning_sbckpt._torchfile.reading import MARKED_SUFFIX, pickled_path
-from lightning_sbckpt._torchfile.state import encode, say_what_is_pickled
+from lightning_sbckpt._torchfile.state import encode, held, pickled_file, torch_bytes
 from lightning_sbckpt._torchfile.templates import Description, Templates, describe
 from lightning_sbckpt._torchfile.writing import write_torch
 from lightning_sbckpt.errors import HookError, SaveError, SBCheckpointError
@@ -50,6 +50,7 @@ class SaveJob:
         on_every_rank: Whether every rank runs it, not rank zero alone.
         volatile: Whether the state may change before the next optimizer step.
         sharded: Whether every rank has its own pieces of the state, and writes them.
+        authenticated: Whether the file is to be known as one of this user's own.
     """
 
     name: str
@@ -59,6 +60,7 @@ class SaveJob:
     on_every_rank: bool
     volatile: bool
     sharded: bool = False
+    authenticated: bool = False
 
     def take(self) -> object:
         """Return the state.
@@ -131,7 +133,14 @@ def save_jobs(
             state = sharded[name]
         volatile = bool(getattr(obj, "volatile", False))
         jobs[name] = SaveJob(
-            name, type(obj).__name__, state, partial(hook, obj), every_rank, volatile, in_pieces
+            name,
+            type(obj).__name__,
+            state,
+            partial(hook, obj),
+            every_rank,
+            volatile,
+            sharded=in_pieces,
+            authenticated=bool(getattr(obj, "authenticated", False)),
         )
         beside = None if name in custom_hooks else registry.beside(obj, "save")
         if beside is not None:
@@ -189,34 +198,44 @@ class Contents:
         source: The bytes, or None if only torch knows how to write them.
         state: What torch would write.
         large: The tensors with large storages; of a state that can't be described, none are known.
+        holds: What is in it that only pickle can hold, a few words each.
     """
 
     size: int
     source: Source | None = None
     state: object = None
     large: Sequence[torch.Tensor] | None = None
+    holds: Sequence[str] = ()
 
     @staticmethod
-    def of(
-        filename: str, state: object, templates: Templates, *, volatile: bool
-    ) -> dict[str, Contents]:
+    def of(job: SaveJob, state: object, templates: Templates, root: Path) -> dict[str, Contents]:
         """Return what the files of a state will hold, by name: one file, rarely two.
 
         Args:
-            filename: Of the state's file.
-            state: Any state; what only pickle can hold goes to a second file, and is said.
+            job: What is saved.
+            state: Its state; what only pickle can hold goes to a second file.
             templates: The forms of the files saved before.
-            volatile: The state may change before the next optimizer step.
+            root: The folder of all checkpoints.
+
+        Raises:
+            SaveError: Something in the state can't even be pickled.
         """
+        path = Path(f"{job.name}{PARAMFILE_EXT}")
         description = describe(state)
         encoded, pickled = (state, {}) if description else encode(state)
-        contents = {filename: Contents._of_one(filename, encoded, description, templates)}
-        if volatile:
-            contents[filename] = replace(contents[filename], large=None)
+        if job.authenticated:
+            data = mark(torch_bytes(encoded), path.name, root)
+            contents = {path.name: Contents(len(data), Image(len(data), [(0, data)]))}
+        else:
+            contents = {path.name: Contents._of_one(path.name, encoded, description, templates)}
+        if job.volatile:
+            contents[path.name] = replace(contents[path.name], large=None)
         if pickled:
-            beside = pickled_path(Path(filename)).name
-            contents[beside] = Contents._of_one(beside, pickled, None, templates)
-            say_what_is_pickled(Path(filename), pickled)
+            beside = pickled_path(path).name
+            # In memory, since what is marked must be what is written.
+            data = pickled_file(pickled, beside, root)
+            holds = [f"{job.name}{held(where, value)}" for where, value in pickled.items()]
+            contents[beside] = Contents(len(data), Image(len(data), [(0, data)]), holds=holds)
         return contents
 
     @staticmethod
@@ -268,7 +287,5 @@ def _by_torch(state: object, path: Path) -> None:
 
 
 def _pickled(state: object) -> Source:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = buffer.getvalue()
+    data = torch_bytes(state)
     return Image(len(data), [(0, data)])

@@ -39,6 +39,7 @@ from lightning_sbckpt._saving.overlap import LateCopy
 from lightning_sbckpt._saving.pieces import Pieces, new_stager
 from lightning_sbckpt._saving.snapshot import Arena
 from lightning_sbckpt._sharded.states import differing_names, refuse_pieces, require_all_pieces
+from lightning_sbckpt._torchfile.state import warn_of_trust
 from lightning_sbckpt._torchfile.templates import Templates
 from lightning_sbckpt._world import portable_error
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
@@ -210,12 +211,11 @@ class Save:
                 state = job.take()
                 refuse_pieces(name, state)
                 if main:
-                    filename = f"{name}{PARAMFILE_EXT}"
-                    contents = Contents.of(
-                        filename, state, workshop.templates, volatile=job.volatile
-                    )
+                    contents = Contents.of(job, state, workshop.templates, workshop.root)
                     self._contents.update(contents)
         if main:
+            holds = [each for contents in self._contents.values() for each in contents.holds]
+            warn_of_trust(holds, workshop.root)
             self._require_space()
             if copy != "no":
                 self._contents, self.late_copy = Contents.copied(

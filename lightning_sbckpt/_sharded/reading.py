@@ -31,7 +31,7 @@ from lightning_sbckpt._sharded.contents import (
     Stored,
     read_contents,
 )
-from lightning_sbckpt._torchfile.reading import _decode, load_stream
+from lightning_sbckpt._torchfile.reading import decoded, load_stream
 from lightning_sbckpt.errors import DamagedCheckpointError, UntrustedPickleError
 
 Allocate = Callable[[str, SavedTensor], torch.Tensor]
@@ -78,7 +78,7 @@ class SavedShards:
             UntrustedPickleError: Only pickle can read a value.
             DamagedCheckpointError: A value can't be read.
         """
-        return {name: _decode(self._load(stored)) for name, stored in self.contents.values.items()}
+        return {name: decoded(self._load(stored)) for name, stored in self.contents.values.items()}
 
     def state(self, allocate: Allocate = whole_tensor) -> dict[str, Any]:
         """Return the whole state, in tensors made by `allocate`.

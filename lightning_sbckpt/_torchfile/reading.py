@@ -1,32 +1,36 @@
 """Reading the files of states: tensors and plain values only, unless pickle is trusted.
 
-`_state` says what is in such a file; this undoes it.
+`state` says what is in such a file; this undoes it.
 """
 
 from __future__ import annotations
 
+import ast
+import os
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from io import BufferedReader, RawIOBase
+from functools import partial
+from io import BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from lightning_sbckpt._disk.absent import bring_file
-from lightning_sbckpt._disk.regular import open_regular
+from lightning_sbckpt._disk.regular import NotRegularError, open_regular
+from lightning_sbckpt._torchfile.containers import rebuild
 from lightning_sbckpt._torchfile.direct import live_state
 from lightning_sbckpt._torchfile.filling import read_owned
+from lightning_sbckpt._torchfile.marks import TRUST, judge
+from lightning_sbckpt._torchfile.plain import from_plain
 from lightning_sbckpt._torchfile.screening import screen_file
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 PICKLED_SUFFIX = "+pickled"
 MARKED_SUFFIX = "+marked"
-TAG = "__lightning_sbckpt__"
-Where = tuple[object, ...]
+CHECKPOINT_PREFIX = "CKPT"
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -64,45 +68,55 @@ def marked_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}{MARKED_SUFFIX}{path.suffix}")
 
 
-def load_state(
-    path: Path, *, missing_pickled: list[str] | None = None, grouped: bool = False
-) -> object:
-    """Return the state in `path`, its tensors on the CPU; no pickle is executed unless trusted.
+def load_state(path: Path, *, left_out: list[str] | None = None, grouped: bool = False) -> object:
+    """Return the state in `path`, its tensors on the CPU.
+
+    What only pickle can hold is read if this user's own runs wrote it, or if pickle is trusted.
 
     Args:
         path: A file written by `save_state` or by `torch.save`.
-        missing_pickled: If given, a state with parts that only pickle holds is returned without
-            them, and their places are added to this list; otherwise such a state is refused.
+        left_out: If given, what can't be read is taken out of the state, and named in this list;
+            otherwise such a state is refused.
         grouped: The tensors will be kept or dropped together, see `Memory`.
 
     Returns:
         The state.
 
     Raises:
-        UntrustedPickleError: The file holds, or has beside it, pickled objects that are not
-            trusted.
+        UntrustedPickleError: The file holds, or has beside it, pickled objects that are neither this
+            user's own nor trusted.
         DamagedCheckpointError: The file can't be read at all.
-        MismatchError: It is no file, but a folder that ranks have written.
+        MismatchError: It is no file, but a folder that ranks have written; or what it holds needs
+            classes that this program doesn't have.
     """
     path = Path(path)
     _refuse_pieces(path)
     bring_file(path, pickled_path(path))
     read = read_owned(path, grouped=grouped)
-    state = _decode(read[0] if read else _torch_load(path, trust=_trusted.get()))
-    beside = pickled_path(path)
-    if beside.exists():
-        if _trusted.get():
-            parts = cast("dict[Where, object]", _torch_load(beside, trust=True))
-            for where, value in parts.items():
-                state = _graft(state, where, value)
-        elif missing_pickled is None:
-            raise UntrustedPickleError(
-                f"{path} has state that only pickle can hold, in {beside.name}. Reading it can run "
-                "any code its author chose: if you trust it, pass trust_pickle=True"
-            )
-        else:
-            missing_pickled.append(f"{path.stem}: what {beside.name} holds")
-    return state
+    state = read[0] if read else _torch_load(path, trust=_trusted.get())
+    return _completed(state, path, left_out, trusted=_trusted.get())
+
+
+def load_own_state(path: Path, *, left_out: list[str] | None = None) -> tuple[object, bool]:
+    """Return the state in `path`, and whether this user's own runs wrote the file.
+
+    The very bytes that are read are those that are judged.
+
+    Args:
+        path: See `load_state`.
+        left_out: See `load_state`.
+
+    Raises:
+        UntrustedPickleError: See `load_state`.
+        DamagedCheckpointError: See `load_state`.
+        MismatchError: See `load_state`.
+    """
+    path = Path(path)
+    bring_file(path, pickled_path(path))
+    data = _bytes(path)
+    authentic = judge(data, path.name, _near(path)).authentic
+    state = _torch_load(path, trust=_trusted.get(), data=data)
+    return _completed(state, path, left_out, trusted=_trusted.get() or authentic), authentic
 
 
 def load_live_state(obj: object, path: Path) -> Mapping[str, object]:
@@ -119,17 +133,23 @@ def load_live_state(obj: object, path: Path) -> Mapping[str, object]:
     return cast("Mapping[str, object]", load_state(path)) if state is None else state
 
 
-def open_state(path: Path) -> object:
+def open_state(path: Path, *, pickled: bool = True) -> object:
     """Return the state in `path`, its tensors parts of a private mapping of the file.
 
-    What only pickle can hold is left out, as None. A file that can't be mapped is read in full.
+    A file that can't be mapped is read in full.
+
+    Args:
+        path: See `load_state`.
+        pickled: False leaves None in the place of what only pickle can hold.
 
     Raises:
         UntrustedPickleError: See `load_state`.
         DamagedCheckpointError: See `load_state`.
+        MismatchError: See `load_state`.
     """
-    _refuse_pieces(Path(path))
-    bring_file(Path(path))
+    path = Path(path)
+    _refuse_pieces(path)
+    bring_file(path, pickled_path(path))
     try:
         with _buffered(path) as stream:
             screen_file(stream)
@@ -137,7 +157,7 @@ def open_state(path: Path) -> object:
     except Exception:
         # Whatever it is, reading it in full will say it, or will do.
         state = _torch_load(path, trust=False)
-    return _decode(state)
+    return _completed(state, path, None, trusted=_trusted.get(), pickled=pickled)
 
 
 def _refuse_pieces(path: Path) -> None:
@@ -148,18 +168,76 @@ def _refuse_pieces(path: Path) -> None:
         )
 
 
-def _torch_load(path: Path, *, trust: bool) -> object:
+def _completed(
+    state: object,
+    path: Path,
+    left_out: list[str] | None,
+    *,
+    trusted: bool,
+    pickled: bool = True,
+) -> object:
+    """Return a state with what lies beside it in place, and with every value what it was."""
+    beside = pickled_path(path)
+    if pickled and os.path.lexists(beside):
+        data = _bytes(beside)
+        found = judge(data, beside.name, _near(path))
+        if _trusted.get() or found.authentic:
+            parts = _torch_load(beside, trust=True, data=data)
+            state = _grafted(state, parts, beside)
+        else:
+            what = ", ".join(f"{path.stem}{held}" for held in found.holds)
+            what = what or f"{path.stem}: what {beside.name} holds"
+            if left_out is None or not _without(state, found.holds):
+                raise UntrustedPickleError(
+                    f"{path.parent} has state that only pickle can hold, in {beside.name}: {what}. It "
+                    f"was not read: {found.reason}; {TRUST}"
+                )
+            left_out.append(what)
+    return decoded(state, trusted=trusted)
+
+
+def decoded(state: object, *, trusted: bool = False) -> object:
+    """Return a state with every value what it was, see `plain`.
+
+    Args:
+        state: As it was read, with what only pickle can hold in place.
+        trusted: Whether values may be made that call functions of the program when they are looked
+            at.
+    """
+    return rebuild(state, leave=partial(from_plain, trusted=trusted or _trusted.get()))
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        with _buffered(path) as stream:
+        with open_regular(path) as stream:
+            return stream.read()
+    except NotRegularError as error:
+        raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
+
+
+def _near(path: Path) -> Path | None:
+    """Return the folder of all checkpoints, of a file in one."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name.startswith(CHECKPOINT_PREFIX) else None
+
+
+def _torch_load(path: Path, *, trust: bool, data: bytes | None = None) -> object:
+    try:
+        with _buffered(path) if data is None else BytesIO(data) as stream:
             return load_stream(stream, trust=trust)
     except FileNotFoundError:
         raise
     except Exception as error:
+        if trust and isinstance(error, (ImportError, AttributeError)):
+            raise MismatchError(
+                f"{path} holds objects of classes or functions that this program doesn't have: "
+                f"{error}. Import or define them where they were when it was saved, or skip what it "
+                f"belongs to, {path.stem.removesuffix(PICKLED_SUFFIX)!r}"
+            ) from error
         if _is_pickle(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
             raise UntrustedPickleError(
                 f"{path} holds objects that only pickle can hold, and was not written by this "
-                "package. Reading it can run any code its author chose: if you trust it, pass "
-                f"trust_pickle=True. torch says: {str(error).splitlines()[0]}"
+                f"package. It was not read; {TRUST}. torch says: {str(error).splitlines()[0]}"
             ) from error
         reason = next(iter(str(error).splitlines()), repr(error))
         raise DamagedCheckpointError(
@@ -194,44 +272,69 @@ def _is_pickle(path: Path) -> bool:
         return stream.read(1) == b"\x80" or zipfile.is_zipfile(path)
 
 
-def _decode(value: object) -> object:
-    kind = type(value)
-    if kind is dict:
-        fields = cast("dict[str, object]", value)
-        if TAG in fields:
-            return _decode_tagged(fields)
-        return {key: _decode(item) for key, item in fields.items()}
-    if kind is OrderedDict:
-        # In place: a module's state_dict carries its metadata as an attribute.
-        ordered = cast("OrderedDict[object, object]", value)
-        for key, item in ordered.items():
-            ordered[key] = _decode(item)
-        return ordered
-    if kind in (list, tuple):
-        return kind(_decode(item) for item in cast("list[object]", value))
-    return value
+def _grafted(state: object, parts: object, beside: Path) -> object:
+    """Return a state with parts put in their places, wherever it holds the same container."""
+    if not isinstance(parts, dict):
+        raise _not_beside(beside)
+    within_tuples: dict[tuple[int, object], object] = {}
+    for where, value in parts.items():
+        if where == ():
+            return value
+        try:
+            *steps, last = where
+            container: Any = state
+            for step in steps:
+                container = container[step]
+            if container[last] is not None:
+                raise _not_beside(beside)
+            if isinstance(container, tuple):
+                within_tuples[id(container), last] = value
+            else:
+                container[last] = value
+        except (LookupError, TypeError) as error:
+            raise _not_beside(beside) from error
+    return rebuild(state, swap=within_tuples) if within_tuples else state
 
 
-def _decode_tagged(fields: dict[str, object]) -> object:
-    if fields[TAG] == "no bytes":
-        return b""
-    if fields[TAG] == "path":
-        return Path(str(fields["path"]))
-    import numpy as np
-
-    data = cast("torch.Tensor", fields["data"]).numpy().tobytes()
-    array = np.frombuffer(data, dtype=np.dtype(str(fields["dtype"])))
-    array = array.reshape(cast("list[int]", fields["shape"])).copy()
-    return array if fields[TAG] == "ndarray" else array[()]
+def _not_beside(beside: Path) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{beside} does not belong to the file that it lies beside: there are no such places in that. "
+        "Recover from another checkpoint"
+    )
 
 
-def _graft(state: object, where: Where, value: object) -> object:
-    if not where:
-        return value
-    first, rest = where[0], where[1:]
-    if isinstance(state, tuple):
-        index = cast("int", first)
-        return (*state[:index], _graft(state[index], rest, value), *state[index + 1 :])
-    container = cast("dict[object, object]", state)
-    container[first] = _graft(container[first], rest, value)
-    return container
+def _without(state: object, holds: Sequence[str]) -> bool:
+    """Take out of a state what could not be read; return whether all of it was found.
+
+    What is in a list or tuple takes with it what that is in.
+    """
+    found: list[tuple[dict[object, object], object]] = []
+    for held in holds:
+        container: Any = state
+        innermost = None
+        for step in _steps(held.rpartition(" (a ")[0]):
+            if isinstance(container, dict):
+                innermost = (container, step)
+            try:
+                container = container[step]
+            except (LookupError, TypeError):
+                return False
+        if innermost is None:
+            return False
+        found.append(innermost)
+    for mapping, key in found:
+        mapping.pop(key, None)
+    return bool(found)
+
+
+def _steps(spelled: str) -> list[object]:
+    """Return the keys and indices of a place as `state.spell` writes it; none if it is no place."""
+    steps: list[object] = []
+    try:
+        node = ast.parse(f"state{spelled}", mode="eval").body
+        while isinstance(node, ast.Subscript):
+            steps.append(ast.literal_eval(node.slice))
+            node = node.value
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return []
+    return steps[::-1]

@@ -29,6 +29,7 @@ from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt._sharded.states import numbered as in_numbers
 from lightning_sbckpt._torchfile.reading import (
+    load_own_state,
     load_state,
     pickle_is_trusted,
     trusting_pickle,
@@ -44,7 +45,7 @@ from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat
 from lightning_sbckpt.plugin._compat_loading import FolderDump
 from lightning_sbckpt.plugin.gradients import read_gradients
-from lightning_sbckpt.plugin.hyperparameters import LoadedFolder
+from lightning_sbckpt.plugin.hyperparameters import LoadedFolder, names_calls
 from lightning_sbckpt.plugin.sharded import Pieces
 
 MODEL = "model"
@@ -88,11 +89,15 @@ class Part:
     Args:
         state: The piece.
         volatile: Whether it may change before the next optimizer step, as gradients do.
+        marked: Whether its file is to be known as one of this user's own.
     """
 
-    def __init__(self, state: Mapping[str, object], *, volatile: bool = False) -> None:
+    def __init__(
+        self, state: Mapping[str, object], *, volatile: bool = False, marked: bool = False
+    ) -> None:
         self._state = state
         self.volatile = volatile
+        self.marked = marked
 
     def state_dict(self) -> Mapping[str, object]:
         """Return the piece."""
@@ -147,8 +152,10 @@ def divide(
         if owner is not None and key in rest:
             parts[name] = {key: rest.pop(key)}
     parts[EXTRAS] = rest
+    # Those of a live run only: what was read from elsewhere is not ours.
+    marked = {HPARAMS} if trainer is not None and names_calls(parts[HPARAMS]) else set()
     return {
-        name: ShardedState(state) if name in sharded else Part(state)
+        name: ShardedState(state) if name in sharded else Part(state, marked=name in marked)
         for name, state in parts.items()
         if state or name == MODEL
     }
@@ -221,18 +228,21 @@ class FolderReader:
     """Reads checkpoint folders into Lightning's dictionary.
 
     Args:
-        trust_pickle: Read what only pickle can hold, too.
+        trust_pickle: Read what only pickle can hold, whoever wrote it.
+        left_out: If given, what is not trusted is left out of what is read, and named in this list;
+            otherwise a folder that has it is refused.
 
     Attributes:
-        unread: What the last folder read has that was not read, a sentence each.
+        own_hyperparameters: The keys of the last folder read whose values this user's own runs wrote.
         skip: Names of files to leave out. (The model and the optimizers are not left out here:
             Lightning wants to find something for each.)
         pieces: Reads the model and the optimizers where each rank has its own pieces of them.
     """
 
-    def __init__(self, *, trust_pickle: bool = False) -> None:
+    def __init__(self, *, trust_pickle: bool = False, left_out: list[str] | None = None) -> None:
         self._trust_pickle = trust_pickle
-        self.unread: list[str] = []
+        self.left_out = left_out
+        self.own_hyperparameters: frozenset[str] = frozenset()
         self.skip: Collection[str] = ()
         self.pieces: Pieces | None = None
 
@@ -262,7 +272,6 @@ class FolderReader:
                 f"{folder} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
                 "Use another checkpoint of the run"
             )
-        self.unread = []
         with trusting_pickle(self._trust_pickle or weights_only is False):
             return FolderDump(self._assemble(checkpoint), checkpoint.path)
 
@@ -273,8 +282,8 @@ class FolderReader:
             return None
         with trusting_pickle(self._trust_pickle):
             if name == GRADIENTS:
-                return read_gradients(path, self.pieces, self.unread)
-            return load_state(path, missing_pickled=self.unread)
+                return read_gradients(path, self.pieces)
+            return load_state(path, left_out=self.left_out)
 
     def own_state(self, module: LightningModule) -> dict[str, Any]:
         """Return the state of a live module as it is compared with a saved one."""
@@ -294,7 +303,7 @@ class FolderReader:
             from lightning_sbckpt._sharded.reading import SavedShards
 
             return SavedShards(path).state()
-        return cast("dict[str, Any]", load_state(path, missing_pickled=self.unread))
+        return cast("dict[str, Any]", load_state(path, left_out=self.left_out))
 
     def _optimizer(self, path: Path, index: int) -> object:
         if self.pieces is not None:
@@ -304,13 +313,13 @@ class FolderReader:
 
             return in_numbers(SavedShards(path).state())
         # What becomes an optimizer's state is dropped with it.
-        return load_state(path, missing_pickled=self.unread, grouped=True)
+        return load_state(path, left_out=self.left_out, grouped=True)
 
     def _assemble(self, checkpoint: Checkpoint) -> dict[str, Any]:
         def read(name: str) -> dict[str, Any]:
             left_out = name in self.skip and name not in (MODEL, LOOPS)
             path = None if left_out else checkpoint.paramfiles.get(name)
-            state = {} if path is None else load_state(path, missing_pickled=self.unread)
+            state = {} if path is None else load_state(path, left_out=self.left_out)
             return cast("dict[str, Any]", state)
 
         # Of weights alone, an average, say. Without these Lightning would take them for those of one
@@ -328,9 +337,22 @@ class FolderReader:
         dump["optimizer_states"] = self._numbered(checkpoint, OPTIMIZER)
         dump["lr_schedulers"] = self._numbered(checkpoint, SCHEDULER)
         dump["callbacks"] = read(CALLBACKS)
-        for name in (HPARAMS, PRECISION, DATAMODULE, EXTRAS):
+        for name in (PRECISION, DATAMODULE, EXTRAS):
             dump.update(read(name))
+        # Last, so that what is known to be ours is not replaced by what may not be.
+        dump.update(self._hyperparameters(checkpoint))
         return dump
+
+    def _hyperparameters(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        self.own_hyperparameters = frozenset()
+        path = checkpoint.paramfiles.get(HPARAMS)
+        if path is None or HPARAMS in self.skip:
+            return {}
+        state, own = load_own_state(path, left_out=self.left_out)
+        found = cast("Mapping[str, Any]", state)
+        if own:
+            self.own_hyperparameters = frozenset(found)
+        return found
 
     def _numbered(self, checkpoint: Checkpoint, name: str) -> list[Any]:
         states: list[Any] = []
@@ -339,7 +361,7 @@ class FolderReader:
             states.append(
                 self._optimizer(path, len(states))
                 if name == OPTIMIZER
-                else load_state(path, missing_pickled=self.unread, grouped=True)
+                else load_state(path, left_out=self.left_out, grouped=True)
             )
         return states
 
@@ -352,7 +374,9 @@ def read_to_load(folder: str | Path, *, weights_only: bool | None = None) -> Loa
         weights_only: See `FolderReader.read`.
     """
     trusted = weights_only is False or pickle_is_trusted()
-    return LoadedFolder(FolderReader(trust_pickle=trusted).read(folder), trusted=trusted)
+    reader = FolderReader(trust_pickle=trusted)
+    dump = reader.read(folder)
+    return LoadedFolder(dump, dump if trusted else reader.own_hyperparameters)
 
 
 def position_in(loops: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -183,10 +183,6 @@ class Beginning:
         """Note which callbacks find their state in the checkpoint, and which don't."""
         if self._resumption is not None:
             self._resumption.note_callbacks(saved)
-            self._resumption.report.skipped += [
-                f"{unread} (only pickle can hold it: pass trust_pickle=True)"
-                for unread in self._reader.unread
-            ]
 
     def cancel(self) -> None:
         """Give up: the fit ends, perhaps before its first batch."""

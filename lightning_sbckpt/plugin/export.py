@@ -66,7 +66,8 @@ def to_lightning(
         checkpoint: The checkpoint, or its folder.
         path: The file to write; there or not, never half.
         overwrite: Replace a file that is there.
-        trust_pickle: Read state that only pickle can hold.
+        trust_pickle: Read state that only pickle can hold, whoever wrote it. Otherwise what this
+            user's own runs have not written is left out, and named in the remarks.
         on_progress: Called now and then with the bytes read and written so far and all bytes that
             there are to read and to write.
 
@@ -89,7 +90,7 @@ def to_lightning(
         ('no fit can go on from it: the checkpoint has the weights, and not the state of a fit',)
     """
     folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
-    reader = FolderReader(trust_pickle=trust_pickle)
+    reader = FolderReader(trust_pickle=trust_pickle, left_out=[])
     source = read_checkpoint(folder)
     size = bytes_of(source, source.paramfiles)
     total = bytes_to_export(source, source.paramfiles)
@@ -97,9 +98,10 @@ def to_lightning(
     with tally.part(total - 2 * size):
         dump = reader.read(folder)
     # Who loads the file meets Lightning alone, which may be one that calls what it names.
-    refuse_calls(dump, trusted=trust_pickle or pickle_is_trusted())
+    trusted = trust_pickle or pickle_is_trusted()
+    refuse_calls(dump, trusted_keys=dump if trusted else reader.own_hyperparameters)
     remarks = _left_out(source, reader)
-    remarks += [f"{unread} (only pickle can hold it)" for unread in reader.unread]
+    remarks += [f"left out is {held}, which only pickle can hold" for held in reader.left_out or ()]
     with tally.part(2 * size):
         path = publish_file(path, partial(write_torch, dict(dump)), overwrite=overwrite)
     return Exported(path, tuple(remarks))

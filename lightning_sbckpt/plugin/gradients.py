@@ -43,19 +43,18 @@ def take_gradients(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def read_gradients(path: Path, pieces: Pieces | None, unread: list[str]) -> dict[str, Any]:
+def read_gradients(path: Path, pieces: Pieces | None) -> dict[str, Any]:
     """Return the gradients in a file, or of this rank in a folder, as a list by rank.
 
     Args:
         path: Of the state.
         pieces: Reads what is in pieces; None where each rank has the whole model.
-        unread: Takes what could not be read, a sentence each.
     """
     ranks, rank = 1, 0
     if dist.is_available() and dist.is_initialized():
         ranks, rank = dist.get_world_size(), dist.get_rank()
     if path.suffix != SHARDED_EXT:
-        state = cast("dict[str, Any]", load_state(path, missing_pickled=unread))
+        state = cast("dict[str, Any]", load_state(path))
         if "ranks" in state:
             return state
     else:

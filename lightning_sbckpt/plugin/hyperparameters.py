@@ -32,12 +32,12 @@ class LoadedFolder(dict[str, Any]):
 
     Args:
         dump: The dictionary.
-        trusted: Whether the user trusts what the folder holds.
+        trusted_keys: Those whose values are trusted.
     """
 
-    def __init__(self, dump: Mapping[str, Any], *, trusted: bool) -> None:
+    def __init__(self, dump: Mapping[str, Any], trusted_keys: Collection[str]) -> None:
         super().__init__(dump)
-        self.trusted = trusted
+        self.trusted_keys = frozenset(trusted_keys)
 
 
 def check_loaded(cls: type, dump: object, given: Collection[str]) -> None:
@@ -53,13 +53,13 @@ def check_loaded(cls: type, dump: object, given: Collection[str]) -> None:
         MismatchError: They are no hyperparameters.
     """
     if isinstance(dump, LoadedFolder):
-        refuse_calls(dump, trusted=dump.trusted, given=given, classes=(cls,))
+        refuse_calls(dump, trusted_keys=dump.trusted_keys, given=given, classes=(cls,))
 
 
 def refuse_calls(
     dump: Mapping[str, Any],
     *,
-    trusted: bool,
+    trusted_keys: Collection[str] = (),
     given: Collection[str] = (),
     classes: tuple[type, ...] = _OWNERS,
 ) -> None:
@@ -67,8 +67,8 @@ def refuse_calls(
 
     Args:
         dump: Lightning's dictionary, read from a folder.
-        trusted: Whether the user trusts what the folder holds. Other instantiators than Lightning's
-            own are refused even so, as Lightning does since 2.6.6.
+        trusted_keys: The keys whose values are trusted. Other instantiators than Lightning's own are
+            refused even so, as Lightning does since 2.6.6.
         given: Names of hyperparameters that come from elsewhere.
         classes: What may be made: these and their subclasses.
 
@@ -77,15 +77,16 @@ def refuse_calls(
         MismatchError: They are no hyperparameters.
 
     Example:
-        >>> refuse_calls({"hyper_parameters": {"lr": 0.1}}, trusted=False)
-        >>> refuse_calls({"hyper_parameters": {"_instantiator": "os.system"}}, trusted=False)
+        >>> refuse_calls({"hyper_parameters": {"lr": 0.1}})
+        >>> refuse_calls({"hyper_parameters": {"_instantiator": "os.system"}})
         Traceback (most recent call last):
         lightning_sbckpt.errors.UntrustedPickleError: the hyperparameters ...
     """
-    for key in _KEYS:
-        found = dump.get(key)
-        if found is None:
-            continue
+    present = [key for key in _KEYS if dump.get(key) is not None]
+    # Lightning puts them all together.
+    trusted = all(key in trusted_keys for key in present)
+    for key in present:
+        found = dump[key]
         if not isinstance(found, Mapping):
             raise MismatchError(
                 f"{key!r} of the checkpoint is a {type(found).__qualname__}, expected a mapping of "
@@ -105,11 +106,23 @@ def refuse_calls(
     for key in _TYPE_KEYS:
         kind = dump.get(key)
         # Lightning takes any text for its own AttributeDict.
-        if not (kind is None or isinstance(kind, str) or trusted or _is_omegaconf(kind)):
+        if not (
+            kind is None or isinstance(kind, str) or key in trusted_keys or _is_omegaconf(kind)
+        ):
             raise UntrustedPickleError(
                 f"{key!r} of the checkpoint is {_short(kind)}, which would be called, expected a "
                 f"class of OmegaConf. {_HOW_TO_TRUST}"
             )
+
+
+def names_calls(hyperparameters: Mapping[str, Any]) -> bool:
+    """Return whether Lightning would import or call what hyperparameters of a live run name.
+
+    Args:
+        hyperparameters: The part of Lightning's dictionary that holds them.
+    """
+    found = [hyperparameters.get(key) for key in _KEYS]
+    return any(isinstance(each, Mapping) and "_instantiator" in each for each in found)
 
 
 _HOW_TO_TRUST = (

@@ -1,0 +1,115 @@
+"""Marks that say of a file that this user's own runs wrote it.
+
+A mark is the comment of the zip archive that a torch file is, so it goes wherever the file goes, and
+other readers pass it over. It holds the HMAC-SHA-256 of all other bytes, of the file's name and of the
+version of this format, with one of the user's secrets; which secret; and what is in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_sbckpt._torchfile.keys import SECRET, SECRET_FILE, keys
+
+_FORMAT = "1"
+_END = b"PK\x05\x06"
+_END_SIZE = 22
+_LENGTH = slice(20, 22)
+_MOST_HELD = 50
+_LONGEST = 200
+
+TRUST = (
+    "if you trust whoever wrote it, pass trust_pickle=True, or load it inside "
+    "`with lightning_sbckpt.trusting_pickle():` (it can run any code that they chose)"
+)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a mark says.
+
+    Attributes:
+        authentic: Whether this user's own runs wrote the file.
+        reason: Why not.
+        holds: What is in the file, as far as it says so; not to be relied on unless authentic.
+    """
+
+    authentic: bool
+    reason: str = ""
+    holds: tuple[str, ...] = ()
+
+
+def mark(data: bytes, name: str, near: Path | None, holds: Sequence[str] = ()) -> bytes:
+    """Return the bytes of a torch file with a mark.
+
+    Args:
+        data: The file, as torch writes it.
+        name: What it will be called.
+        near: The folder of all checkpoints that it belongs to.
+        holds: What is in it, for messages.
+    """
+    if data[-_END_SIZE : -_END_SIZE + 4] != _END:
+        raise ValueError("expected a zip archive without a comment")
+    # As ASCII: nothing of a file goes to a terminal as it is, and a comment has at most 64 KB.
+    told = [ascii(text[:_LONGEST])[1:-1][:_LONGEST] for text in holds[:_MOST_HELD]]
+    if len(holds) > _MOST_HELD:
+        told.append(f"and {len(holds) - _MOST_HELD} more")
+    comment = _comment(keys(near, create=True).known[-1], data[:-2], name, told)
+    return data[:-2] + len(comment).to_bytes(2, "little") + comment
+
+
+def judge(data: bytes, name: str, near: Path | None) -> Judgement:
+    """Return whether this user's own runs wrote a file; compared in constant time.
+
+    Args:
+        data: All bytes of the file: those that are going to be read, and no others.
+        name: What it is called.
+        near: The folder of all checkpoints that it belongs to.
+    """
+    start = data.rfind(_END)
+    end, comment = data[start : start + _END_SIZE], data[start + _END_SIZE :]
+    if start < 0 or not comment or end[_LENGTH] != len(comment).to_bytes(2, "little"):
+        return Judgement(False, "it has no mark of this user's runs")
+    try:
+        fields = json.loads(comment)
+        identity, holds = fields["key"], fields["holds"]
+    except Exception:
+        return Judgement(False, "it has no mark of this user's runs")
+    if not (isinstance(holds, list) and all(isinstance(text, str) for text in holds)):
+        return Judgement(False, "its mark is damaged")
+    shown = tuple(ascii(text[:_LONGEST])[1:-1] for text in holds[: _MOST_HELD + 1])
+    found = keys(near, create=False)
+    body = data[: start + _END_SIZE - 2]
+    for key in found.known:
+        if _identity(key) == identity:
+            if hmac.compare_digest(_comment(key, body, name, holds), comment):
+                return Judgement(True, "", shown)
+            return Judgement(False, f"its mark is not that of {name} with these bytes", shown)
+    reason = "it is marked with a secret that is not known here"
+    if found.problem is not None:
+        reason += f" ({found.problem})"
+    share = (
+        f". If it is yours, from another machine or user, share the secret: copy its file, or set {SECRET} "
+        f"or {SECRET_FILE}"
+    )
+    return Judgement(False, reason + share, shown)
+
+
+def _comment(key: bytes, body: bytes, name: str, holds: list[str]) -> bytes:
+    held = json.dumps(holds)
+    made = hmac.new(key, digestmod=hashlib.sha256)
+    # No part can hold a zero byte, so no two marks have the same beginning.
+    context = f"lightning-sbckpt\0{_FORMAT}\0{name}\0{held}\0"
+    made.update(context.encode(errors="surrogatepass"))
+    made.update(body)
+    fields = {"lightning-sbckpt": int(_FORMAT), "key": _identity(key), "hmac": made.hexdigest()}
+    return json.dumps({**fields, "holds": holds}).encode()
+
+
+def _identity(key: bytes) -> str:
+    return hashlib.sha256(b"lightning-sbckpt key\0" + key).hexdigest()[:16]
