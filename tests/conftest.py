@@ -68,6 +68,18 @@ def _secrets_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield
 
 
+@pytest.fixture
+def another_user(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], None]:
+    """Call it to be a user from then on who knows none of the secrets so far."""
+
+    def change() -> None:
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+
+    return change
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer `--original`."""
     parser.addoption(

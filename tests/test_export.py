@@ -195,9 +195,10 @@ def test_a_damaged_checkpoint_is_not_exported(save, tmp_path, export):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_only_pickle_holds_is_read_only_when_trusted(save, tmp_path):
+def test_what_only_pickle_holds_is_read_only_when_trusted(save, tmp_path, another_user):
     """The error says how to say so."""
     saved = save({"w": torch.ones(1), "p": State(1)})
+    another_user()
     with pytest.raises(UntrustedPickleError, match="pass trust_pickle=True"):
         to_state_dict(saved, tmp_path / "a")
     path = to_state_dict(saved, tmp_path / "a", trust_pickle=True).path

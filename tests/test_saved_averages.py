@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -173,8 +174,8 @@ class Plain:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_only_pickle_can_hold_is_not_dropped_silently(tmp_path):
-    """A model with such a state has no average without trust."""
+def test_what_only_pickle_can_hold_is_not_dropped_silently(tmp_path, another_user):
+    """A model with such a state has no average without trust, but for the user whose run saved it."""
 
     class Model(torch.nn.Linear):
         def get_extra_state(self):
@@ -184,6 +185,8 @@ def test_what_only_pickle_can_hold_is_not_dropped_silently(tmp_path):
             pass
 
     saved = Checkpointer(tmp_path, {"model": Model(1, 1)}).save_checkpoint()
+    assert "model+pickled.ckpt" in os.listdir(save_average(tmp_path / "own", [saved]).path)
+    another_user()
     with pytest.raises(UntrustedPickleError, match="only pickle can hold"):
         save_average(tmp_path, [saved])
 

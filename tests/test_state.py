@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from lightning_sbckpt._torchfile.state import save_state
 from lightning_sbckpt.errors import (
     CheckpointNameError,
     DamagedCheckpointError,
+    SaveError,
     UntrustedPickleError,
 )
 
@@ -283,34 +284,34 @@ class TestPickledState:
         assert plain["buffer"] == [1, {"item": None}] and plain["pair"] == (None, 2)
         assert torch.equal(plain["plain"], torch.ones(2))
 
-    def test_each_place_is_warned_of_once(self, tmp_path, caplog):
-        """With recoverable, place, type, file and what to do; not again at the next save."""
-        holder = Holder(self.STATE())
-        checkpointer = Checkpointer(tmp_path, {"replay": holder})
-        checkpointer.save_checkpoint()
-        messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-        assert messages == [
-            f"replay: {place} is a Opaque, which only pickle can hold; it is saved in "
-            "replay+pickled.ckpt and will be read back only with trust_pickle=True"
-            for place in ("['buffer'][1]['item']", "['pair'][0]")
-        ]
-        caplog.clear()
-        checkpointer.save_checkpoint()
+    def test_the_runs_of_one_user_read_it_back(self, tmp_path, caplog):
+        """Nothing is asked for, and nothing warned of."""
+        Checkpointer(tmp_path, {"replay": Holder(self.STATE())}).save_checkpoint()
+        holder = Holder()
+        Checkpointer(tmp_path, {"replay": holder}).recover_if_possible()
+        assert same(holder.state, self.STATE())
         assert not [r for r in caplog.records if r.levelno == logging.WARNING]
 
-    def test_without_trust_it_is_refused_and_nothing_is_loaded(self, tmp_path):
-        """The error names the file and the option."""
+    def test_without_trust_another_user_is_refused_and_nothing_is_loaded(
+        self, tmp_path, another_user
+    ):
+        """The error names what is held, where, and what to do."""
         Checkpointer(tmp_path, {"replay": Holder(self.STATE())}).save_checkpoint()
+        another_user()
         holder = Holder("untouched")
         with pytest.raises(UntrustedPickleError) as caught:
             Checkpointer(tmp_path, {"replay": holder}).recover_if_possible()
-        assert "replay+pickled.ckpt" in str(caught.value)
-        assert "trust_pickle=True" in str(caught.value)
+        message = str(caught.value)
+        assert "replay['buffer'][1]['item'] (a Opaque), " in message
+        assert "replay['pair'][0] (a Opaque)" in message
+        assert "marked with a secret that is not known here" in message
+        assert "LIGHTNING_SBCKPT_SECRET" in message and "trust_pickle=True" in message
         assert holder.state == "untouched"
 
-    def test_with_trust_it_comes_back_in_its_place(self, tmp_path):
+    def test_with_trust_another_user_gets_it_in_its_place(self, tmp_path, another_user):
         """By the option of the checkpointer, or inside the block; not after it."""
         Checkpointer(tmp_path, {"replay": Holder(self.STATE())}).save_checkpoint()
+        another_user()
         holder = Holder()
         Checkpointer(tmp_path, {"replay": holder}, trust_pickle=True).recover_if_possible()
         assert same(holder.state, self.STATE())
@@ -321,6 +322,23 @@ class TestPickledState:
         assert same(holder.state, self.STATE())
         with pytest.raises(UntrustedPickleError):
             checkpointer.recover_if_possible()
+
+    def test_opening_it_is_the_same(self, tmp_path, another_user):
+        """`Checkpoint.open` gives all of it or an error."""
+        saved = Checkpointer(tmp_path, {"replay": Holder(self.STATE())}).save_checkpoint()
+        assert same(saved.open("replay"), self.STATE())
+        another_user()
+        with pytest.raises(UntrustedPickleError, match="buffer"):
+            saved.open("replay")
+
+    def test_what_cannot_be_pickled_is_named(self, tmp_path):
+        """Every such place, when it is saved."""
+        state = {"fine": Opaque("x"), "bad": [lambda: 1], "worse": (open(os.devnull),)}  # noqa: SIM115, PTH123
+        with pytest.raises(
+            SaveError, match=r"\['bad'\]\[0\] is a function: (.|\n)*\['worse'\]\[0\]"
+        ):
+            Checkpointer(tmp_path, {"replay": Holder(state)}).save_checkpoint()
+        state["worse"][0].close()
 
     def test_the_file_beside_is_no_recoverable(self, tmp_path):
         """It isn't listed among the paramfiles, and no recoverable may take its name."""
@@ -333,11 +351,8 @@ class TestPickledState:
         "value",
         [
             {np.int64(3): "a numpy key", Path("x"): 1},
-            {1, np.float32(2)},
-            {Path("x")},
             np.array([Opaque("o"), None], dtype=object),
             np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f4")]),
-            deque([1, 2], maxlen=3),
             {Opaque("key"): torch.ones(1)},
             len,
             Opaque,

@@ -65,6 +65,7 @@ def keys(near: Path | None, *, create: bool) -> Keys:
         path = user_file()
         own = _read(path, near)
         if not own and create and not given:
+            _refuse_among_checkpoints(path, near)
             _create(path)
             own = _read(path, near)
     except _UnusableError as error:
@@ -123,11 +124,7 @@ def _read(path: Path, near: Path | None) -> tuple[bytes, ...]:
             raise _UnusableError(f"{path} can't be read: {error.strerror or error}") from error
         if data.endswith(b"\n") or len(data) >= _SHORTEST:
             break
-    if _is_with_checkpoints(path, near):
-        raise _UnusableError(
-            f"{path} lies in a folder of checkpoints, where it would be copied and shared with them: "
-            "move it"
-        )
+    _refuse_among_checkpoints(path, near)
     lines = [line.strip() for line in data.splitlines()]
     found = tuple(line for line in lines if line and not line.startswith(b"#"))
     if not found or any(len(line) < _SHORTEST for line in found):
@@ -157,14 +154,17 @@ def _private_bytes(path: Path) -> bytes:
         os.close(descriptor)
 
 
-def _is_with_checkpoints(path: Path, near: Path | None) -> bool:
+def _refuse_among_checkpoints(path: Path, near: Path | None) -> None:
     real = path.resolve()
-    if near is not None and real.is_relative_to(near.resolve()):
-        return True
-    return any(
+    beside = near is not None and real.is_relative_to(near.resolve())
+    if beside or any(
         parent.name.startswith("CKPT") and (parent / "CKPT.yaml").exists()
         for parent in real.parents
-    )
+    ):
+        raise _UnusableError(
+            f"{path} lies in a folder of checkpoints, with which it would be copied and shared: set "
+            "XDG_CONFIG_HOME to another folder"
+        )
 
 
 def _create(path: Path) -> None:

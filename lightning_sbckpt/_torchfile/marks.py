@@ -63,6 +63,12 @@ def mark(data: bytes, name: str, near: Path | None, holds: Sequence[str] = ()) -
     return data[:-2] + len(comment).to_bytes(2, "little") + comment
 
 
+def root_of(path: Path) -> Path | None:
+    """Return the folder of all checkpoints, of a file in one of them; None of any other file."""
+    folder = path.absolute().parent
+    return folder.parent if folder.name.startswith(("CKPT", ".staging+")) else None
+
+
 def judge(data: bytes, name: str, near: Path | None) -> Judgement:
     """Return whether this user's own runs wrote a file; compared in constant time.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import os
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -23,14 +23,13 @@ from lightning_sbckpt._disk.regular import NotRegularError, open_regular
 from lightning_sbckpt._torchfile.containers import rebuild
 from lightning_sbckpt._torchfile.direct import live_state
 from lightning_sbckpt._torchfile.filling import read_owned
-from lightning_sbckpt._torchfile.marks import TRUST, judge
+from lightning_sbckpt._torchfile.marks import TRUST, Judgement, judge, root_of
 from lightning_sbckpt._torchfile.plain import from_plain
 from lightning_sbckpt._torchfile.screening import screen_file
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 PICKLED_SUFFIX = "+pickled"
 MARKED_SUFFIX = "+marked"
-CHECKPOINT_PREFIX = "CKPT"
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -114,7 +113,7 @@ def load_own_state(path: Path, *, left_out: list[str] | None = None) -> tuple[ob
     path = Path(path)
     bring_file(path, pickled_path(path))
     data = _bytes(path)
-    authentic = judge(data, path.name, _near(path)).authentic
+    authentic = judge(data, path.name, root_of(path)).authentic
     state = _torch_load(path, trust=_trusted.get(), data=data)
     return _completed(state, path, left_out, trusted=_trusted.get() or authentic), authentic
 
@@ -180,20 +179,43 @@ def _completed(
     beside = pickled_path(path)
     if pickled and os.path.lexists(beside):
         data = _bytes(beside)
-        found = judge(data, beside.name, _near(path))
+        found = judge(data, beside.name, root_of(path))
         if _trusted.get() or found.authentic:
             parts = _torch_load(beside, trust=True, data=data)
             state = _grafted(state, parts, beside)
+        elif left_out is None or not _without(state, found.holds):
+            refuse_untrusted([path])
         else:
-            what = ", ".join(f"{path.stem}{held}" for held in found.holds)
-            what = what or f"{path.stem}: what {beside.name} holds"
-            if left_out is None or not _without(state, found.holds):
-                raise UntrustedPickleError(
-                    f"{path.parent} has state that only pickle can hold, in {beside.name}: {what}. It "
-                    f"was not read: {found.reason}; {TRUST}"
-                )
-            left_out.append(what)
+            left_out.append(_told(path, found))
     return decoded(state, trusted=trusted)
+
+
+def refuse_untrusted(paths: Iterable[Path]) -> None:
+    """Refuse what only pickle can hold beside any of some files, if it is not this user's own.
+
+    Raises:
+        UntrustedPickleError: There is such state; all of it is named.
+    """
+    told, reasons = [], []
+    for path in paths:
+        beside = pickled_path(path)
+        if os.path.lexists(beside):
+            found = judge(_bytes(beside), beside.name, root_of(path))
+            if not found.authentic:
+                told.append(_told(path, found))
+                reasons.append(f"{beside.name}: {found.reason}")
+                folder = path.parent
+    if told:
+        raise UntrustedPickleError(
+            f"{folder} has state that only pickle can hold: {', '.join(told)}. It was not read. "
+            f"{reasons[0]}; {TRUST}"
+        )
+
+
+def _told(path: Path, found: Judgement) -> str:
+    """Return what is beside a file, in a few words."""
+    beside = pickled_path(path).name
+    return ", ".join(f"{path.stem}{held}" for held in found.holds) or f"what {beside} holds"
 
 
 def decoded(state: object, *, trusted: bool = False) -> object:
@@ -213,12 +235,6 @@ def _bytes(path: Path) -> bytes:
             return stream.read()
     except NotRegularError as error:
         raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
-
-
-def _near(path: Path) -> Path | None:
-    """Return the folder of all checkpoints, of a file in one."""
-    folder = path.absolute().parent
-    return folder.parent if folder.name.startswith(CHECKPOINT_PREFIX) else None
 
 
 def _torch_load(path: Path, *, trust: bool, data: bytes | None = None) -> object:

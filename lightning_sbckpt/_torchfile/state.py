@@ -26,7 +26,7 @@ from lightning_sbckpt._torchfile.containers import (
     where_is,
 )
 from lightning_sbckpt._torchfile.keys import SECRET, SECRET_FILE, keys
-from lightning_sbckpt._torchfile.marks import mark
+from lightning_sbckpt._torchfile.marks import mark, root_of
 from lightning_sbckpt._torchfile.plain import to_plain
 from lightning_sbckpt._torchfile.reading import load_stream, pickled_path
 from lightning_sbckpt.errors import SaveError
@@ -49,7 +49,7 @@ def save_state(state: object, path: Path) -> None:
     encoded, pickled = encode(state)
     torch.save(encoded, path)
     if pickled:
-        near = path.parent.parent
+        near = root_of(path)
         pickled_path(path).write_bytes(pickled_file(pickled, pickled_path(path).name, near))
         holds = [f"{path.stem}{held(where, value)}" for where, value in pickled.items()]
         warn_of_trust(holds, near)

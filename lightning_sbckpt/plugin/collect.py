@@ -32,6 +32,7 @@ from lightning_sbckpt._torchfile.reading import (
     load_own_state,
     load_state,
     pickle_is_trusted,
+    refuse_untrusted,
     trusting_pickle,
 )
 from lightning_sbckpt.averaging import AVERAGED_FROM
@@ -40,6 +41,7 @@ from lightning_sbckpt.errors import (
     ConfigurationError,
     DamagedCheckpointError,
     MismatchError,
+    UntrustedPickleError,
 )
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _compat
@@ -273,7 +275,13 @@ class FolderReader:
                 "Use another checkpoint of the run"
             )
         with trusting_pickle(self._trust_pickle or weights_only is False):
-            return FolderDump(self._assemble(checkpoint), checkpoint.path)
+            try:
+                return FolderDump(self._assemble(checkpoint), checkpoint.path)
+            except UntrustedPickleError:
+                # Name what is in all files, not in the first one alone.
+                wanted = checkpoint.paramfiles.items()
+                refuse_untrusted(path for name, path in wanted if name not in self.skip)
+                raise
 
     def part(self, checkpoint: Checkpoint, name: str) -> Any:
         """Return one part of a checkpoint, or None if it has no such file."""

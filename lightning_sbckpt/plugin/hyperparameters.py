@@ -39,6 +39,10 @@ class LoadedFolder(dict[str, Any]):
         super().__init__(dump)
         self.trusted_keys = frozenset(trusted_keys)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled as an ordinary dictionary, by hooks that keep what they were given."""
+        return dict, (dict(self),)
+
 
 def check_loaded(cls: type, dump: object, given: Collection[str]) -> None:
     """Check the hyperparameters that `load_from_checkpoint` is about to use, if from a folder.

@@ -465,31 +465,21 @@ class Pickled(Steps):
 
 
 class TestPickle:
-    """State that only pickle can hold lies apart, and is read on the user's word alone."""
+    """State that only pickle can hold lies apart, and is read by the user whose runs wrote it."""
 
-    def test_it_is_said_when_it_is_saved(self, tmp_path, caplog, monkeypatch):
-        """Once per process; and the file beside it opens with plain torch."""
-        monkeypatch.setattr("lightning_sbckpt._torchfile.state._warned", set())
+    def test_the_file_beside_it_opens_with_plain_torch(self, tmp_path):
+        """With None in its place."""
         fit(tmp_path, module=Pickled(), trainer=ONE)
-        assert "['custom']" in caplog.text
         assert opened(tmp_path, "extras") == {"custom": None, "plain": 5}
         assert "extras+pickled.ckpt" in {path.name for path in newest(tmp_path).path.iterdir()}
 
-    def test_a_resume_leaves_it_out_and_reports_it(self, tmp_path):
-        """The rest is restored."""
+    def test_a_resume_gets_it_back(self, tmp_path, caplog):
+        """Nothing is asked for, nothing warned of."""
         fit(tmp_path, module=Pickled(3), trainer=ONE)
         run = fit(tmp_path, module=Pickled(4))
-        assert run.module.steps == 12
-        assert (run.module.custom, run.module.plain) == (None, 5)
-        (skipped,) = run.callback.resume_report.skipped
-        assert skipped.startswith("extras: ") and "trust_pickle=True" in skipped
-
-    def test_a_user_who_trusts_it_gets_it_back(self, tmp_path):
-        """With trust_pickle=True."""
-        fit(tmp_path, module=Pickled(3), trainer=ONE)
-        run = fit(tmp_path, module=Pickled(4), trust_pickle=True)
         assert run.module.custom == Custom(3)
         assert run.callback.resume_report.skipped == []
+        assert "pickle" not in caplog.text
 
     def test_numpy_and_paths_need_no_pickle(self, tmp_path):
         """They come back as what they were."""
