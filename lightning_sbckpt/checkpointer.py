@@ -53,8 +53,8 @@ class Checkpointer(Recoverer):
         allow_partial_load: Load what a checkpoint has, and leave the other recoverables alone.
         registry: The hooks by type.
         world: The ranks that save and load together; by default those of `torch.distributed`.
-        trust_pickle: Read state that only pickle can hold. It can run any code that the author of
-            the checkpoint chose.
+        trust_pickle: Read state that only pickle can hold, whoever wrote it. It can run any code
+            that the author of the checkpoint chose. What this user's own runs wrote is read anyway.
         save_mode: `"sync"`: a checkpoint is on the disk when `save_checkpoint` returns. `"async"`:
             its state is copied then, and written in the background. `"overlap"`: large tensors are
             copied while training goes on, until an optimizer among the recoverables makes its next

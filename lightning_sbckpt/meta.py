@@ -56,10 +56,8 @@ class Checkpoint(NamedTuple):
         """Return the saved state of one recoverable, for looking at a few tensors of a large file.
 
         A tensor's bytes are read when it is looked at, and not before. What is written to it stays
-        in memory. Only tensors and plain values are read, whatever is trusted; where the state had
-        something that only pickle can hold, there is None. Nothing is verified, and while the
-        tensors are in use the file may be removed, but not be cut off or written over: copy what
-        is to last.
+        in memory. Nothing is verified, and while the tensors are in use the file may be removed, but
+        not be cut off or written over: copy what is to last.
 
         Args:
             name: The name of the recoverable.

@@ -6,18 +6,20 @@ import io
 import struct
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.links import Links
-from lightning_sbckpt._saving.jobs import Contents
+from lightning_sbckpt._saving.jobs import Contents, SaveJob
 from lightning_sbckpt._torchfile.templates import Templates
 
 
 def contents_of(state, templates=None, name="model.ckpt"):
     """Return the contents of the files of a state, by name."""
-    return Contents.of(name, state, templates or Templates(), volatile=False)
+    job = SaveJob(Path(name).stem, "state", lambda: state, torch.save, False, False)
+    return Contents.of(job, state, templates or Templates(), Path("nowhere"))
 
 
 def written(state, folder, templates=None, name="model.ckpt"):

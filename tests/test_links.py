@@ -354,7 +354,8 @@ class TestWhatIsNotLinked:
 
 def seen_samples(part, place, *, late):
     """Return what is compared first of a part, before and after one element was changed."""
-    from lightning_sbckpt._saving.jobs import Contents
+    from _torch_files import contents_of
+
     from lightning_sbckpt._saving.snapshot import Arena
     from lightning_sbckpt._torchfile.image import Image
     from lightning_sbckpt._torchfile.templates import Templates
@@ -363,7 +364,7 @@ def seen_samples(part, place, *, late):
     for change in (0, 1):
         weight = part.weight.detach().clone()
         weight[place] += change
-        image = Contents.of("a", {"weight": weight}, Templates(), volatile=False)["a"].source
+        image = contents_of({"weight": weight}, Templates(), "a.ckpt")["a.ckpt"].source
         assert isinstance(image, Image)
         source = Arena().take({"a": image}, pinned=False)[0]["a"] if late else image
         found.append(source.sample())

@@ -133,7 +133,8 @@ class SBCheckpoint(LightningCheckpoint):
         keep_lr: Go on with this run's learning rates, not with the checkpoint's.
         meta: More keys for the meta, or a function of Trainer and module that returns them.
         split_model: Names of submodules that get a file of their own, with their own state_dict.
-        trust_pickle: Read back state that only pickle can hold.
+        trust_pickle: Read back state that only pickle can hold, whoever wrote it. What this user's own
+            runs wrote is read back anyway.
         local_dir: Of a URL: the folder on this machine that checkpoints go through.
         storage_options: Of a URL: what fsspec is to know beyond its own configuration.
 

@@ -91,15 +91,15 @@ class Part:
     Args:
         state: The piece.
         volatile: Whether it may change before the next optimizer step, as gradients do.
-        marked: Whether its file is to be known as one of this user's own.
+        authenticated: Whether its file is to be known as one of this user's own.
     """
 
     def __init__(
-        self, state: Mapping[str, object], *, volatile: bool = False, marked: bool = False
+        self, state: Mapping[str, object], *, volatile: bool = False, authenticated: bool = False
     ) -> None:
         self._state = state
         self.volatile = volatile
-        self.marked = marked
+        self.authenticated = authenticated
 
     def state_dict(self) -> Mapping[str, object]:
         """Return the piece."""
@@ -155,9 +155,9 @@ def divide(
             parts[name] = {key: rest.pop(key)}
     parts[EXTRAS] = rest
     # Those of a live run only: what was read from elsewhere is not ours.
-    marked = {HPARAMS} if trainer is not None and names_calls(parts[HPARAMS]) else set()
+    ours = {HPARAMS} if trainer is not None and names_calls(parts[HPARAMS]) else set()
     return {
-        name: ShardedState(state) if name in sharded else Part(state, marked=name in marked)
+        name: ShardedState(state) if name in sharded else Part(state, authenticated=name in ours)
         for name, state in parts.items()
         if state or name == MODEL
     }
