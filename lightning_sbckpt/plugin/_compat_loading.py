@@ -27,10 +27,29 @@ class FolderDump(dict[str, Any]):
     def __init__(self, content: Mapping[str, Any], folder: Path) -> None:
         super().__init__(content)
         self.folder = folder
+        self._as_read = [_outline(state) for state in self.get("optimizer_states", ())]
+
+    def is_as_read(self, index: int) -> bool:
+        """Return whether no hook has changed which parameter of an optimizer has which state."""
+        found = [_outline(state) for state in self["optimizer_states"]]
+        return found[index : index + 1] == self._as_read[index : index + 1]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Be pickled as an ordinary dictionary, by hooks that keep what they were given."""
         return dict, (dict(self),)
+
+
+def _outline(state: Any) -> list[object]:
+    """Return which parameters the state of an optimizer has, in their groups, and whose moments."""
+    if not isinstance(state, Mapping):
+        return []
+    groups, moments = state.get("param_groups"), state.get("state")
+    return [
+        [list(group.get("params", ())) for group in groups] if isinstance(groups, list) else None,
+        {key: id(value) for key, value in moments.items()}
+        if isinstance(moments, Mapping)
+        else None,
+    ]
 
 
 def load_by(

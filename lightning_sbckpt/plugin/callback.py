@@ -130,7 +130,8 @@ class SBCheckpoint(LightningCheckpoint):
         key_map: From prefixes of parameter names in a checkpoint to those of the module, for
             parameters that were renamed.
         partial: Restore the parameters that fit, and leave the others as they are.
-        keep_lr: Go on with this run's learning rates, not with the checkpoint's.
+        keep_lr: Go on with this run's learning rates and their schedule, as far as it would be by
+            now, not with the checkpoint's.
         meta: More keys for the meta, or a function of Trainer and module that returns them.
         split_model: Names of submodules that get a file of their own, with their own state_dict.
         trust_pickle: Read back state that only pickle can hold, whoever wrote it. What this user's own

@@ -11,7 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -25,7 +25,15 @@ _OF_THE_SCHEDULE = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_mome
 
 def rates_of(optimizers: Sequence[Optimizer]) -> list[list[float]]:
     """Return the present learning rates of each group of each optimizer."""
-    return [[float(group.get("lr", 0.0)) for group in each.param_groups] for each in optimizers]
+    return [[as_number(group.get("lr")) for group in each.param_groups] for each in optimizers]
+
+
+def as_number(rate: object) -> float:
+    """Return a learning rate as a number, or NaN where an optimizer has none, as Adafactor may."""
+    try:
+        return float(cast("float", rate))
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def schedule_in(optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -18,11 +18,13 @@ from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt._sharded.states import is_fsdp1
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin import _compat_callbacks, _compat_sharded
+from lightning_sbckpt.plugin._compat_loading import FolderDump
 from lightning_sbckpt.plugin.adapt import REFUSALS, Adaptation
 from lightning_sbckpt.plugin.by_name import Arrangement, Trained, arrange, misfits
 from lightning_sbckpt.plugin.collect import OPTIMIZER, SCHEDULER, numbered
 from lightning_sbckpt.plugin.rates import (
     advance,
+    as_number,
     put_schedule,
     rates_of,
     reductions_made,
@@ -76,7 +78,7 @@ class Description:
 
 
 def restore(
-    dump: Mapping[str, Any],
+    dump: FolderDump,
     trainer: Trainer,
     saved: Description,
     adaptation: Adaptation,
@@ -114,7 +116,7 @@ def restore(
 class _Restoring:
     def __init__(
         self,
-        dump: Mapping[str, Any],
+        dump: FolderDump,
         trainer: Trainer,
         saved: Description,
         adaptation: Adaptation,
@@ -129,26 +131,26 @@ class _Restoring:
         self._adaptation = adaptation
         self._not_loaded = not_loaded
         self._arranged: dict[int, Arrangement] = {}
+        # What optimizers keep that get nothing from the checkpoint.
+        self._own: dict[int, Mapping[str, Any]] = {}
 
     # ------------------------------------------------------------------ optimizers
 
     def optimizers(self) -> None:
         live = list(self._trainer.optimizers)
         states = list(self._dump.get("optimizer_states", []))
-        skips = [self._adaptation.skips(OPTIMIZER, index) for index in range(len(live))]
-        if len(states) != len(live) and not all(skips):
-            self.problems.append(
-                f"{OPTIMIZER}: {len(states)} in the checkpoint, {len(live)} in this run"
-            )
-            return
+        self._count(OPTIMIZER, len(states), len(live))
+        given = [
+            i < len(states) and not self._adaptation.skips(OPTIMIZER, i) for i in range(len(live))
+        ]
         schedules = [schedule_in(optimizer) for optimizer in live]
         wanted = [
-            self._wanted(index, optimizer, None if skips[index] else states[index])
+            self._wanted(index, optimizer, states[index] if given[index] else None)
             for index, optimizer in enumerate(live)
         ]
         self._load_optimizers(wanted)
         for index, optimizer in enumerate(live):
-            if not skips[index] and self.error is None:
+            if given[index] and self.error is None:
                 self._look_at(index, optimizer, states[index])
         if self._adaptation.keep_lr:
             for optimizer, schedule in zip(live, schedules, strict=True):
@@ -168,7 +170,7 @@ class _Restoring:
         except REFUSALS as error:
             self.error = error
             for index, optimizer in enumerate(self._trainer.optimizers):
-                if not self._adaptation.skips(OPTIMIZER, index):
+                if states[index] is not self._own.get(index):
                     self._explain(index, optimizer, self._dump["optimizer_states"][index])
             if not self.problems:
                 self.problems.append(f"{OPTIMIZER}: {error}")
@@ -178,7 +180,8 @@ class _Restoring:
     ) -> Mapping[str, Any]:
         """Return what an optimizer is to load."""
         if state is None:
-            return dict(optimizer.state_dict())
+            self._own[index] = dict(optimizer.state_dict())
+            return self._own[index]
         saved, own = self._names(index, optimizer)
         if saved is None:
             return state
@@ -219,8 +222,9 @@ class _Restoring:
         module = self._trainer.lightning_module
         own = Trained.by(optimizer, module)
         in_pieces = _compat_sharded.shards_the_model(self._trainer.strategy)
-        if in_pieces or index >= len(self._saved.trained):
-            # Pieces were read by name; of older checkpoints no names are known.
+        if in_pieces or index >= len(self._saved.trained) or not self._dump.is_as_read(index):
+            # Pieces were read by name; of older checkpoints no names are known; and a hook that has
+            # put the state in another order knows why.
             return None, own
         saved = self._saved.trained[index].called_here(module, self._adaptation.key_map)
         return saved, own
@@ -270,30 +274,27 @@ class _Restoring:
             return
         live = _schedulers(self._trainer)
         states = list(self._dump.get("lr_schedulers", []))
-        wanted = [i for i in range(len(live)) if not self._adaptation.skips(SCHEDULER, i)]
-        if not wanted or len(states) != len(live):
-            self._count_schedulers(len(states), len(live), any_wanted=bool(wanted))
-            return
-        for index in wanted:
+        self._count(SCHEDULER, len(states), len(live))
+        for index, (scheduler, state) in enumerate(zip(live, states, strict=False)):
+            if self._adaptation.skips(SCHEDULER, index):
+                continue
             name = numbered(SCHEDULER, index)
             try:
-                remark = self._load_scheduler(index, live[index], states[index])
+                remark = self._load_scheduler(index, scheduler, state)
             except REFUSALS as error:
                 self.error = self.error or error
-                self.problems.append(f"{name}: {type(live[index]).__name__} refuses it: {error}")
+                self.problems.append(f"{name}: {type(scheduler).__name__} refuses it: {error}")
             else:
                 self.remarks += [] if remark is None else [f"{name}: {remark}"]
 
-    def _count_schedulers(self, saved: int, live: int, *, any_wanted: bool) -> None:
-        if saved == live or (live and not any_wanted):
-            return
-        found = f"{SCHEDULER}: {saved} in the checkpoint, {live} in this run"
-        if saved and live:
-            self.problems.append(found)
-        elif live:
-            self.remarks.append(f"{found}, which begins anew from the checkpoint's learning rates")
-        else:
-            self.remarks.append(f"{found}, so the learning rates stay what they were")
+    def _count(self, kind: str, saved: int, live: int) -> None:
+        """Say which of several have no counterpart; hooks may have taken states out, too."""
+        self.remarks += [
+            f"{numbered(kind, i)}: begins anew ({saved} in the checkpoint, {live} in this run)"
+            for i in range(saved, live)
+            if not self._adaptation.skips(kind, i)
+        ]
+        self.remarks += [f"{numbered(kind, i)}: only in the checkpoint" for i in range(live, saved)]
 
     def _load_scheduler(self, index: int, scheduler: Any, state: Mapping[str, Any]) -> str | None:
         optimizers = list(self._trainer.optimizers)
@@ -318,7 +319,7 @@ class _Restoring:
         if index is None or index >= len(self._saved.first_rates) or len(alone) != 1:
             return []
         groups = self._dump["optimizer_states"][index].get("param_groups", [])
-        now = [float(group.get("lr", 0.0)) for group in groups]
+        now = [as_number(group.get("lr")) for group in groups]
         factor = float(state.get("factor", 1.0))
         return reductions_made(now, self._saved.first_rates[index], factor)
 

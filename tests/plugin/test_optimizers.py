@@ -434,4 +434,81 @@ def test_a_scheduler_that_is_new_begins_and_is_named(tmp_path):
     """Lightning resumes it, silently."""
     train(tmp_path, Layers("ab", lambda p: torch.optim.AdamW(p, 0.05)), 1)
     run = train(tmp_path, Grouped("ab"), 2, partial=True)
-    assert any("lr_scheduler: 0 in the checkpoint, 1 in this run" in x for x in _skipped(run))
+    assert "lr_scheduler: begins anew (0 in the checkpoint, 1 in this run)" in _skipped(run)
+
+
+class Other(Layers):
+    """A net with SGD, or none of the saved states."""
+
+    def __init__(self):
+        super().__init__("ab", lambda params: torch.optim.SGD(params, 0.05))
+
+
+def test_a_hook_that_takes_the_states_out_has_its_way(tmp_path):
+    """The usual way to go on with another optimizer; it begins anew, and the report says so."""
+
+    class Drops(Other):
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["optimizer_states"] = []
+            checkpoint["lr_schedulers"] = []
+
+    train(tmp_path, Layers(), 1)
+    run = train(tmp_path, Drops(), 2)
+    assert run.trainer.global_step == 8
+    assert "optimizer: begins anew (0 in the checkpoint, 1 in this run)" in _skipped(run)
+
+
+def test_a_hook_that_puts_the_state_in_another_order_has_its_way(tmp_path):
+    """It is not put in order twice."""
+
+    class Reorders(Layers):
+        def __init__(self):
+            super().__init__("ba")
+
+        def on_load_checkpoint(self, checkpoint):
+            state = checkpoint["optimizer_states"][0]["state"]
+            checkpoint["optimizer_states"][0]["state"] = {i: state[(i + 2) % 4] for i in range(4)}
+
+    whole = train(tmp_path / "whole", Layers(), 4)
+    train(tmp_path / "run", Layers(), 2)
+    assert_same_weights(train(tmp_path / "run", Reorders(), 4), whole)
+
+
+def test_an_optimizer_that_is_new_beside_the_saved_one_begins_anew(tmp_path):
+    """As with Lightning alone; the first one gets its own state."""
+
+    class One(TwoOptimizers):
+        def configure_optimizers(self):
+            return super().configure_optimizers()[:1]
+
+        def optimizers(self):
+            return [super().optimizers()]
+
+    train(tmp_path, One(), 1)
+    run = train(tmp_path, TwoOptimizers(), 2)
+    assert "optimizer_1: begins anew (1 in the checkpoint, 2 in this run)" in _skipped(run)
+
+
+class NoRate(torch.optim.SGD):
+    """Computes its rate itself, as Adafactor of transformers does, and has None in its groups."""
+
+    def __init__(self, params, rate=0.05):
+        super().__init__(params, rate, momentum=0.9)
+        self.rate = rate
+        for group in self.param_groups:
+            group["lr"] = None
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] = self.rate
+        try:
+            return super().step(closure)
+        finally:
+            for group in self.param_groups:
+                group["lr"] = None
+
+
+@pytest.mark.parametrize("keep_lr", [False, True])
+def test_an_optimizer_without_a_learning_rate_resumes_exactly(tmp_path, keep_lr):
+    """There is nothing to keep, and nothing to fail at."""
+    assert_resumes_exactly(tmp_path, lambda: Net(NoRate), keep_lr=keep_lr)
