@@ -9,6 +9,7 @@ The file format is that of `CKPT.yaml` in SpeechBrain's `speechbrain.utils.check
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -226,11 +227,12 @@ def dump_meta(meta: Mapping[str, object]) -> bytes:
     return data
 
 
-def read_meta(path: str | Path) -> dict[str, object]:
+def read_meta(path: str | Path, folder: int | None = None) -> dict[str, object]:
     """Return the meta in the file `path`.
 
     Args:
         path: A `CKPT.yaml`, ours or SpeechBrain's.
+        folder: A descriptor of the folder that it is in, if that is open.
 
     Returns:
         The meta.
@@ -247,7 +249,8 @@ def read_meta(path: str | Path) -> dict[str, object]:
         {'loss': tensor([1., 2.])}
     """
     try:
-        data = read_regular(path, MAX_META_BYTES)
+        name = path if folder is None else os.path.basename(path)  # noqa: PTH119 - no Path is made
+        data = read_regular(name, MAX_META_BYTES, folder)
     except NotRegularError as error:
         raise MetaError(f"{path} can't be read: {error.strerror}") from error
     return parse_yaml(data, path)

@@ -10,13 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import xxhash
 
 from lightning_sbckpt._disk.absent import stored_files
 from lightning_sbckpt._disk.progress import Progress
-from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
 from lightning_sbckpt._folder.layout import CKPT_PREFIX
@@ -288,17 +287,16 @@ class _Tally:
                 self._tell(self._done, max(self._all, self._done))
 
 
-def _digest(path: Path, *, tally: _Tally) -> FileDigest:
-    """Return size and hash of a file, telling how far it is."""
+def _digest(stream: BinaryIO, *, tally: _Tally) -> FileDigest:
+    """Return size and hash of an open file, telling how far it is."""
     hasher = xxhash.xxh3_128()
     size = 0
-    with open_regular(path) as stream:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        buffer = memoryview(bytearray(_CHUNK))
-        # Unbuffered, and hashed in pieces that the hash takes without the interpreter's lock.
-        while count := stream.readinto(buffer):  # type: ignore[attr-defined]
-            hasher.update(buffer[:count])
-            size += count
-            tally.add(count)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    buffer = memoryview(bytearray(_CHUNK))
+    # Unbuffered, and hashed in pieces that the hash takes without the interpreter's lock.
+    while count := stream.readinto(buffer):  # type: ignore[attr-defined]
+        hasher.update(buffer[:count])
+        size += count
+        tally.add(count)
     return FileDigest(size, hasher.hexdigest())

@@ -27,9 +27,19 @@ from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk import blocks
-from lightning_sbckpt._disk.blocks import ALIGNMENT, BLOCK, round_up, write_source
+from lightning_sbckpt._disk.blocks import ALIGNMENT, BLOCK, round_up
 from lightning_sbckpt._disk.storage import digest
 from lightning_sbckpt.errors import SaveError
+
+
+def write_source(path, source):
+    """Write to an empty file."""
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        return blocks.write_source(descriptor, source)
+    finally:
+        os.close(descriptor)
+
 
 # Some blocks, and a last one that is not full.
 LARGE = 6 * BLOCK + 5
@@ -110,7 +120,7 @@ def test_a_checksum_that_is_known_is_not_taken_again(tmp_path, monkeypatch, size
     source = Together(size)
     source.checksum = "known"
     (tmp_path / "file").touch()
-    assert blocks.write_source(tmp_path / "file", source) == "known"
+    assert write_source(tmp_path / "file", source) == "known"
     assert (tmp_path / "file").read_bytes() == random_bytes[:size]
 
 
@@ -259,23 +269,23 @@ class TestDisksThatRefuse:
     """What doesn't write past the page cache gets the same bytes through it."""
 
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-    def test_refused_when_opened(self, kind, number, write, each_write, monkeypatch):
+    def test_refused_when_asked_for(self, kind, number, write, each_write, monkeypatch):
         """As by tmpfs in older kernels, and NFS."""
-        original = os.open
+        original = fcntl.fcntl
 
-        def refuse(path, flags, *arguments, **keywords):
-            if flags & os.O_DIRECT:
+        def refuse(descriptor, command, value=0):
+            if command == fcntl.F_SETFL and value & os.O_DIRECT:
                 raise OSError(number, os.strerror(number))
-            return original(path, flags, *arguments, **keywords)
+            return original(descriptor, command, value)
 
-        monkeypatch.setattr(os, "open", refuse)
+        monkeypatch.setattr(fcntl, "fcntl", refuse)
         direct = each_write(lambda pwrite, number, *arguments: pwrite(*arguments))
         write(kind())
         assert set(direct) == {False}
 
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
     @pytest.mark.parametrize("first", [0, 3])
-    def test_taken_when_opened_and_refused_at_a_write(
+    def test_taken_when_asked_for_and_refused_at_a_write(
         self, kind, first, number, write, each_write, tmp_path
     ):
         """As by some overlays: that block and all after it go through the cache."""
@@ -453,16 +463,16 @@ class TestMemory:
         """Measured by the kernel as the peak of a real process, at its second save as well."""
         script = dedent(
             """
-            import os, resource, sys, torch
+            import fcntl, os, resource, sys, torch
             from lightning_sbckpt import Checkpointer
 
             if sys.argv[2] == "refusing":
-                original = os.open
-                def refuse(path, flags, *arguments, **keywords):
-                    if flags & os.O_DIRECT:
+                original = fcntl.fcntl
+                def refuse(descriptor, command, value=0):
+                    if command == fcntl.F_SETFL and value & os.O_DIRECT:
                         raise OSError(22, "Invalid argument")
-                    return original(path, flags, *arguments, **keywords)
-                os.open = refuse
+                    return original(descriptor, command, value)
+                fcntl.fcntl = refuse
 
             model = torch.nn.ParameterList(torch.ones(2_500_000) for _ in range(30))
             checkpointer = Checkpointer(sys.argv[1], {"model": model})

@@ -251,10 +251,13 @@ class TestHooksThatWriteFolders:
         ("hook", "message"),
         [
             (lambda obj, path: None, "wrote nothing to the path"),
-            (lambda obj, path: path.symlink_to("/etc/hostname"), r"symbolic link obj\.ckpt"),
+            (
+                lambda obj, path: path.symlink_to("/etc/hostname"),
+                r"left obj\.ckpt in the checkpoint: it is a symbolic link",
+            ),
             (
                 lambda obj, path: (path.mkdir(), (path / "link").symlink_to("/etc")),
-                "symbolic link link",
+                r"left obj\.ckpt/link in the checkpoint: it is a symbolic link",
             ),
             (lambda obj, path: path.write_text(obj.missing), "AttributeError.*missing"),
         ],

@@ -246,20 +246,27 @@ def audited_run(root, mode, results):
                     unannounced.append(("file", path))
                     known.add(path)
 
+    def whole(path, folder):
+        path = os.fspath(path) if isinstance(path, os.PathLike) else path
+        if folder < 0 or not isinstance(path, str):
+            return path
+        return os.fspath(Path(f"/proc/self/fd/{folder}").readlink() / path)
+
     def audit(event, arguments):
         if event == "open":
             path, _, flags = arguments
             path = os.fspath(path) if isinstance(path, os.PathLike) else path
+            if isinstance(path, str) and os.sep not in path and flags & writing:
+                # Relative to an open folder, which the event does not tell.
+                path = next((each for each in writable if each.endswith(os.sep + path)), path)
+                path = f"{prefix}{path}" if not path.startswith(os.sep) else path
             if is_ours(path) and flags & writing:
                 seen[event] += 1
                 if path not in writable:
                     unannounced.append((event, path))
         elif event in steps:
             operation, count = steps[event]
-            paths = tuple(
-                os.fspath(path) if isinstance(path, os.PathLike) else path
-                for path in arguments[:count]
-            )
+            paths = tuple(map(whole, arguments[:count], arguments[-count:]))
             if any(map(is_ours, paths)):
                 seen[event] += 1
                 if announced[(operation, *paths)] <= 0:

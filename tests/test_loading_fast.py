@@ -667,9 +667,9 @@ def digested(monkeypatch):
     monkeypatch.setattr(digests, "_remembered", {})
     monkeypatch.setattr(digests, "_TICK_SECONDS", -1.0)
 
-    def note(path):
-        read.append(path.name)
-        return real(path)
+    def note(stream):
+        read.append(Path(f"/proc/self/fd/{stream.fileno()}").readlink().name)
+        return real(stream)
 
     monkeypatch.setattr(digests, "read_digest", note)
     monkeypatch.setattr("lightning_sbckpt._folder.manifest.read_digest", note)
@@ -739,7 +739,8 @@ class TestReadingOnce:
         monkeypatch.setattr(digests, "_MOST_REMEMBERED", 3)
         for number in range(5):
             (tmp_path / str(number)).write_bytes(b"x")
-            digests.recent_digest(tmp_path / str(number))
+            with (tmp_path / str(number)).open("rb", buffering=0) as stream:
+                digests.recent_digest(stream)
         assert len(digests._remembered) == 3
 
 

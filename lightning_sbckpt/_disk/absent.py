@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_sbckpt._disk.inside import OpenFolder
 from lightning_sbckpt._disk.regular import read_regular
 
 RECORDS_NAME = ".remote"
@@ -118,5 +120,11 @@ def discard(folder: Path, name: str) -> bool:
     """Remove a file that is only a copy of one in the store; return whether it was one."""
     if name not in stored_files(folder):
         return False
-    (folder / name).unlink(missing_ok=True)
+    inner, _, last = name.rpartition("/")
+    with (
+        suppress(FileNotFoundError),
+        OpenFolder(folder) as checkpoint,
+        checkpoint.below(inner) as place,
+    ):
+        place.remove(last)
     return True

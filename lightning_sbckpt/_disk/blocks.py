@@ -17,7 +17,6 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Protocol
@@ -96,35 +95,29 @@ def round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def write_source(path: Path, source: Source) -> str:
+def write_source(descriptor: int, source: Source) -> str:
     """Write the content of a new file, without flushing it, and return its XXH3 128-bit hash.
 
     Args:
-        path: An empty file.
+        descriptor: Of an empty file.
         source: Its content.
 
     Raises:
         OSError: The disk refused.
     """
     if source.size <= _SMALL:
-        return _write_small(path, source)
-    flags = os.O_WRONLY
-    descriptor = -1
+        return _write_small(descriptor, source)
+    # Not a second time by its name, which may be another file's by now.
     with suppress(OSError, AttributeError):
-        descriptor = os.open(path, flags | os.O_DIRECT)
-    if descriptor < 0:
-        descriptor = os.open(path, flags)
-    try:
-        return _Writing(path, descriptor).write(source)
-    finally:
-        os.close(descriptor)
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+    return _Writing(descriptor).write(source)
 
 
-def _write_small(path: Path, source: Source) -> str:
+def _write_small(descriptor: int, source: Source) -> str:
     data = bytearray(source.size)
     source.fill(0, memoryview(data))
-    with path.open("r+b", buffering=0) as stream:
-        _write_all(stream.fileno(), memoryview(data), 0)
+    _write_all(descriptor, memoryview(data), 0)
     moved(source.size)
     return source.checksum or xxhash.xxh3_128_hexdigest(data)
 
@@ -132,8 +125,7 @@ def _write_small(path: Path, source: Source) -> str:
 class _Writing:
     """One file being written."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path = path
+    def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
     def write(self, source: Source) -> str:

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import xxhash
 
 from lightning_sbckpt._disk.progress import moved
-from lightning_sbckpt._disk.regular import open_regular
 from lightning_sbckpt._disk.storage import FileDigest
 
 # From the search to the last file read lies what Lightning sets up in between, models included.
@@ -40,22 +38,21 @@ class _Remembered(NamedTuple):
 _remembered: dict[tuple[int, int], _Remembered] = {}
 
 
-def read_digest(path: Path) -> FileDigest:
-    """Return size and checksum of a file, read in full.
+def read_digest(stream: BinaryIO) -> FileDigest:
+    """Return size and checksum of an open file, read in full.
 
     Raises:
-        OSError: It can't be read, or is no regular file.
+        OSError: It can't be read.
     """
     hasher = xxhash.xxh3_128()
     size = 0
-    with open_regular(path) as stream:
-        before = os.fstat(stream.fileno())
-        block = memoryview(bytearray(_BLOCK))
-        while count := stream.readinto(block):  # type: ignore[attr-defined]
-            hasher.update(block[:count])
-            size += count
-            moved(count)
-        after = os.fstat(stream.fileno())
+    before = os.fstat(stream.fileno())
+    block = memoryview(bytearray(_BLOCK))
+    while count := stream.readinto(block):  # type: ignore[attr-defined]
+        hasher.update(block[:count])
+        size += count
+        moved(count)
+    after = os.fstat(stream.fileno())
     digest = FileDigest(size, hasher.hexdigest())
     key = (after.st_dev, after.st_ino)
     _remembered.pop(key, None)
@@ -67,14 +64,13 @@ def read_digest(path: Path) -> FileDigest:
     return digest
 
 
-def recent_digest(path: Path) -> FileDigest:
-    """Return size and checksum of a file, read in full unless it was just now and is unchanged.
+def recent_digest(stream: BinaryIO) -> FileDigest:
+    """Return size and checksum of an open file, read in full unless it was and is unchanged.
 
     Raises:
-        OSError: It can't be read, or is no regular file.
+        OSError: It can't be read.
     """
-    with open_regular(path) as stream:
-        found = os.fstat(stream.fileno())
+    found = os.fstat(stream.fileno())
     known = _remembered.get((found.st_dev, found.st_ino))
     if (
         known is not None
@@ -83,7 +79,7 @@ def recent_digest(path: Path) -> FileDigest:
     ):
         moved(found.st_size)
         return known.digest
-    return read_digest(path)
+    return read_digest(stream)
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_sbckpt._disk.inside import NotRegularError, refusal
+from lightning_sbckpt._disk.inside import (
+    NotRegularError,
+    OpenFolder,
+    is_ours,
+    open_file,
+    parent_of,
+)
 
-__all__ = ["NotRegularError", "open_regular", "read_regular"]
+__all__ = [
+    "NotRegularError",
+    "open_below",
+    "open_regular",
+    "open_to_read",
+    "read_regular",
+]
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -23,21 +33,51 @@ def open_regular(path: str | Path) -> BinaryIO:
         NotRegularError: It is no regular file; the message says what it is.
         OSError: It can't be opened.
     """
-    descriptor, _ = _open(path)
+    descriptor, _ = open_file(path)
     return open(descriptor, "rb", buffering=0)  # noqa: PTH123
 
 
-def read_regular(path: str | Path, limit: int) -> bytes:
+def open_below(folder: str | Path, name: str) -> BinaryIO:
+    """Open a file of a checkpoint, by the relative name that it has there, as `open_regular` does.
+
+    No folder on the way is a link.
+
+    Raises:
+        NotRegularError: It is no regular file, or is behind a link.
+        OSError: It can't be opened.
+    """
+    inner, _, last = name.rpartition("/")
+    with OpenFolder(folder, follow=not is_ours(folder)) as outer, outer.below(inner) as place:
+        return place.stream(last)
+
+
+def open_to_read(path: str | Path) -> BinaryIO:
+    """Open a file that a user may have named: a link is followed, but for one in a checkpoint.
+
+    Raises:
+        NotRegularError: It is no regular file.
+        OSError: It can't be opened.
+    """
+    _, is_users = parent_of(path)
+    return open_regular(os.path.realpath(path) if is_users else path)
+
+
+def read_regular(path: str | Path, limit: int, folder: int | None = None) -> bytes:
     """Return the bytes of a file, of a larger one the first `limit` and one more.
+
+    Args:
+        path: The file.
+        limit: How many bytes are expected at most.
+        folder: A descriptor of the folder in which `path` is a single name.
 
     Raises:
         NotRegularError: It is no regular file.
         OSError: It can't be read.
     """
-    descriptor, size = _open(path)
+    descriptor, found = open_file(path, folder)
     # Without a stream: thousands of small files are read, and to make one takes as long as reading.
     try:
-        left = min(size, limit + 1)
+        left = min(found.st_size, limit + 1)
         parts = []
         while left > 0 and (part := os.read(descriptor, left)):
             parts.append(part)
@@ -45,20 +85,3 @@ def read_regular(path: str | Path, limit: int) -> bytes:
     finally:
         os.close(descriptor)
     return b"".join(parts)
-
-
-def _open(path: str | Path) -> tuple[int, int]:
-    """Return the descriptor of a regular file and how many bytes it has."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        # ELOOP: a link. ENXIO: a socket, or a device without a driver.
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise refusal(os.lstat(path).st_mode, "a regular file") from error
-        raise
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        raise refusal(found.st_mode, "a regular file")
-    return descriptor, found.st_size

@@ -77,7 +77,7 @@ def read_index(root: Path) -> dict[str, Row]:
     A row counts only if its identity is that of the folder now.
     """
     try:
-        data = read_regular(root / INDEX_NAME, _MAX_BYTES)
+        data = read_regular(Path(os.path.realpath(root), INDEX_NAME), _MAX_BYTES)
         first, _, body = data.partition(b"\n")
         if json.loads(first[:1000]) == _header(body):
             rows: dict[str, Row] = {}

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lightning_sbckpt._disk.inside import open_folder
 from lightning_sbckpt._disk.regular import NotRegularError, read_regular
 from lightning_sbckpt._disk.storage import LocalStorage, digest_bytes
 from lightning_sbckpt._safe_yaml import MAX_META_BYTES, parse_yaml
@@ -265,7 +266,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other annotating processes and threads away from a checkpoint."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = open_folder(folder)
         try:
             if _try_lock(descriptor):
                 # Another checkpoint of this name may have come in its place while we waited.

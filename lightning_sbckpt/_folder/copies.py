@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
+from typing import BinaryIO
 
+from lightning_sbckpt._disk.inside import OpenFolder, open_folder_at, open_parent
 from lightning_sbckpt._disk.progress import moved
-from lightning_sbckpt._disk.regular import open_regular
+from lightning_sbckpt._disk.regular import open_to_read
 from lightning_sbckpt._torchfile.reading import marked_path, pickled_path
 
 _BLOCK = 8 * 2**20
@@ -18,21 +20,38 @@ def copy_paramfile(source: object, path: Path) -> None:
     This is a save hook, for the path of the file as the recoverable.
     """
     file = Path(str(source))
-    if file.is_dir():
-        shutil.copytree(file, path, copy_function=_copy_file)
-        return
-    _copy_file(file, path)
-    for beside in (pickled_path, marked_path):
-        if beside(file).exists():
-            _copy_file(beside(file), beside(path))
+    with open_parent(path) as target:
+        if file.is_dir():
+            with open_folder_at(file) as source_folder, target.below(path.name, make=True) as made:
+                _copy_folder(source_folder, made)
+            return
+        with open_to_read(file) as read:
+            _copy_file(read, target, path.name)
+        for beside in (pickled_path, marked_path):
+            if os.path.lexists(beside(file)):
+                with open_to_read(beside(file)) as read:
+                    _copy_file(read, target, beside(path).name)
 
 
-def _copy_file(source: str | Path, target: str | Path) -> None:
-    # A link leads to what is meant; a pipe would be waited on for ever.
-    with open_regular(Path(source).resolve()) as read, Path(target).open("wb", 0) as write:
+def _copy_folder(source: OpenFolder, target: OpenFolder) -> None:
+    # No link in it, which would lead elsewhere, and no pipe, which would be waited on for ever.
+    for name, is_folder in source.entries():
+        if is_folder:
+            with source.below(name) as inner, target.below(name, make=True) as copied:
+                _copy_folder(inner, copied)
+        else:
+            with source.stream(name) as read:
+                _copy_file(read, target, name)
+
+
+def _copy_file(read: BinaryIO, target: OpenFolder, name: str) -> None:
+    descriptor = target.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
         block = memoryview(bytearray(_BLOCK))
         while count := read.readinto(block):  # type: ignore[attr-defined]
             left = block[:count]
             while left:
-                left = left[write.write(left) :]
+                left = left[os.write(descriptor, left) :]
             moved(count)
+    finally:
+        os.close(descriptor)

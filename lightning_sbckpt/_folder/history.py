@@ -29,7 +29,7 @@ HISTORY_NAME = "HISTORY.jsonl"
 _LONGEST_TEXT = 200
 _LONGEST_LIST = 100
 # More than any run writes: whoever put such a file there did not mean it to be read.
-_MAX_BYTES = 2**26
+MAX_BYTES = 2**26
 _EVENT = re.compile(rb"^\{\"event\": .*$", re.MULTILINE)
 
 # Seconds up to the year 9999, the last that a date can have.
@@ -135,7 +135,7 @@ def read_history(root: Path) -> list[dict[str, Any]]:
         OSError: The file is there and can't be read.
     """
     try:
-        data = read_regular(root / HISTORY_NAME, _MAX_BYTES)
+        data = read_regular(Path(os.path.realpath(root), HISTORY_NAME), MAX_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return []
     # Found by their beginning: a line that is no event costs nothing.

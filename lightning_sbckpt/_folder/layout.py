@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_sbckpt._disk.absent import stored_files
+from lightning_sbckpt._disk.inside import open_folder
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, annotated
 from lightning_sbckpt._torchfile.reading import MARKED_SUFFIX, PICKLED_SUFFIX
@@ -99,7 +100,7 @@ def staging(root: Path, storage: LocalStorage) -> Iterator[Path]:
     """Give a folder to write a checkpoint into; it is removed unless it is published meanwhile."""
     folder = root / f"{_STAGING}{uuid.uuid4().hex}"
     storage.make_dir(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = open_folder(folder)
     try:
         with suppress(OSError):  # A filesystem without locks: the age decides, see `sweep`.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -234,7 +235,7 @@ def _is_leftover(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = open_folder(folder)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -334,11 +335,15 @@ def read_folder(
         MetaError: Its meta can't be read.
     """
     try:
-        # Not a Path: of thousands of checkpoints, to make paths takes longer than to read metas.
-        meta = read_meta(f"{folder}{os.sep}{META_NAME}")
+        # Opened once, and no Path made: there are thousands of checkpoints.
+        descriptor = open_folder(folder)
+        try:
+            meta = read_meta(f"{folder}{os.sep}{META_NAME}", descriptor)
+            present = set(os.listdir(descriptor))
+        finally:
+            os.close(descriptor)
         elsewhere = () if is_all_here else stored_files(folder)
-        stored = {name.partition("/")[0] for name in elsewhere}
-        present = sorted(stored.union(os.listdir(folder)))
+        present |= {name.partition("/")[0] for name in elsewhere}
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(
             f"{folder} is not a checkpoint: it has no readable {META_NAME}"
@@ -352,6 +357,6 @@ def read_folder(
     second = (PICKLED_SUFFIX + PARAMFILE_EXT, MARKED_SUFFIX + PARAMFILE_EXT)
     return meta, [
         name.removesuffix(PARAMFILE_EXT)
-        for name in present
+        for name in sorted(present)
         if name.endswith((PARAMFILE_EXT, SHARDED_EXT)) and not name.endswith(second)
     ]

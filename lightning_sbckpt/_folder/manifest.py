@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 import yaml
 
 from lightning_sbckpt._disk.absent import bring, discard, stored_files
 from lightning_sbckpt._disk.digests import read_digest, recent_digest
-from lightning_sbckpt._disk.regular import NotRegularError, open_regular, read_regular
+from lightning_sbckpt._disk.regular import NotRegularError, open_below, read_regular
 from lightning_sbckpt._disk.storage import FileDigest, digest_bytes
 from lightning_sbckpt._disk.threads import run_all
 from lightning_sbckpt._safe_yaml import parse_yaml
@@ -166,7 +167,7 @@ def find_damage(
 
 
 def file_damage(
-    folder: Path, name: str, expected: FileDigest, read: Callable[[Path], FileDigest] | None
+    folder: Path, name: str, expected: FileDigest, read: Callable[[BinaryIO], FileDigest] | None
 ) -> str | None:
     """Return what is wrong with one file of a checkpoint folder, or None.
 
@@ -174,19 +175,16 @@ def file_damage(
         folder: The checkpoint.
         name: The file.
         expected: What the manifest says of it.
-        read: How to read it in full; None to look at presence and size only.
+        read: How to read the open file in full; None to look at presence and size only.
     """
-    path = folder / name
     try:
         # What is written is a file in folders: a link could lead anywhere, and a pipe be endless.
-        if any((folder / above).is_symlink() for above in list(Path(name).parents)[:-1]):
-            return f"{name} is behind a symbolic link, expected a file in a folder"
-        with open_regular(path) as stream:
+        with open_below(folder, name) as stream:
             size = os.fstat(stream.fileno()).st_size
-        if size != expected.size:
-            return f"{name} has {size:,} bytes, {expected.size:,} were written"
-        if read is not None and read(path) != expected:
-            return f"{name} has other bytes than were written (checksum differs)"
+            if size != expected.size:
+                return f"{name} has {size:,} bytes, {expected.size:,} were written"
+            if read is not None and read(stream) != expected:
+                return f"{name} has other bytes than were written (checksum differs)"
     except FileNotFoundError:
         stored = stored_files(folder).get(name) if read is None else None
         if stored is None:
@@ -214,7 +212,7 @@ def _find_cut_off_files(folder: Path, names: Collection[str] | None) -> list[str
         if (folder / name).is_dir() and not (folder / name).is_symlink():
             continue
         try:
-            with open_regular(folder / name) as stream:
+            with open_below(folder, name) as stream:
                 if stream.read(len(_ZIP_START)) == _ZIP_START and not zipfile.is_zipfile(stream):
                     problems.append(f"{name} is cut off: it begins as a torch file and has no end")
         except NotRegularError as error:

@@ -7,17 +7,24 @@ that is put last, after all others were found to have arrived; and a removal tak
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from threading import Event
 
+from lightning_sbckpt._disk.inside import OpenFolder, is_ours
 from lightning_sbckpt._disk.progress import Told
 from lightning_sbckpt._folder.layout import CKPT_PREFIX
 from lightning_sbckpt._remote.files import RemoteFiles
-from lightning_sbckpt._remote.listing import RemoteFile, absent, list_files
+from lightning_sbckpt._remote.listing import (
+    RemoteFile,
+    absent,
+    list_files,
+    unusable_files,
+    unusable_folder,
+)
 from lightning_sbckpt._remote.retries import Retries, patiently, said
 from lightning_sbckpt._remote.streams import Sender, give_up_parts, in_parallel, is_on_its_way
 from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
@@ -27,6 +34,7 @@ __all__ = ["RemoteFile", "RemoteFolder", "Retries"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
+_LONGEST_SHOWN = 100
 _DAY = 24 * 3600.0
 # For tidying up after a failure: the store that just failed is not waited for again.
 _ONCE = Retries(attempts=1)
@@ -40,6 +48,10 @@ class RemoteFolder(RemoteFiles):
     """
 
     answered = False
+
+    @cached_property
+    def _left_out(self) -> set[str]:
+        return set()
 
     def check(self) -> None:
         """Find out whether the folder can be listed; it need not exist, its bucket must.
@@ -64,16 +76,37 @@ class RemoteFolder(RemoteFiles):
         """Return the checkpoints that are there, with their files by the name inside each.
 
         A folder counts if its name starts with `CKPT` and it has a `CKPT.yaml`. A folder that does
-        not exist yet has none.
+        not exist yet has none. What can't be a folder or a file here is left out, and said once.
 
         Raises:
             RemoteError: It can't be listed; what is there is unknown then, and not nothing.
         """
-        return {
-            name: {file: found for file, found in files.items() if not is_on_its_way(file)}
-            for name, files in self._folders().items()
-            if META_NAME in files
-        }
+        found = {}
+        for name, files in self._folders().items():
+            if META_NAME not in files:
+                continue
+            reason = unusable_folder(name)
+            if reason is not None:
+                self.leave_out(name, reason)
+                continue
+            unusable = unusable_files(files)
+            for file, why in unusable.items():
+                self.leave_out(f"{name}/{file}", why)
+            found[name] = {
+                file: of
+                for file, of in files.items()
+                if file not in unusable and not is_on_its_way(file)
+            }
+        return found
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Say, once, that something of the store can't be here."""
+        if name not in self._left_out:
+            self._left_out.add(name)
+            shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+            logger.warning(
+                "left out %r in %s, which can't be on this disk: %s", shown, self.url, reason
+            )
 
     def publish(
         self,
@@ -100,7 +133,10 @@ class RemoteFolder(RemoteFiles):
                 far as the store still answered, and is swept later otherwise.
             OSError: A local file can't be read, or is no regular file.
         """
-        files = sorted(set(_files_below(local)) - set(skip))
+        with OpenFolder(local, follow=not is_ours(local)) as folder:
+            # What is neither file nor folder fails when it is read.
+            there = {name: found.st_size for name, found in folder.files()}
+        files = sorted(set(there) - set(skip))
         if META_NAME not in files:
             raise CheckpointNotFoundError(
                 f"{local} is not uploaded to {self.url}: it is no checkpoint, since it has no "
@@ -113,10 +149,10 @@ class RemoteFolder(RemoteFiles):
 
         def put(file: str) -> None:
             if copies and file in copies and self._copied(name, file, copies[file]):
-                sizes[file] = (local / file).stat().st_size
+                sizes[file] = there[file]
                 return
             path = self._store.path(name, file)
-            sizes[file] = sender.put(local / file, path, f"upload {self._shown(name, file)}")
+            sizes[file] = sender.put(local, file, path, f"upload {self._shown(name, file)}")
 
         files.remove(META_NAME)
         try:
@@ -237,10 +273,3 @@ class RemoteFolder(RemoteFiles):
         for folder in [*(f"{name}/{folder}" for folder in deepest_first), name]:
             with suppress(Exception), self._store.use() as filesystem:
                 filesystem.rmdir(self._store.path(folder))
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    """Give the relative names of all files; what is neither file nor folder fails when it is read."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            yield (Path(parent) / name).relative_to(folder).as_posix()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, NoReturn
@@ -15,7 +15,12 @@ from lightning_sbckpt.errors import RemoteError
 # Under these names the libraries of the stores give what changes with the content, best first.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "mtime", "modified", "created", "LastModified")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
-_FORBIDDEN = re.compile(r"[\x00-\x1f\\]")
+# Control characters, halves of a surrogate pair, and what is a separator elsewhere.
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\\\\]")
+# Filesystems take 255 bytes. While files come and go, we put a few before and after their names.
+_LONGEST_FILE = 245
+_LONGEST_FOLDER = 205
+_DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,49 @@ def _is_file(info: Mapping[str, Any]) -> bool:
 
 
 def _stays_inside(name: str) -> bool:
-    parts = name.split("/")
-    return not any(part in ("", ".", "..") or _FORBIDDEN.search(part) for part in parts)
+    return not any(part in ("", ".", "..") or "\0" in part for part in name.split("/"))
+
+
+def unusable_folder(name: str) -> str | None:
+    """Return why a checkpoint of a store can't be a folder here, or None if it can.
+
+    Example:
+        >>> unusable_folder("CKPT+" + "x" * 400), unusable_folder("CKPT+a")
+        ('its name has 405 bytes, 205 are possible', None)
+    """
+    return _unusable(name, _LONGEST_FOLDER)
+
+
+def unusable_files(names: Collection[str]) -> dict[str, str]:
+    """Return which objects of a checkpoint can't be files here, and why.
+
+    In a store, names are only text: one may be that of a file and that of a folder.
+
+    Example:
+        >>> unusable_files(["CKPT.yaml", "CKPT.yaml/x", "model.ckpt"])
+        {'CKPT.yaml/x': "'CKPT.yaml' is a file, too"}
+    """
+    files = set(names)
+    found = {}
+    for name in names:
+        parts = name.split("/")
+        above = ["/".join(parts[:count]) for count in range(1, len(parts))]
+        file = next((each for each in above if each in files), None)
+        if len(parts) > _DEEPEST:
+            found[name] = f"it is in {len(parts) - 1} folders, {_DEEPEST - 1} are possible"
+        elif file is not None:
+            found[name] = f"{file!r} is a file, too"
+        elif reasons := [why for part in parts if (why := _unusable(part, _LONGEST_FILE))]:
+            found[name] = reasons[0]
+    return found
+
+
+def _unusable(name: str, longest: int) -> str | None:
+    wrong = _FORBIDDEN.search(name)
+    if wrong is not None:
+        return f"its name has the character {wrong.group()!r}"
+    size = len(name.encode())
+    return f"its name has {size} bytes, {longest} are possible" if size > longest else None
 
 
 def _seconds(value: object) -> float | None:

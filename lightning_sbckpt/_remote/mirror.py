@@ -9,6 +9,7 @@ Whoever changes the mirror by what the store says holds a lock, for two processe
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 
 from lightning_sbckpt._disk.absent import (
     RECORDS_NAME,
@@ -27,6 +29,7 @@ from lightning_sbckpt._disk.absent import (
 )
 from lightning_sbckpt._disk.inside import PRIVATE_FOLDER, NotRegularError, OpenFolder
 from lightning_sbckpt._disk.progress import Told, announced
+from lightning_sbckpt._disk.regular import read_regular
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
 from lightning_sbckpt._folder.history import HISTORY_NAME
@@ -41,7 +44,7 @@ from lightning_sbckpt._folder.manifest import MANIFEST_NAME
 from lightning_sbckpt._remote.folder import RemoteFile, RemoteFolder
 from lightning_sbckpt._remote.registry import cache_folder, put, register
 from lightning_sbckpt._remote.turns import turn
-from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError
+from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError, SBCheckpointError
 from lightning_sbckpt.meta import META_NAME
 
 logger = logging.getLogger("lightning_sbckpt")
@@ -52,6 +55,8 @@ _MOST_SMALL = 16 * 2**20
 _AT_ONCE = 8
 # Another process may be reading thousands of small files.
 _PATIENCE = 300.0
+# What a filesystem says to a name that it does not take.
+_NOT_POSSIBLE = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
 
 Files = Mapping[str, RemoteFile]
 
@@ -182,7 +187,8 @@ class Mirror:
         """Return whether a checkpoint of the store was written by the same save as the one here."""
         proof = MANIFEST_NAME if MANIFEST_NAME in files else META_NAME
         try:
-            return self.remote.read(name, proof) == (self.root / name / proof).read_bytes()
+            here = read_regular(self.root / name / proof, _MOST_SMALL)
+            return self.remote.read(name, proof) == here
         except FileNotFoundError:
             return False
 
@@ -211,7 +217,29 @@ class Mirror:
 
     def _listing(self) -> Mapping[str, Files]:
         with announced(f"listing {self.url}"):
-            return self.remote.listing()
+            found = self.remote.listing()
+        return found if self._tells_case() else self._without_twins(found)
+
+    def _tells_case(self) -> bool:
+        """Return whether the disk takes two names that differ in case for two."""
+        return not (self.root / RECORDS_NAME.upper()).exists()
+
+    def _without_twins(self, found: Mapping[str, Files]) -> Mapping[str, Files]:
+        seen: dict[str, str] = {}
+        for name in sorted(found):
+            twin = seen.setdefault(name.casefold(), name)
+            if twin != name:
+                self.remote.leave_out(name, f"{twin!r} has the same name here, but for its case")
+        return {name: self._files_without_twins(name, found[name]) for name in seen.values()}
+
+    def _files_without_twins(self, folder: str, files: Files) -> Files:
+        seen: dict[str, str] = {}
+        for name in sorted(files):
+            twin = seen.setdefault(name.casefold(), name)
+            if twin != name:
+                why = f"{twin!r} has the same name here, but for its case"
+                self.remote.leave_out(f"{folder}/{name}", why)
+        return {name: files[name] for name in seen.values()}
 
     def _take_over_all(self, new: Mapping[str, Files]) -> None:
         small = [_small_sizes(files) for files in new.values()]
@@ -220,7 +248,23 @@ class Mirror:
             announced(f"downloading what is new in {self.url}", size) as told,
             ThreadPoolExecutor(min(_AT_ONCE, len(new))) as pool,
         ):
-            list(pool.map(lambda name: self._take_over(name, new[name], told), new))
+            list(pool.map(lambda name: self._take_over_if_possible(name, new[name], told), new))
+
+    def _take_over_if_possible(self, name: str, files: Files, told: Told) -> None:
+        try:
+            self._take_over(name, files, told)
+        except SBCheckpointError:
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if error.errno in _NOT_POSSIBLE:
+                # This disk has rules of its own for names.
+                self.remote.leave_out(name, reason)
+                return
+            raise RemoteError(
+                f"{self.url}/{name} can't be brought to {self.root}: {reason}. Make room there, or "
+                "give local_dir a folder that can be written"
+            ) from error
 
     def _take_over(self, name: str, files: Files, told: Told) -> None:
         folder = self.root / name
@@ -246,7 +290,7 @@ class Mirror:
     def _drop(self, folder: Path) -> None:
         with suppress(CheckpointNotFoundError, FileNotFoundError):
             self._storage.remove_tree(unpublish(folder, self._storage))
-        record_path(folder).unlink(missing_ok=True)
+        forget_record(folder)
 
     # ------------------------------------------------------------------ records
 
@@ -254,8 +298,8 @@ class Mirror:
         """Note what a checkpoint has in the store."""
         self._write_record(folder, identity(folder), files)
         # Who remembers the folder is to read it again.
-        with suppress(OSError):
-            os.utime(folder)
+        with suppress(OSError), OpenFolder(folder) as checkpoint:
+            checkpoint.touch()
 
     def _write_record(self, folder: Path, of: list[int] | None, files: Files) -> None:
         stored = {name: Stored(file.size, file.tag) for name, file in files.items()}
@@ -303,7 +347,7 @@ class Mirror:
             with suppress(CheckpointNotFoundError):  # It was never uploaded, or is gone already.
                 self.remote.remove(name)
             yield
-            record_path(self.root / name).unlink(missing_ok=True)
+            forget_record(self.root / name)
 
     def annotate(self, folder: Path, change: Callable[[], object]) -> None:
         """Change what is said of a checkpoint here, and in the store; or in neither.
@@ -317,7 +361,7 @@ class Mirror:
         """
         self.refresh()
         path = folder / ANNOTATIONS_NAME
-        before = path.read_bytes() if path.exists() else None
+        before = read_regular(path, _MOST_SMALL) if os.path.lexists(path) else None
         change()
         try:
             self.push_annotations(folder)
@@ -337,19 +381,23 @@ class Mirror:
         stored = stored_files(folder)
         if not stored:
             return
-        data = (folder / ANNOTATIONS_NAME).read_bytes()
+        data = read_regular(folder / ANNOTATIONS_NAME, _MOST_SMALL)
         self.remote.write(folder.name, ANNOTATIONS_NAME, data)
         files = {name: RemoteFile(file.size, file.tag) for name, file in stored.items()}
         self.note(folder, {**files, ANNOTATIONS_NAME: RemoteFile(len(data), "")})
 
 
 def local_files(folder: Path) -> dict[str, int]:
-    """Return the sizes of the files of a checkpoint folder, by name."""
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in folder.rglob("*")
-        if path.is_file() and not path.is_symlink()
-    }
+    """Return the sizes of the files of a checkpoint folder, by name; what is no file is none."""
+    with OpenFolder(folder) as checkpoint:
+        return {name: found.st_size for name, found in checkpoint.files() if S_ISREG(found.st_mode)}
+
+
+def forget_record(folder: Path) -> None:
+    """Remove what is noted of a checkpoint."""
+    path = record_path(folder)
+    with suppress(FileNotFoundError), OpenFolder(path.parent) as records:
+        records.remove(path.name)
 
 
 def _put(path: Path, data: bytes) -> None:

@@ -17,7 +17,7 @@ from threading import BoundedSemaphore, Event
 from typing import Any, TypeVar
 
 from lightning_sbckpt._disk.progress import Told
-from lightning_sbckpt._disk.regular import open_regular
+from lightning_sbckpt._disk.regular import open_below
 from lightning_sbckpt._remote.retries import Retries, StoppedError, patiently, said
 from lightning_sbckpt._remote.stores import Store
 from lightning_sbckpt.errors import RemoteError
@@ -79,15 +79,15 @@ class Sender:
         self._progress = progress or _tell_nobody
         self._slots = BoundedSemaphore(THREADS)
 
-    def put(self, local: Path, path: str, doing: str) -> int:
-        """Put one file there, and return its size.
+    def put(self, folder: Path, name: str, path: str, doing: str) -> int:
+        """Put one file there, of a folder here by its relative name, and return its size.
 
         Raises:
             RemoteError: It can't be put.
             StoppedError: Another file could not be put.
             OSError: The local file can't be read.
         """
-        with open_regular(local) as stream:
+        with open_below(folder, name) as stream:
             size = os.fstat(stream.fileno()).st_size
             for attempt in range(1, _FILE_ATTEMPTS + 1):
                 try:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_sbckpt._disk.inside import PRIVATE_FILE, PRIVATE_FOLDER, OpenFolder
 from lightning_sbckpt.errors import RemoteError
 
 _HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)
@@ -30,7 +31,7 @@ def turn(path: Path, patience: float) -> Iterator[None]:
     """Keep others away inside the block; it must not be entered again inside itself.
 
     Args:
-        path: A file to lock; made if it is missing.
+        path: A file to lock, in the folder of records of a mirror; both are made if missing.
         patience: Seconds to wait for others.
 
     Raises:
@@ -42,8 +43,7 @@ def turn(path: Path, patience: float) -> Iterator[None]:
     if not of_threads.acquire(timeout=patience):
         raise _too_long(path, patience)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = _open(path)
         try:
             while not _try_lock(descriptor):
                 if time.monotonic() > deadline:
@@ -55,6 +55,15 @@ def turn(path: Path, patience: float) -> Iterator[None]:
             os.close(descriptor)
     finally:
         of_threads.release()
+
+
+def _open(path: Path) -> int:
+    # The folder of records is ours, and lies in the mirror, which is the user's.
+    with (
+        OpenFolder(path.parent.parent, follow=True) as mirror,
+        mirror.below(path.parent.name, make=True, mode=PRIVATE_FOLDER) as records,
+    ):
+        return records.open(path.name, os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
 
 
 def _try_lock(descriptor: int) -> bool:

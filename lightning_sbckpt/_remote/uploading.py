@@ -13,12 +13,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_sbckpt._disk.absent import RECORDS_NAME, stored_files
+from lightning_sbckpt._disk.absent import RECORDS_NAME, discard, stored_files
+from lightning_sbckpt._disk.inside import OpenFolder
 from lightning_sbckpt._disk.progress import announced
+from lightning_sbckpt._disk.regular import read_regular
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
-from lightning_sbckpt._folder.history import HISTORY_NAME
+from lightning_sbckpt._folder.history import HISTORY_NAME, MAX_BYTES
 from lightning_sbckpt._folder.layout import (
+    CKPT_PREFIX,
     folder_names,
     is_checkpoint,
     list_folders,
@@ -28,6 +31,7 @@ from lightning_sbckpt._folder.layout import (
 from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._remote.folder import RemoteFile
 from lightning_sbckpt._remote.mirror import Mirror, is_small, local_files
+from lightning_sbckpt._safe_yaml import MAX_META_BYTES
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SaveError
 from lightning_sbckpt.meta import usable_time
 
@@ -104,7 +108,7 @@ class Uploads:
     def push_history(self) -> None:
         """Upload what has happened; nothing rests on it."""
         try:
-            data = (self._mirror.root / HISTORY_NAME).read_bytes()
+            data = read_regular(self._mirror.root / HISTORY_NAME, MAX_BYTES)
             self._mirror.remote.write("", HISTORY_NAME, data)
         except OSError as error:
             logger.debug("the history of %s was not uploaded: %s", self._mirror.url, error)
@@ -167,13 +171,13 @@ class Uploads:
             stored = stored_files(folder)
             for name in local_files(folder):
                 if name in stored and not is_small(name, stored[name].size):
-                    (folder / name).unlink(missing_ok=True)
+                    discard(folder, name)
 
 
 def said_of(folder: Path) -> bytes:
     """Return what is said of a checkpoint, as it stands in its folder."""
     try:
-        return (folder / ANNOTATIONS_NAME).read_bytes()
+        return read_regular(folder / ANNOTATIONS_NAME, MAX_META_BYTES)
     except FileNotFoundError:
         return b""
 
@@ -181,9 +185,10 @@ def said_of(folder: Path) -> bytes:
 def forget_gone(root: Path) -> None:
     """Remove what is noted of checkpoints that are gone."""
     names = set(folder_names(root))
-    for path in (root / RECORDS_NAME).glob("CKPT*"):
-        if path.stem not in names:
-            path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError), OpenFolder(root / RECORDS_NAME) as records:
+        for name, _ in records.entries():
+            if name.startswith(CKPT_PREFIX) and Path(name).stem not in names:
+                records.remove(name)
 
 
 def _time_of(folder: Path) -> float:

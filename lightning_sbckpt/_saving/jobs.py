@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -32,7 +33,7 @@ from lightning_sbckpt._torchfile.marks import mark
 from lightning_sbckpt._torchfile.reading import MARKED_SUFFIX, pickled_path
 from lightning_sbckpt._torchfile.state import encode, held, pickled_file, torch_bytes
 from lightning_sbckpt._torchfile.templates import Description, Templates, describe
-from lightning_sbckpt._torchfile.writing import write_torch
+from lightning_sbckpt._torchfile.writing import write_torch_to
 from lightning_sbckpt.errors import HookError, SaveError, SBCheckpointError
 from lightning_sbckpt.hooks import HookRegistry
 from lightning_sbckpt.typing import SaveHook
@@ -271,14 +272,14 @@ class Contents:
     def write(self, path: Path, storage: LocalStorage, links: Links) -> FileDigest:
         """Write the file, flushed; or make it a link to a file with these very bytes."""
         if self.source is None:
-            return storage.write_by(path, lambda target: _by_torch(self.state, target))
+            return storage.write_stream(path, lambda stream: _by_torch(self.state, stream))
         linked = links.link_if_unchanged(path.name, self.source, path, storage)
         return linked or storage.write_source(path, self.source)
 
 
-def _by_torch(state: object, path: Path) -> None:
+def _by_torch(state: object, stream: IO[bytes]) -> None:
     try:
-        write_torch(state, path)
+        write_torch_to(state, stream)
     except RuntimeError as error:
         # Closing its archive, torch hides what the disk has said behind a position.
         if isinstance(error.__context__, OSError):

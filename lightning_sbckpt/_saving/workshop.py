@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_sbckpt._disk.storage import FileDigest, LocalStorage, digest, digest_bytes
+from lightning_sbckpt._disk.regular import NotRegularError
+from lightning_sbckpt._disk.storage import FileDigest, LocalStorage, digest_bytes
 from lightning_sbckpt._folder.history import History
 from lightning_sbckpt._folder.layout import (
     PARAMFILE_EXT,
@@ -357,24 +357,10 @@ def _changed_meanwhile() -> ChangedMeanwhileError:
 def _flush_written_by_hooks(
     staged: Path, known: Mapping[str, FileDigest], storage: LocalStorage
 ) -> dict[str, FileDigest]:
-    files: dict[str, FileDigest] = {}
-    for folder, subfolders, names in os.walk(staged):
-        for entry in names:
-            path = Path(folder, entry)
-            name = path.relative_to(staged).as_posix()
-            if name not in known:
-                _refuse_link(path)
-                storage.flush_file(path)
-                files[name] = digest(path)
-        for entry in subfolders:
-            _refuse_link(Path(folder, entry))
-            storage.flush_dir(Path(folder, entry))
-    return files
-
-
-def _refuse_link(path: Path) -> None:
-    if path.is_symlink():
+    try:
+        return storage.seal_tree(staged, known)
+    except NotRegularError as error:
         raise SaveError(
-            f"a save hook made the symbolic link {path.name}: what it points to would not be part "
-            "of the checkpoint. Nothing of this checkpoint is kept; write a copy in the hook"
-        )
+            f"a save hook left {error.filename} in the checkpoint: {error.strerror}, and nothing else "
+            "can be part of it. Nothing of this checkpoint is kept; write a copy in the hook"
+        ) from error

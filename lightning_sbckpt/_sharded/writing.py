@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from lightning_sbckpt._disk.storage import FileDigest, LocalStorage, digest
+from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
 from lightning_sbckpt._folder.layout import SHARDED_EXT
 from lightning_sbckpt._sharded.contents import METADATA_NAME
 from lightning_sbckpt._sharded.states import State, sharded_leaves
@@ -188,8 +188,7 @@ class _Writer(FileSystemWriter):
     def _seal(self, names: set[str]) -> None:
         for name in sorted(names):
             path = Path(self.path) / name
-            self._storage.flush_file(path)
-            self.digests[name] = digest(path)
+            self.digests[name] = self._storage.seal(path)
 
 
 class _Files(FileSystem):

@@ -15,7 +15,12 @@ _BLOCK = 8 * 2**20
 def write_torch(state: object, path: Path) -> None:
     """Write a state as `torch.save` does."""
     with path.open("wb") as stream:
-        torch.save(state, cast("IO[bytes]", _Counted(stream)))
+        write_torch_to(state, stream)
+
+
+def write_torch_to(state: object, stream: IO[bytes]) -> None:
+    """Write a state to an open file as `torch.save` does."""
+    torch.save(state, cast("IO[bytes]", _Counted(stream)))
 
 
 class _Counted:

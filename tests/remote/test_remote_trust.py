@@ -272,7 +272,9 @@ class TestBringingFollowsNoLink:
         (reading / "extra.ckpt").symlink_to(tmp_path / "outside")
         assert "extra.ckpt/usercustomize.py" in absent_files(reading)
         reader = machines.another(local_dir=reading.parent)
-        with pytest.raises(DamagedCheckpointError, match="is behind a symbolic link"):
+        with pytest.raises(
+            DamagedCheckpointError, match="it is a symbolic link, expected a folder"
+        ):
             reader.load_checkpoint(reading)
         reader._mirror.fetch(reading, ["extra.ckpt/usercustomize.py"])
         assert os.listdir(tmp_path / "outside") == []
