@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -23,6 +23,7 @@ __all__ = [
     "Place",
     "carries_data",
     "draw_seed",
+    "forget_given_place",
     "is_datapipe",
     "is_plain",
     "is_standard",
@@ -30,6 +31,7 @@ __all__ = [
     "length",
     "mark_of",
     "same",
+    "started_apart",
     "turn_to",
     "vars_of",
 ]
@@ -243,6 +245,40 @@ def _bytes_in(value: Any) -> bytes:
 def draw_seed(loader: Any) -> None:
     """Draw as every iterator of a `DataLoader` does for the seed of its workers."""
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+
+
+def forget_given_place(loader: Any) -> None:
+    """Have the next epoch begin at its beginning, where a library would go back to a given place.
+
+    Hugging Face's datasets begin each epoch at the place they were given, unless `set_epoch` tells them
+    its number (seen in 5.2). litData's loader forgets it at the end of its iterator only, which a
+    fetcher that knows the length never reaches (seen in 0.2).
+    """
+    dataset = getattr(loader, "dataset", None)
+    if "_starting_state_dict" in vars_of(dataset):
+        cast("Any", dataset)._starting_state_dict = None
+    if vars_of(loader).get("restore") is True and "_latest_worker_idx" in vars_of(loader):
+        loader.restore = False
+
+
+def started_apart(
+    loader: Any, inner: Iterator[object], torch_state: torch.Tensor
+) -> Iterator[object]:
+    """Iterate on, with the seed that a new iterator draws taken from a generator of its own.
+
+    The one it stands for drew its seed long ago. A loader whose `__iter__` is a generator function draws
+    it with the first batch.
+    """
+    generator = torch.Generator()
+    generator.set_state(torch_state)
+    kept, vars(loader)["generator"] = loader.generator, generator
+    try:
+        first = next(inner, inner)
+    finally:
+        vars(loader)["generator"] = kept
+    if first is not inner:
+        yield first
+        yield from inner
 
 
 def turn_to(inner: Any, worker: int) -> None:

@@ -71,6 +71,8 @@ class LoaderHandle:
         self.notes: list[str] = []
         self._baseline = counters(samplers_in(loader))
         self._born: Place | None = None
+        # Whether its own state is a place within an epoch, as its first epoch shows.
+        self._is_position: bool | None = None
         self._sampler: WatchedSampler | None = None
         self._start: dict[int, WorkerState] | None = None
 
@@ -256,17 +258,21 @@ class LoaderHandle:
     def _watch_beginning(self, iteration: Iteration) -> None:
         """Have a fresh iteration's first batches looked at, by which a replay is checked."""
         iteration.after = _weakly(self._note_mark)
+        iteration.is_position = self._is_position
+        if self._is_custom() and self._is_position:
+            iteration.log = None
 
     def _note_mark(self, iteration: Iteration, batch: object) -> None:
         if iteration.yielded == 0:
             iteration.place["mark"] = mark_of(batch)
-            if self._is_custom():
+            if self._is_custom() and self._is_position is None:
                 iteration.place["own_first"] = copy.deepcopy(self.loader.state_dict())
                 return
         elif "own_first" in iteration.place:
             # A state that two batches leave as it was counts epochs, and says no place in one.
             first = iteration.place.pop("own_first")
             iteration.is_position = not same(first, self.loader.state_dict())
+            self._is_position = iteration.is_position
             if iteration.is_position:
                 iteration.log = None
         iteration.after = None
@@ -286,7 +292,8 @@ class LoaderHandle:
         iteration.place["before_last"] = self._moment()
 
     def _note_own(self, iteration: Iteration) -> None:
-        if iteration.yielded == 0 or not is_plain(iteration.last):
+        # Of another library's loader the state after the last batch may be that of a new epoch.
+        if self._is_custom() or iteration.yielded == 0 or not is_plain(iteration.last):
             iteration.place["own_before"] = copy.deepcopy(self.loader.state_dict())
             iteration.place["before_last"] = self._moment()
 

@@ -28,6 +28,8 @@ from itertools import islice
 from typing import Any, cast
 from weakref import ref
 
+from torch.utils.data import DataLoader
+
 from lightning_sbckpt._streams import to_bytes, to_tensors
 from lightning_sbckpt._walk import is_opaque
 from lightning_sbckpt.plugin._data_state import Baseline
@@ -37,9 +39,11 @@ from lightning_sbckpt.plugin._iteration import (
     Place,
     carries_data,
     draw_seed,
+    forget_given_place,
     is_plain,
     is_torchdata,
     mark_of,
+    started_apart,
     turn_to,
 )
 from lightning_sbckpt.plugin._loader_handle import LoaderHandle
@@ -76,6 +80,7 @@ class LoaderPosition(LoaderHandle):
         super().__init__(loader, baseline)
         self._rounds: list[Place] = []
         self._lost_rounds = False
+        self._resumed_own = False
         self._was_given_states = False
 
     # -- iterating ------------------------------------------------------------------------------
@@ -86,6 +91,9 @@ class LoaderPosition(LoaderHandle):
         Args:
             keeps_last: whether the batch that is given last may have to be given again.
         """
+        if self._resumed_own:
+            forget_given_place(self.loader)
+            self._resumed_own = False
         created = self._moment()
         self._note_round()
         if self._start is not None and self._born is not None:
@@ -190,6 +198,7 @@ class LoaderPosition(LoaderHandle):
                     self._resume_own({**place, "own": own, "prefetched": 0}, keeps_last=False)
                 else:
                     loader.load_state_dict(own)
+                    self._resumed_own = True
             elif mode != "map" and self._must_replay(place):
                 self._replay_epoch(place)
             elif self._persists() and place["born"] and same_workers:
@@ -289,7 +298,7 @@ class LoaderPosition(LoaderHandle):
                 self._is_custom() and not _is_position(iteration)
             ):
                 place["mode"] = "replay"
-            elif prefetched and not is_plain(iteration.last):
+            elif prefetched and (self._is_custom() or not is_plain(iteration.last)):
                 place["own"] = own_before
             else:
                 place.update(self._own_place(own, iteration, prefetched))
@@ -421,10 +430,6 @@ class LoaderPosition(LoaderHandle):
         for number in range(place["yielded"] + bool(place["ended"])):
             log.apply(number)
             next(inner, None)
-        self.notes.append(
-            f"{place['yielded']} batches of an earlier epoch loaded again and dropped, since its "
-            f"{_listed(self.goes_on())} goes on where it was"
-        )
 
     def _resume_replay(
         self, place: Place, *, keeps_last: bool = False, anew: bool = False
@@ -441,8 +446,12 @@ class LoaderPosition(LoaderHandle):
                     "this one are not known; use persistent_workers=False"
                 )
         else:
-            for earlier in place.get("rounds", ()):
-                self._replay_round(earlier)
+            earlier = place.get("rounds", ())
+            for each in earlier:
+                self._replay_round(each)
+            if earlier:
+                total = sum(each["yielded"] for each in earlier)
+                self.notes.append(f"{total} batches of earlier epochs loaded again and dropped")
             self._set(place["created"], samplers=True, states=not (anew or place.get("rounds")))
         self._rounds = list(place.get("rounds", ()))
         if isinstance(self.loader, Stateful) and is_torchdata(self.loader):
@@ -490,15 +499,19 @@ class LoaderPosition(LoaderHandle):
 
     def _resume_own(self, place: Place, *, keeps_last: bool) -> Iteration:
         loader, prefetched = self.loader, place["prefetched"]
+        self._resumed_own = True
         loader.load_state_dict(copy.deepcopy(place["own"]))
         self._set(place["born"] or place["created"])
         inner, _ = self._open(_worker_states(place["workers"]))
+        if self._is_custom() and isinstance(loader, DataLoader):
+            inner = started_apart(loader, inner, place["created"]["rng"]["torch"])
         fresh = _as_begun(place)
         self._born = place["born"]
         iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
         iteration.yielded = place["yielded"]
         if self._is_custom():
-            iteration.is_position, iteration.log = True, None
+            self._is_position = iteration.is_position = True
+            iteration.log = None
         if prefetched:
             if "batch" in place:
                 iteration.ready.append(place["batch"])
@@ -537,10 +550,6 @@ def _weakly_fresh(position: ref[LoaderPosition], created: Place) -> Callable[[],
         return iter(()) if alive is None else alive.begin_fresh(created)
 
     return begin
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _order_state(order: Order | None, count: int) -> Place | None:

@@ -242,8 +242,8 @@ def _weak_points(position: LoaderPosition) -> list[str]:
     data = position.data
     found = _about_iterators(position)
     found += [
-        f"its {path} has a state_dict that only the loader of its library can call, so its place is "
-        "not saved; use that loader"
+        f"its {path} has a state_dict that only the loader of its library can call, so a resume "
+        "reads the epoch again from its beginning; use that loader to go on at once"
         for path, obj in data.found.objects.items()
         if asks(type(obj)) and not isinstance(loader, Stateful)
     ]
