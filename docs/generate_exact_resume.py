@@ -35,7 +35,12 @@ def measure(names: list[str]) -> dict[str, str]:
     verdicts = {}
     for name in names:
         try:
-            report = run_selftest(exact_cells.Cell(name), exact_cells.points_of(name), timeout=300)
+            report = run_selftest(
+                exact_cells.Cell(name),
+                exact_cells.points_of(name),
+                ranks=exact_cells.ranks_of(name),
+                timeout=300,
+            )
         except RuntimeError as error:
             verdicts[name] = f"not run: {str(error).strip().splitlines()[-1][:80]}"
         else:

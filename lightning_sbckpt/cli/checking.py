@@ -34,8 +34,15 @@ __all__ = ["selftest", "verify"]
     help="Where to kill the run: at the COUNT-th call of a callback hook. Several in one option are "
     "several deaths of one run. May be given again.",
 )
-@click.option("--timeout", default=600.0, show_default=True, help="Seconds one process may take.")
-def selftest(factory: str, kills: tuple[str, ...], timeout: float) -> None:
+@click.option(
+    "--ranks",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How many processes a run has: the Trainer's devices times its nodes.",
+)
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds one run may take.")
+def selftest(factory: str, kills: tuple[str, ...], ranks: int, timeout: float) -> None:
     """Prove that your own run resumes exactly.
 
     FUNCTION is called with a folder and returns a Trainer with an SBCheckpoint on that folder, a
@@ -46,7 +53,7 @@ def selftest(factory: str, kills: tuple[str, ...], timeout: float) -> None:
 
     points = [kill.split(",") for kill in kills] or DEFAULT_KILL_POINTS
     try:
-        report = run_selftest(_load(factory), points, timeout=timeout)
+        report = run_selftest(_load(factory), points, ranks=ranks, timeout=timeout)
     except (SBCheckpointError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(str(report))

@@ -29,7 +29,7 @@ def weights(module: LightningModule) -> dict[str, Any]:
 def clone(state: Any) -> Any:
     """Return a copy that training does not change, and that a file takes."""
     if isinstance(state, torch.Tensor):
-        return state.detach().cpu().clone()
+        return _own(state).cpu().clone()
     if isinstance(state, Mapping):
         return {key: clone(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
@@ -44,9 +44,14 @@ def fingerprint(state: Any) -> str:
     return str(hasher.hexdigest())
 
 
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or this rank's piece of one that is sharded."""
+    return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
+
+
 def _feed(hasher: Any, state: Any) -> None:
     if isinstance(state, torch.Tensor):
-        tensor = state.detach().cpu().contiguous()
+        tensor = _own(state).cpu().contiguous()
         hasher.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
     elif isinstance(state, Mapping):

@@ -10,9 +10,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,6 +127,7 @@ def assert_resume_exact(
     make_trainer_and_data: Factory,
     kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] = DEFAULT_KILL_POINTS,
     *,
+    ranks: int = 1,
     timeout: float = 600.0,
 ) -> SelftestReport:
     """Fail unless a run killed at each of the points ends with the bits of one that was not.
@@ -135,8 +140,11 @@ def assert_resume_exact(
         make_trainer_and_data: Called in each process with a folder; returns the Trainer, which has
             an `SBCheckpoint` on that folder, the module, and the data (a datamodule, a loader, or
             a dictionary of arguments for `fit`). A function of a module that can be imported.
+            With several ranks each of them calls it.
         kill_points: Where to kill; several in a sequence are several deaths of one run.
-        timeout: Seconds that one process may take.
+            With several ranks the first that comes there dies, and all others with it.
+        ranks: How many processes a run has: the Trainer's devices times its nodes.
+        timeout: Seconds that one run may take.
 
     Returns:
         The report.
@@ -145,7 +153,7 @@ def assert_resume_exact(
         AssertionError: Something differed; the message is the report.
         RuntimeError: A process failed otherwise than by its kill.
     """
-    report = run_selftest(make_trainer_and_data, kill_points, timeout=timeout)
+    report = run_selftest(make_trainer_and_data, kill_points, ranks=ranks, timeout=timeout)
     if not report.exact:
         raise AssertionError(f"the run does not resume exactly:\n{report}")
     return report
@@ -155,26 +163,27 @@ def run_selftest(
     make_trainer_and_data: Factory,
     kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] = DEFAULT_KILL_POINTS,
     *,
+    ranks: int = 1,
     timeout: float = 600.0,
 ) -> SelftestReport:
     """Do what `assert_resume_exact` does, and return the report whatever it says."""
     report = SelftestReport()
     root = Path(tempfile.mkdtemp(prefix="sbckpt-selftest-"))
     try:
-        reference = _run(make_trainer_and_data, root / "through", None, timeout)
+        reference = _run(make_trainer_and_data, root / "through", None, ranks, timeout)
         for number, points in enumerate(kill_points):
             several = points if isinstance(points, (list, tuple)) else (points,)
             kills = [KillPoint.parse(point) for point in several]
             folder = root / f"killed-{number}"
             for kill in kills:
-                _run(make_trainer_and_data, folder, kill, timeout)
-            resumed = _run(make_trainer_and_data, folder, None, timeout)
-            origin = resumed.trace[0].get("resumed") or "began anew: no checkpoint was saved before"
+                _run(make_trainer_and_data, folder, kill, ranks, timeout)
+            resumed = _run(make_trainer_and_data, folder, None, ranks, timeout)
+            origin = resumed[0].trace[0].get("resumed")
             report.rows.append(
                 Row(
                     ", ".join(map(str, kills)),
-                    str(origin),
-                    tuple(differences(reference, resumed)),
+                    str(origin or "began anew: no checkpoint was saved before"),
+                    tuple(_differences_by_rank(reference, resumed)),
                 )
             )
             shutil.rmtree(folder)
@@ -183,35 +192,118 @@ def run_selftest(
     return report
 
 
-def _run(factory: Factory, folder: Path, kill: KillPoint | None, timeout: float) -> Outcome:
+def _differences_by_rank(reference: Sequence[Outcome], resumed: Sequence[Outcome]) -> list[str]:
+    found = [differences(one, other) for one, other in zip(reference, resumed, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    return [f"rank {rank}: {line}" for rank, lines in enumerate(found) for line in lines]
+
+
+def _run(
+    factory: Factory, folder: Path, kill: KillPoint | None, ranks: int, timeout: float
+) -> list[Outcome]:
+    """Run all ranks to their end; return what each ended with, or nothing if they were killed."""
     # A server forks each process before it has started any thread: quick, and nothing inherited.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    folder.mkdir(exist_ok=True)
-    trace, final = folder / "trace.jsonl", folder / "final.pt"
-    trace.unlink(missing_ok=True)
+    folders = [folder / f"rank-{rank}" for rank in range(ranks)]
+    for each in folders:
+        shutil.rmtree(each, ignore_errors=True)
+        each.mkdir(parents=True)
     method = multiprocessing.get_start_method()
-    process = context.Process(target=_child, args=(factory, folder, kill, method))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    environments = _environments(ranks)
+    processes = [
+        context.Process(
+            target=_child, args=(factory, folder / "checkpoints", each, kill, method, environment)
+        )
+        for each, environment in zip(folders, environments, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    first = _await(processes, folders, timeout)
+    if first is None:
         raise RuntimeError(f"the run in {folder} was still going after {timeout:g} s and was ended")
-    expected = -signal.SIGKILL if kill else 0
-    if process.exitcode != expected:
-        told = folder / "error.txt"
-        reason = told.read_text() if told.exists() else f"exit code {process.exitcode}"
-        if kill and process.exitcode == 0:
+    code = processes[first].exitcode
+    if kill and code == -signal.SIGKILL:
+        return []
+    if kill or code != 0:
+        told = folders[first] / "error.txt"
+        reason = told.read_text() if told.exists() else f"exit code {code}"
+        if kill and code == 0:
             reason = f"it ended before {kill} came: choose a kill point that the run reaches"
         raise RuntimeError(f"the run to be compared failed: {reason}")
-    if kill:
-        return Outcome([], {})
-    lines = [json.loads(line) for line in trace.read_text().splitlines()]
-    return Outcome(lines, torch.load(final, weights_only=True))
+    return [
+        Outcome(
+            [json.loads(line) for line in (each / "trace.jsonl").read_text().splitlines()],
+            torch.load(each / "final.pt", weights_only=True),
+        )
+        for each in folders
+    ]
 
 
-def _child(factory: Factory, folder: Path, kill: KillPoint | None, start_method: str) -> None:
+def _await(processes: Sequence[BaseProcess], folders: Sequence[Path], timeout: float) -> int | None:
+    """Return the number of the first process that ended badly, or of any if none did.
+
+    A rank that has lost another one may wait for it for ever, so all end with the first.
+
+    Returns:
+        None if there was no time left.
+    """
+    deadline = time.monotonic() + timeout
+    waiting = [process.sentinel for process in processes]
+    try:
+        while waiting:
+            ended = wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ended:
+                return None
+            waiting = [sentinel for sentinel in waiting if sentinel not in ended]
+            codes = [process.exitcode for process in processes]
+            if -signal.SIGKILL in codes:
+                return codes.index(-signal.SIGKILL)
+            bad = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+            if bad:
+                # Others may have ended since, of what they had lost.
+                return min(bad, key=lambda rank: _time_of_error(folders[rank]))
+        return 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _time_of_error(folder: Path) -> float:
+    error = folder / "error.txt"
+    return error.stat().st_mtime if error.exists() else float("inf")
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    """Return what makes each rank believe that a launcher has started it."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [
+        {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+        }
+        for rank in range(ranks)
+    ]
+
+
+def _child(
+    factory: Factory,
+    checkpoints: Path,
+    folder: Path,
+    kill: KillPoint | None,
+    start_method: str,
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.update(environment)
     # Else workers of loaders would start as this process did, which takes seconds for each.
     multiprocessing.set_start_method(start_method, force=True)
     # What the runs print would drown the table; it is shown if one fails.
@@ -219,7 +311,8 @@ def _child(factory: Factory, folder: Path, kill: KillPoint | None, start_method:
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
-        trainer, module, *data = factory(folder / "checkpoints")
+        trainer, module, *data = factory(checkpoints)
+        _check_ranks(trainer, int(environment.get("WORLD_SIZE", "1")))
         recorder = _Recorder(folder / "trace.jsonl")
         # First, so that a kill comes before anything that the hook would make durable.
         trainer.callbacks.insert(0, recorder)
@@ -236,6 +329,15 @@ def _child(factory: Factory, folder: Path, kill: KillPoint | None, start_method:
 
         (folder / "error.txt").write_text(traceback.format_exc())
         raise
+
+
+def _check_ranks(trainer: Trainer, ranks: int) -> None:
+    wanted = trainer.num_devices * trainer.num_nodes
+    if wanted != ranks:
+        raise ConfigurationError(
+            f"the Trainer under test wants {wanted} processes (devices times nodes), and there "
+            f"{'is' if ranks == 1 else 'are'} {ranks}: pass ranks={wanted}, or --ranks {wanted}"
+        )
 
 
 def _fit_arguments(data: Sequence[Any]) -> dict[str, Any]:

@@ -103,6 +103,14 @@ class Tied(Wrapped):
         return self.head(inner) + self.again(inner.square())
 
 
+class Normalized(Wrapped):
+    """A model whose ranks have statistics of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.insert(1, nn.BatchNorm1d(9))
+
+
 class Renamed(_sharded_fits.HeadRenamed, Wrapped):
     """With another name for its head."""
 

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torchmetrics import MeanMetric, MetricCollection
@@ -595,6 +596,119 @@ CELLS.update(drawn(16, seed=5))
 CELLS.update(drawn(5, seed=6, base=WideModel, save_mode="async"))
 CELLS.update(drawn(5, seed=7, base=WideModel, save_mode="overlap"))
 
+
+class Backwards(Model):
+    """Registers its layers in another order than it uses them in, some of them twice or never."""
+
+    def __init__(self, idle: bool = False, twice: bool = False) -> None:
+        super().__init__()
+        body = self.body
+        del self.body
+        self.wide = nn.Linear(FEATURES, FEATURES)
+        self.body, self.twice = body, twice
+        if idle:
+            self.idle = nn.Linear(2, 2)
+
+    def forward(self, x):
+        inner = self.wide(x) + x
+        return self.head(self.body(self.wide(inner) if self.twice else inner))
+
+
+class InPieces(Backwards):
+    """Divided among the ranks by FSDP2."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self, FSDPModule):
+            for part in (self.body, self.wide, self):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def on_ranks(
+    dirpath: Path,
+    *,
+    size: int = 3,
+    strategy: Callable[..., object] = DDPStrategy,
+    options: dict | None = None,
+    model: Callable[[], L.LightningModule] = Backwards,
+    trainer: dict | None = None,
+    checkpoint: dict | None = None,
+):
+    """Return a run of several processes, with several buckets of gradients."""
+    options = {"bucket_cap_mb": 0.0002} if options is None else options
+    return make(
+        dirpath,
+        model=model,
+        loader=partial(train_loader, noise=True, dataset=Numbers(length=size * SAMPLES)),
+        trainer={
+            "devices": size,
+            "strategy": strategy(**options),
+            "use_distributed_sampler": True,
+            "max_epochs": 2,
+            **(trainer or {}),
+        },
+        checkpoint=checkpoint or BY_STEP,
+    )
+
+
+BUCKETS = {"bucket_cap_mb": 0.0002}
+ON_RANKS: dict[str, tuple[int, Callable]] = {
+    "3 ranks": (3, on_ranks),
+    "3 ranks, find_unused_parameters": (
+        3,
+        partial(
+            on_ranks,
+            model=partial(Backwards, idle=True),
+            options={**BUCKETS, "find_unused_parameters": True},
+        ),
+    ),
+    "3 ranks, static_graph": (
+        3,
+        partial(
+            on_ranks,
+            model=partial(Backwards, idle=True, twice=True),
+            options={**BUCKETS, "static_graph": True},
+        ),
+    ),
+    "3 ranks, gradient_as_bucket_view": (
+        3,
+        partial(on_ranks, options={**BUCKETS, "gradient_as_bucket_view": True}),
+    ),
+    "3 ranks, accumulation": (
+        3,
+        partial(
+            on_ranks,
+            trainer={"accumulate_grad_batches": 3, "val_check_interval": 4},
+            checkpoint={"train_time_interval": timedelta(microseconds=1)},
+        ),
+    ),
+    "3 ranks, save_mode async": (3, partial(on_ranks, checkpoint=ASYNC)),
+    "3 ranks, save_mode overlap": (3, partial(on_ranks, checkpoint=OVERLAP)),
+    "3 ranks, default buckets": (3, partial(on_ranks, options={})),
+    "3 ranks, FSDP2": (
+        3,
+        partial(
+            on_ranks,
+            model=InPieces,
+            strategy=ModelParallelStrategy,
+            options={"data_parallel_size": 3, "tensor_parallel_size": 1},
+        ),
+    ),
+    "4 ranks": (4, partial(on_ranks, size=4)),
+    "4 ranks, FSDP2": (
+        4,
+        partial(
+            on_ranks,
+            size=4,
+            model=InPieces,
+            strategy=ModelParallelStrategy,
+            options={"data_parallel_size": 4, "tensor_parallel_size": 1},
+        ),
+    ),
+}
+CELLS.update({name: cell for name, (_, cell) in ON_RANKS.items()})
+
 MORE_POINTS = {
     "base": (*POINTS, "on_sanity_check_start:1", "on_validation_start:2", "on_validation_end:3"),
     "gradient accumulation": (*POINTS, "on_train_batch_end:6", "on_validation_start:3"),
@@ -603,6 +717,9 @@ MORE_POINTS = {
     "stochastic weight averaging": (*POINTS, "on_train_epoch_end:4", "on_train_batch_start:45"),
 }
 FEWER_POINTS = {
+    **dict.fromkeys(
+        ON_RANKS, (POINTS[0], "on_train_batch_start:14", "on_validation_batch_start:5")
+    ),
     "save_mode async": POINTS[1:3],
     "save_mode overlap": POINTS[1:3],
     "no validation": POINTS[:3],
@@ -631,6 +748,11 @@ CORE = (
 def points_of(name: str) -> tuple:
     """Return where a cell is killed."""
     return MORE_POINTS.get(name) or FEWER_POINTS.get(name) or POINTS
+
+
+def ranks_of(name: str) -> int:
+    """Return how many processes a cell has."""
+    return ON_RANKS[name][0] if name in ON_RANKS else 1
 
 
 class Cell:

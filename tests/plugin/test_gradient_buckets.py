@@ -257,6 +257,7 @@ CELLS: dict[str, dict] = {
     },
     "by hand": {"model": ByHand},
     "by hand, gradient_as_bucket_view": {"model": ByHand, "ddp": {"gradient_as_bucket_view": True}},
+    "by hand, static graph": {"model": ByHand, "ddp": {"static_graph": True}, "at": 5},
     "checkpointed activations": {"model": Checkpointed},
     "synchronized normalization": {"model": WithSynchronized},
     "bf16-mixed": {"trainer": {"precision": "bf16-mixed"}},

@@ -164,3 +164,40 @@ def test_saving_moves_no_random_state(tmp_path):
         trainer.fit(module, **data)
         weights.append(module.state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def three(dirpath):
+    return exact_cells.on_ranks(dirpath, **FEW)
+
+
+def test_three_ranks_are_started_killed_and_compared_each(tmp_path):
+    """The first to come there dies, and the others with it."""
+    report = assert_resume_exact(three, ["on_train_batch_start:5"], ranks=3)
+    assert report.exact and "within epoch 0, at global step 3" in str(report)
+
+
+def forgetful_on_two(dirpath):
+    return exact_cells.on_ranks(dirpath, size=2, model=Forgetful, **FEW)
+
+
+def test_what_differs_on_several_ranks_is_named_by_rank(tmp_path):
+    """Each has its own state."""
+    report = run_selftest(forgetful_on_two, ["on_train_batch_start:5"], ranks=2)
+    for rank in range(2):
+        assert any(
+            line.startswith(f"rank {rank}: ") and "weights differ" in line
+            for line in report.rows[0].differences
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "ranks", "said"),
+    [
+        (three, 1, r"wants 3 processes .* there is 1: pass ranks=3, or --ranks 3"),
+        (exact, 2, r"wants 1 processes .* there are 2: pass ranks=1, or --ranks 1"),
+    ],
+)
+def test_another_number_of_ranks_than_the_trainer_has_is_refused(make, ranks, said):
+    """Its launcher would start processes of its own."""
+    with pytest.raises(RuntimeError, match=said):
+        run_selftest(make, ["on_train_batch_start:5"], ranks=ranks)

@@ -11,6 +11,7 @@ import torch
 from _fsdp1_fits import (
     Frozen,
     LooksAtTheGraph,
+    Normalized,
     Renamed,
     Tied,
     Wrapped,
@@ -116,6 +117,15 @@ def test_two_groups_of_two_ranks_resume_exactly(tmp_path):
     # Four ranks have half as many batches in an epoch.
     options["trainer"] = {**options["trainer"], "max_epochs": 4}
     resumes_exactly(tmp_path, options, size=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["FULL_SHARD", "NO_SHARD"])
+def test_three_ranks_with_statistics_of_their_own_resume_exactly(tmp_path, sharding):
+    """Sums are in the order of the ranks, and each has its own buffers again."""
+    options = {**by_strategy(sharding_strategy=sharding), "module": Normalized}
+    options["trainer"] = {**options["trainer"], "max_epochs": 3}
+    resumes_exactly(tmp_path, options, "on_train_batch_end:5", size=3)
 
 
 def fit_one_epoch(folder, **options):
