@@ -321,7 +321,7 @@ def _child(
         trainer.loggers = [*trainer.loggers, _TraceLogger(recorder)]
         trainer.fit(module, **_fit_arguments(data))
         torch.save(
-            {"at the end of training": recorder.state, "after the fit": weights(module)},
+            {"at the end of training": recorder.state, "after the fit": clone(weights(module))},
             folder / "final.pt",
         )
     except BaseException:

@@ -718,7 +718,7 @@ MORE_POINTS = {
 }
 FEWER_POINTS = {
     **dict.fromkeys(
-        ON_RANKS, (POINTS[0], "on_train_batch_start:14", "on_validation_batch_start:5")
+        ON_RANKS, (POINTS[0], "on_train_batch_start:14", "on_validation_batch_start:3")
     ),
     "save_mode async": POINTS[1:3],
     "save_mode overlap": POINTS[1:3],
