@@ -12,6 +12,7 @@ Saving is here. Each thing else that it does is a class of its own, one on top o
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ from lightning_sbckpt._saving.description import Description, meta_of_new, time_
 from lightning_sbckpt._saving.jobs import SaveJob, save_jobs
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt._world import decided_by_main
-from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.hooks import HookRegistry, default_registry
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.recoverer import Recoverer
@@ -135,26 +135,26 @@ class Checkpointer(Recoverer):
         self._newest_saved = 0.0
         self._watched: dict[int, object] = {}
         if access != "read":
-            self._open_for_saving(self.checkpoints_dir, self._mirror)
+            # With nothing to save it may be there to read alone, perhaps by a misspelled name: then
+            # the folder is made by the first save.
+            makes = bool(self.recoverables)
+            self._open_for_saving(self.checkpoints_dir, self._mirror, makes=makes)
 
     def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
         self.wait()
         if self.access != "read":
-            self._open_for_saving(*place)
+            self._open_for_saving(*place, makes=True)
         super()._move_to(place)
         self._newest_saved = 0.0
 
-    def _open_for_saving(self, folder: Path, mirror: Mirror | None) -> None:
+    def _open_for_saving(self, folder: Path, mirror: Mirror | None, *, makes: bool) -> None:
         if mirror is not None:
             # Now, and not at the first save: hours may have gone by until then.
             decided_by_main(self.world, mirror.open)
         if self.world.rank == 0:
-            try:
-                self._storage.make_dirs(folder)
-            except OSError as error:
-                raise ConfigurationError(
-                    f"checkpoints_dir {folder} can't be made a folder: {error.strerror or error}"
-                ) from error
+            above = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+            if makes or not above.is_dir():
+                self._make_folder(folder)
             sweep(folder, self._storage)
 
     def save_checkpoint(

@@ -19,7 +19,7 @@ from lightning_sbckpt._saving.saver import SavePolicy, Saver
 from lightning_sbckpt._saving.workshop import Workshop
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.annotator import Annotator
-from lightning_sbckpt.errors import CheckpointNotFoundError
+from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
@@ -132,9 +132,18 @@ class Curator(Annotator):
         decided_by_main(self.world, self._claim_here)
 
     def _claim_here(self) -> None:
+        self._make_folder(self.checkpoints_dir)
         self._lock.acquire()
         if self._uploads is not None:
             self._uploads.begin()
+
+    def _make_folder(self, folder: Path) -> None:
+        try:
+            self._storage.make_dirs(folder)
+        except OSError as error:
+            raise ConfigurationError(
+                f"checkpoints_dir {folder} can't be made a folder: {error.strerror or error}"
+            ) from error
 
     def wait(self) -> None:
         """Return when everything handed to the background is done: saved durably, and removed.

@@ -170,11 +170,11 @@ class TestFolders:
             Checkpointer(tmp_path / where)
         assert (tmp_path / "file").read_text() == "mine"
 
-    def test_relative_folders_and_colons_are_fine(self, tmp_path, monkeypatch):
+    def test_relative_folders_and_colons_are_fine(self, tmp_path, monkeypatch, scale):
         """Only what looks like a URL is refused."""
         monkeypatch.chdir(tmp_path)
         for folder in ("run", "a/b", "time 12:30", "c:"):
-            Checkpointer(folder)
+            Checkpointer(folder, {"model": scale(1.0)})
             assert (tmp_path / folder).is_dir()
 
     def test_two_checkpointers_share_a_folder(self, tmp_path, scale):
@@ -370,3 +370,25 @@ def test_the_name_of_a_checkpoint_that_was_removed_is_not_used_again(tmp_path):
         names.add(saved.path.name)
         checkpointer.delete_checkpoints(num_to_keep=0)
     assert len(names) == 30
+
+
+class TestFolderOfAReader:
+    """Who only looks leaves nothing behind, and a folder is that of the start."""
+
+    def test_reading_makes_no_folder(self, tmp_path):
+        """A misspelled name must not be there from then on; what has nothing to save may only read."""
+        typo = tmp_path / "above" / "typo"
+        checkpointer = Checkpointer(typo)
+        assert checkpointer.find_checkpoint() is None
+        assert checkpointer.list_checkpoints() == []
+        assert checkpointer.recover_if_possible() is None
+        checkpointer.delete_checkpoints(num_to_keep=1)
+        checkpointer.wait()
+        assert not list(tmp_path.iterdir())
+        checkpointer.save_checkpoint()
+        assert len(checkpointer.list_checkpoints()) == 1
+
+    def test_a_tilde_is_the_home_folder(self, tmp_path, monkeypatch):
+        """As a shell has it."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert Checkpointer("~/run").save_checkpoint(name="a").path == tmp_path / "run" / "CKPT+a"

@@ -23,9 +23,9 @@ class TestConstruction:
     """`Checkpointer(checkpoints_dir, recoverables, custom hooks, allow_partial_load)`."""
 
     @pytest.mark.parametrize("kind", [str, Path])
-    def test_the_folder_is_made_with_its_parents(self, api, tmp_path, kind):
+    def test_the_folder_is_made_with_its_parents(self, api, tmp_path, kind, scale):
         """The folder may be a str or a Path, and need not exist."""
-        checkpointer = api.Checkpointer(kind(tmp_path / "a" / "b"))
+        checkpointer = api.Checkpointer(kind(tmp_path / "a" / "b"), {"model": scale(1.0)})
         assert (tmp_path / "a" / "b").is_dir()
         assert Path(checkpointer.checkpoints_dir) == tmp_path / "a" / "b"
         assert checkpointer.list_checkpoints() == []

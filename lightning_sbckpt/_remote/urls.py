@@ -61,6 +61,6 @@ def local_path(path: str | os.PathLike[str]) -> Path | None:
         (PosixPath('/data/run'), PosixPath('run'), None)
     """
     if not is_url(path):
-        return Path(path)
+        return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises without a home
     scheme, _, rest = normal_url(path).partition("://")
     return Path(rest) if scheme in _LOCAL else None
