@@ -94,6 +94,7 @@ class LoaderPosition(LoaderHandle):
         if self._resumed_own:
             forget_given_place(self.loader)
             self._resumed_own = False
+        self.data.look()
         created = self._moment()
         self._note_round()
         if self._start is not None and self._born is not None:
@@ -146,7 +147,6 @@ class LoaderPosition(LoaderHandle):
     def state(self, prefetched: int) -> dict[str, object]:
         """Return where the loader is, as plain values."""
         now = self._moment(rng=False)
-        self.data.look()
         place = None if self.latest is None else self._place(self.latest, prefetched)
         return {"loader": self.describe(), "now": now, "iteration": place}
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._builtin_hooks import is_metric, metric_state, set_metric_state
+from lightning_sbckpt._generators import Generator, generator_kinds, with_state
 from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt._sharded.states import is_sharded_tensor
 from lightning_sbckpt.errors import MismatchError
@@ -33,8 +34,10 @@ from lightning_sbckpt.plugin.collect import (
 from lightning_sbckpt.plugin.gradients import put_gradients
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import pack, together
-from lightning_sbckpt.rng import capture_rng, restore_rng
+from lightning_sbckpt.rng import capture_rng, generator_state, restore_rng, set_generator_state
 from lightning_sbckpt.typing import World
+
+_HELD = "held"
 
 
 def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
     for sentence in tracker.news():
         rank_zero_warn(f"SBCheckpoint: {sentence}")
     return {
-        RNG: capture_rng(),
+        RNG: {**capture_rng(), _HELD: {k: generator_state(g) for k, g in _held(trainer).items()}},
         LOADERS: loaders,
         METRICS: {
             "logged": _compat_logged.logged_state(trainer),
@@ -158,6 +161,37 @@ def restore(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
         problems += _compat_buffers.restore(module, state[NONPERSISTENT])
     if RNG in state:
         problems += restore_rng(state[RNG])
+        problems += _restore_held(trainer, state[RNG].get(_HELD, {}))
+    return problems
+
+
+def _held(trainer: Trainer) -> dict[str, Generator]:
+    """Return the random generators that the module, its parts and the callbacks hold, by name."""
+    kinds = generator_kinds()
+    owners: dict[str, object] = {
+        plain_module_name(name): child for name, child in trainer.lightning_module.named_modules()
+    }
+    owners.update({each.state_key: each for each in _compat.callbacks_of(trainer)})
+    found = {
+        f"{owner}.{name}" if owner else name: value
+        for owner, obj in owners.items()
+        for name, value in vars(obj).items()
+        if isinstance(value, kinds)
+    }
+    return with_state(found)
+
+
+def _restore_held(trainer: Trainer, states: Mapping[str, Any]) -> list[str]:
+    problems = []
+    here = _held(trainer) if states else {}
+    for name, state in states.items():
+        if name not in here:
+            problems.append(f"the random generator {name!r}: it is not there any more")
+            continue
+        try:
+            set_generator_state(here[name], state)
+        except MismatchError as error:
+            problems.append(f"the random generator {name!r}: {error}")
     return problems
 
 
