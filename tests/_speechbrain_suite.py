@@ -174,7 +174,8 @@ def recipes(checkout, folder, names, moments):
             for resumer in ("theirs", "ours"):
                 copy = folder / f"{name}-{moment}-{saver}-{resumer}"
                 shutil.copytree(saved, copy)
-                found[saver, resumer] = {**before, **train(script, copy, env, api=resumer)}
+                resumed = train(script, copy, env, api=resumer)
+                found[saver, resumer] = {**before, **resumed}
         expected = found["theirs", "theirs"]
         differing = [way for way, losses in found.items() if losses != expected]
         says = "DIFFERENT" if differing else "the same losses in four directions"
@@ -252,7 +253,10 @@ def train_here(script, folder, api, interrupt):
         loading = options.get("train_loader_kwargs", {})
         if "batch_size" in loading:
             # More than one of them in an epoch, or there would be no middle.
-            options["train_loader_kwargs"] = {**loading, "batch_size": 2}
+            options["train_loader_kwargs"] = {
+                **loading,
+                "batch_size": min(2, max(1, len(train_set) // 2)),
+            }
         return fit(self, counter, train_set, valid_set, **options)
 
     def new_batch_end(self, *arguments):
