@@ -211,7 +211,7 @@ def train_here(script, folder, api, interrupt):
         chosen.EpochCounter = importlib.import_module("speechbrain.utils.epoch_loop").EpochCounter
     theirs = importlib.import_module("speechbrain.utils.checkpoints")
     log = (folder / "losses.jsonl").open("a")
-    init, fit, batch_end = sb.Brain.__init__, sb.Brain.fit, sb.Brain.on_fit_batch_end
+    init, fit, save_in_epoch = sb.Brain.__init__, sb.Brain.fit, sb.Brain._save_intra_epoch_ckpt
     counter = chosen.EpochCounter(EPOCHS)
 
     def new_init(self, modules=None, opt_class=None, hparams=None, run_opts=None, **options):
@@ -224,6 +224,8 @@ def train_here(script, folder, api, interrupt):
         kept = {name: obj for name, obj in kept.items() if has_state(obj)}
         checkpointer = chosen.Checkpointer(folder / "save", kept)
         run_opts = {**(run_opts or {}), "noprogressbar": True}
+        if interrupt == "batch":
+            run_opts["ckpt_interval_steps"] = 1
         init(self, modules, opt_class, hparams, run_opts, checkpointer=checkpointer, **options)
 
     def has_state(obj):
@@ -259,13 +261,13 @@ def train_here(script, folder, api, interrupt):
             }
         return fit(self, counter, train_set, valid_set, **options)
 
-    def new_batch_end(self, *arguments):
-        batch_end(self, *arguments)
-        if interrupt == "batch" and counter.current == EPOCHS and self.step == BATCHES_TO_INTERRUPT:
-            self._save_intra_epoch_ckpt()
+    def new_save_in_epoch(self):
+        save_in_epoch(self)
+        if counter.current == EPOCHS and self.step == BATCHES_TO_INTERRUPT:
             os._exit(INTERRUPTED)
 
-    sb.Brain.__init__, sb.Brain.fit, sb.Brain.on_fit_batch_end = new_init, new_fit, new_batch_end
+    sb.Brain.__init__, sb.Brain.fit = new_init, new_fit
+    sb.Brain._save_intra_epoch_ckpt = new_save_in_epoch
     spec = importlib.util.spec_from_file_location("recipe", script)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)

@@ -91,19 +91,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @contextlib.contextmanager
-def standin_torchaudio() -> Iterator[None]:
-    # SpeechBrain imports torchaudio, which need not exist for the torch in use, and nothing of it
-    # is called by checkpointing. Afterwards neither the stand-in nor SpeechBrain's lazy modules
-    # may stay importable, since other libraries look at what sys.modules holds.
+def _importable(modules: dict[str, ModuleType]) -> Iterator[None]:
+    # Afterwards neither the stand-in nor SpeechBrain's lazy modules may stay importable, since other
+    # libraries look at what sys.modules holds.
     before = {name: module for name, module in sys.modules.items() if _is_foreign(name)}
-    standin = ModuleType("torchaudio")
-    standin.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
-    sys.modules["torchaudio"] = standin
+    sys.modules.update(modules)
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if _is_foreign(name)]:
-            del sys.modules[name]
+        # What was imported meanwhile as well.
+        modules.update({name: found for name, found in sys.modules.items() if _is_foreign(name)})
+        for name in modules:
+            sys.modules.pop(name, None)
         sys.modules.update(before)
 
 
@@ -112,29 +111,43 @@ def _is_foreign(name: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def speechbrain() -> SimpleNamespace:
-    """The real SpeechBrain's three modules, under the paths `sb.utils.<module>`."""
-    with standin_torchaudio():
-        modules = {
-            name: importlib.import_module(f"speechbrain.utils.{name}")
-            for name in ("checkpoints", "epoch_loop", "parameter_transfer")
-        }
-    return SimpleNamespace(utils=SimpleNamespace(**modules))
+def speechbrain_modules() -> dict[str, ModuleType]:
+    """The modules of the real SpeechBrain, by name; it can't be loaded twice, since it patches torch."""
+    # SpeechBrain imports torchaudio, which need not exist for the torch in use, and nothing of it
+    # is called by checkpointing.
+    standin = ModuleType("torchaudio")
+    standin.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    modules = {"torchaudio": standin}
+    with _importable(modules):
+        for name in (
+            "core",
+            "utils.checkpoints",
+            "utils.epoch_loop",
+            "utils.parameter_transfer",
+            "utils.repro",
+            "nnet.adapters",
+            "nnet.schedulers",
+            "processing.features",
+        ):
+            importlib.import_module(f"speechbrain.{name}")
+    return modules
 
 
 @pytest.fixture(scope="module")
-def loaded_speechbrain() -> Iterator[ModuleType]:
+def loaded_speechbrain(speechbrain_modules: dict[str, ModuleType]) -> Iterator[ModuleType]:
     """The whole of the real SpeechBrain, loaded while the tests of a module run."""
-    with standin_torchaudio():
-        for name in (
-            "core",
-            "nnet.schedulers",
-            "nnet.adapters",
-            "processing.features",
-            "utils.repro",
-        ):
-            importlib.import_module(f"speechbrain.{name}")
-        yield sys.modules["speechbrain"]
+    with _importable(speechbrain_modules):
+        yield speechbrain_modules["speechbrain"]
+
+
+@pytest.fixture(scope="session")
+def speechbrain(speechbrain_modules: dict[str, ModuleType]) -> SimpleNamespace:
+    """The real SpeechBrain's three modules, under the paths `sb.utils.<module>`."""
+    modules = {
+        name: speechbrain_modules[f"speechbrain.utils.{name}"]
+        for name in ("checkpoints", "epoch_loop", "parameter_transfer")
+    }
+    return SimpleNamespace(utils=SimpleNamespace(**modules))
 
 
 @pytest.fixture(scope="session")
