@@ -149,3 +149,4 @@ def test_a_brain_in_debug_mode_leaves_the_run_alone(recipe, tmp_path, tree_bytes
     assert brain.checkpointer.checkpoints_dir != tmp_path
     assert brain.checkpointer.list_checkpoints()
     assert tree_bytes(tmp_path) == before
+    brain.checkpointer.tempdir.cleanup()
