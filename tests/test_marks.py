@@ -16,7 +16,7 @@ from lightning_sbckpt._disk.storage import digest
 from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_manifest, read_manifest
 from lightning_sbckpt._torchfile import keys as keys_module
 from lightning_sbckpt._torchfile import state as state_module
-from lightning_sbckpt._torchfile.keys import SECRET, SECRET_FILE, user_file
+from lightning_sbckpt._torchfile.keys import SECRET, SECRET_FILE, share_with_ranks, user_file
 from lightning_sbckpt._torchfile.marks import judge
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError, UntrustedPickleError
@@ -70,11 +70,16 @@ def home(tmp_path, monkeypatch):
     """A user without any secret yet."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setattr(state_module, "_warned", set())
-    keys_module._of_this_process.cache_clear()
+    another_process()
     executed.clear()
     yield tmp_path / "config"
     assert not executed
-    keys_module._of_this_process.cache_clear()
+    another_process()
+
+
+def another_process() -> None:
+    """Forget the secret that this process alone has."""
+    keys_module._Job.key, keys_module._Job.shared = None, False
 
 
 def save(root: Path, **words: str) -> Path:
@@ -368,6 +373,7 @@ class TestSecrets:
         (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert "one['word'] (a Word)" in warning and "chmod 600" in warning
         user_file().chmod(0o600)
+        another_process()
         refused(tmp_path / "more", because="marked with a secret that is not known")
 
     def test_a_file_of_another_user_is_not_used(self, tmp_path, monkeypatch):
@@ -388,7 +394,7 @@ class TestSecrets:
         user_file().parent.mkdir()
         user_file().write_text(A_SECRET)
         user_file().chmod(0o600)
-        keys_module._of_this_process.cache_clear()  # As in another process.
+        another_process()  # As in another process.
         refused(tmp_path / "run", because="lies in a folder of checkpoints")
 
     @pytest.mark.parametrize("content", ["", "short\n", f"{A_SECRET}\nshort\n", "# none\n"])
@@ -429,7 +435,7 @@ class TestSecrets:
         assert "one['word'] (a Word); two['word'] (a Word)" in warning
         assert "trust_pickle=True" in warning and SECRET in warning
         assert load(root) == [Word("a")]
-        keys_module._of_this_process.cache_clear()  # As in another process.
+        another_process()  # As in another process.
         refused(root, because="marked with a secret that is not known here")
 
     @pytest.mark.parametrize(
@@ -452,7 +458,7 @@ class TestSecrets:
         code = (
             "import sys, time; from lightning_sbckpt._torchfile.keys import keys\n"
             "print('ready', flush=True); sys.stdin.readline(); "
-            "print(keys(None, create=True).known[-1].decode(), keys(None, create=True).problem)"
+            "print(keys(None, create=True).marking[-1].decode(), keys(None, create=True).problem)"
         )
         processes = [
             subprocess.Popen(
@@ -470,6 +476,31 @@ class TestSecrets:
             process.stdin.flush()
         found = {process.communicate()[0] for process in processes}
         assert found == {f"{user_file().read_text().strip()} None\n"}
+
+    def test_all_ranks_of_a_job_read_what_rank_zero_saves(self, tmp_path, monkeypatch):
+        """On machines that share no secret, too; the secret that lasts is not sent."""
+        sent = []
+
+        class Ranks:
+            """Two ranks, of which this is one after the other."""
+
+            rank, size = 0, 2
+
+            def broadcast(self, obj):
+                sent.append(obj)
+                return sent[0]
+
+        share_with_ranks(Ranks())
+        save(tmp_path / "run", one="a")
+        assert user_file().read_text().strip() not in str(sent)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other"))
+        another_process()
+        share_with_ranks(Ranks())
+        assert load(tmp_path / "run") == [Word("a")]
+        another_process()
+        refused(tmp_path / "run")
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        assert load(tmp_path / "run") == [Word("a")]
 
     def test_without_hard_links_one_is_made_too(self, tmp_path, monkeypatch):
         """On filesystems that have none."""

@@ -14,10 +14,10 @@ import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.typing import World
 
 SECRET = "LIGHTNING_SBCKPT_SECRET"  # noqa: S105 - the name of a variable
 SECRET_FILE = "LIGHTNING_SBCKPT_SECRET_FILE"  # noqa: S105
@@ -33,12 +33,40 @@ class Keys:
     """Secrets.
 
     Attributes:
-        known: All that are accepted, the one for new files last.
+        known: All that are accepted.
+        marking: Those that new files are marked with.
         problem: Why none of them outlives this process; None if one does.
     """
 
     known: tuple[bytes, ...]
+    marking: tuple[bytes, ...]
     problem: str | None = None
+
+
+class _Job:
+    """The secret of this job alone, which no file holds; known to all of its ranks once shared."""
+
+    key: bytes | None = None
+    shared = False
+
+
+def _of_this_job() -> bytes:
+    if _Job.key is None:
+        _Job.key = secrets.token_hex(32).encode()
+    return _Job.key
+
+
+def share_with_ranks(world: World) -> None:
+    """Have every rank accept what rank zero will mark, whichever secrets its machine has.
+
+    No secret that outlives the job goes to another rank.
+
+    Args:
+        world: The ranks; all of them call this.
+    """
+    if world.size > 1:
+        _Job.key = world.broadcast(_of_this_job())
+        _Job.shared = True
 
 
 class _UnusableError(Exception):
@@ -70,9 +98,11 @@ def keys(near: Path | None, *, create: bool) -> Keys:
             own = _read(path, near)
     except _UnusableError as error:
         problem = str(error)
-    if own or given:
-        return Keys((*own, *given))
-    return Keys((_of_this_process(),), problem or f"there is no secret in {path}")
+    lasting, of_job = (*own, *given), _of_this_job()
+    if not lasting:
+        return Keys((of_job,), (of_job,), problem or f"there is no secret in {path}")
+    also = (of_job,) if _Job.shared else ()
+    return Keys((*lasting, of_job), (lasting[-1], *also))
 
 
 def user_file() -> Path:
@@ -84,11 +114,6 @@ def user_file() -> Path:
         return Path.home() / ".config" / "lightning-sbckpt" / "secrets"
     except RuntimeError as error:
         raise _UnusableError("this user has no home folder") from error
-
-
-@cache
-def _of_this_process() -> bytes:
-    return secrets.token_hex(32).encode()
 
 
 def _from_environment(near: Path | None) -> tuple[bytes, ...]:

@@ -2,7 +2,7 @@
 
 A mark is the comment of the zip archive that a torch file is, so it goes wherever the file goes, and
 other readers pass it over. It holds the HMAC-SHA-256 of all other bytes, of the file's name and of the
-version of this format, with one of the user's secrets; which secret; and what is in the file.
+version of this format, with the user's newest secret; which secret; and what is in the file.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def mark(data: bytes, name: str, near: Path | None, holds: Sequence[str] = ()) -
     told = [ascii(text[:_LONGEST])[1:-1][:_LONGEST] for text in holds[:_MOST_HELD]]
     if len(holds) > _MOST_HELD:
         told.append(f"and {len(holds) - _MOST_HELD} more")
-    comment = _comment(keys(near, create=True).known[-1], data[:-2], name, told)
-    return data[:-2] + len(comment).to_bytes(2, "little") + comment
+    body = data[:-2]
+    made = {_identity(k): _hmac(k, body, name, told) for k in keys(near, create=True).marking}
+    comment = _comment(made, told)
+    return body + len(comment).to_bytes(2, "little") + comment
 
 
 def root_of(path: Path) -> Path | None:
@@ -83,17 +85,21 @@ def judge(data: bytes, name: str, near: Path | None) -> Judgement:
         return Judgement(False, "it has no mark of this user's runs")
     try:
         fields = json.loads(comment)
-        identity, holds = fields["key"], fields["holds"]
+        marks, holds = fields["marks"], fields["holds"]
+        # In this very form, so that nothing of the comment goes unread.
+        whole = _comment(marks, holds) == comment and all(type(text) is str for text in holds)
     except Exception:
+        whole = False
+    if not whole or type(marks) is not dict:
         return Judgement(False, "it has no mark of this user's runs")
-    if not (isinstance(holds, list) and all(isinstance(text, str) for text in holds)):
-        return Judgement(False, "its mark is damaged")
     shown = tuple(ascii(text[:_LONGEST])[1:-1] for text in holds[: _MOST_HELD + 1])
     found = keys(near, create=False)
     body = data[: start + _END_SIZE - 2]
     for key in found.known:
-        if _identity(key) == identity:
-            if hmac.compare_digest(_comment(key, body, name, holds), comment):
+        claimed = marks.get(_identity(key))
+        if isinstance(claimed, str):
+            expected = _hmac(key, body, name, holds)
+            if hmac.compare_digest(expected.encode(), claimed.encode()):
                 return Judgement(True, "", shown)
             return Judgement(False, f"its mark is not that of {name} with these bytes", shown)
     reason = "it is marked with a secret that is not known here"
@@ -106,15 +112,18 @@ def judge(data: bytes, name: str, near: Path | None) -> Judgement:
     return Judgement(False, reason + share, shown)
 
 
-def _comment(key: bytes, body: bytes, name: str, holds: list[str]) -> bytes:
-    held = json.dumps(holds)
+def _comment(marks: dict[str, str], holds: list[str]) -> bytes:
+    fields = {"lightning-sbckpt": int(_FORMAT), "marks": marks, "holds": holds}
+    return json.dumps(fields).encode()
+
+
+def _hmac(key: bytes, body: bytes, name: str, holds: list[str]) -> str:
     made = hmac.new(key, digestmod=hashlib.sha256)
-    # No part can hold a zero byte, so no two marks have the same beginning.
-    context = f"lightning-sbckpt\0{_FORMAT}\0{name}\0{held}\0"
+    # No part can hold a zero byte, so no two files have the same beginning.
+    context = f"lightning-sbckpt\0{_FORMAT}\0{name}\0{json.dumps(holds)}\0"
     made.update(context.encode(errors="surrogatepass"))
     made.update(body)
-    fields = {"lightning-sbckpt": int(_FORMAT), "key": _identity(key), "hmac": made.hexdigest()}
-    return json.dumps({**fields, "holds": holds}).encode()
+    return made.hexdigest()
 
 
 def _identity(key: bytes) -> str:

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sbckpt._saving.saver import SavePolicy
+from lightning_sbckpt._torchfile.keys import share_with_ranks
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
 from lightning_sbckpt.plugin import _compat, _compat_sharded
@@ -56,6 +57,7 @@ def open_checkpointer(
             storage_options=storage_options,
         )
 
+    share_with_ranks(world)
     checkpointer = opened("exclusive")
     try:
         # Now, and not at the first save: hours may have gone by until then.

@@ -7,9 +7,11 @@ import dataclasses
 import datetime as dt
 import enum
 import functools
+import os
 from argparse import Namespace
 from pathlib import Path
 
+import _ranks
 import lightning as L
 import numpy as np
 import pytest
@@ -232,6 +234,35 @@ class TestNeverNone:
         assert "callbacks[" in warning
         # What this process saved it knows without a secret.
         assert run.module.vocabulary == Vocabulary(["a"])
+
+
+class RankKeeps(_ranks.Model):
+    """A module of several ranks that keeps an object."""
+
+    vocabulary = Vocabulary(["a"])
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["vocabulary"] = self.vocabulary
+
+    def on_load_checkpoint(self, checkpoint):
+        self.vocabulary = checkpoint["vocabulary"]
+
+
+def fit_on_two_machines(folder: Path, rank: int) -> None:
+    """Fit one rank whose home the other one does not see; say what its module has at the end."""
+    os.environ["XDG_CONFIG_HOME"] = str(folder / f"machine{rank}")
+    trainer, module, _, loaders = _ranks.make(
+        folder / "checkpoints", rank, module=RankKeeps, trainer={"max_epochs": 1}
+    )
+    trainer.fit(module, **loaders)
+    (folder / f"words{rank}.txt").write_text(str(module.vocabulary.words))
+
+
+def test_all_ranks_get_it_back_at_the_end_of_a_fit(tmp_path):
+    """On machines that share no secret, too: the best weights are restored by every rank."""
+    assert _ranks.run(fit_on_two_machines, tmp_path).codes == [0, 0]
+    assert [(tmp_path / f"words{rank}.txt").read_text() for rank in (0, 1)] == ["['a']"] * 2
+    assert not (tmp_path / "machine1").exists()
 
 
 HYPERPARAMETERS = {
