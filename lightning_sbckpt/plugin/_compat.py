@@ -263,6 +263,21 @@ def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
     return cast("LightningDataModule | None", cast("Any", trainer).datamodule)
 
 
+def given_loaders(trainer: Trainer) -> dict[str, object]:
+    """Return the loaders that were given to `fit`, by their stage; none if hooks make them.
+
+    `_DataLoaderSource.instance` of the loops is a loader, a collection of loaders, or the module or
+    datamodule whose hook is called.
+    """
+    loops = {"train": trainer.fit_loop, "validate": trainer.fit_loop.epoch_loop.val_loop}
+    sources = {stage: cast("Any", loop)._data_source for stage, loop in loops.items()}
+    return {
+        stage: source.instance
+        for stage, source in sources.items()
+        if source.instance is not None and not source.is_module()
+    }
+
+
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """Return the callbacks; the attribute is public, but a release types it as missing."""
     return cast("list[Callback]", cast("Any", trainer).callbacks)

@@ -16,6 +16,7 @@ from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.collect import RESERVED, is_reserved
+from lightning_sbckpt.plugin.experiment import ON_CHANGE
 from lightning_sbckpt.retention import Best, Important, Newest, parse_rule
 from lightning_sbckpt.selection import function_name
 from lightning_sbckpt.triggers import (
@@ -297,6 +298,19 @@ def check_when_in_use(given: str) -> str:
     """
     if given not in ("raise", "read"):
         raise ConfigurationError(f"when_in_use is {given!r}, expected one of 'raise', 'read'")
+    return given
+
+
+def check_on_change(given: str | None) -> str | None:
+    """Return what a resume does when the experiment has changed.
+
+    Raises:
+        ConfigurationError: It is none of `"warn"`, `"raise"`, `"restart"`.
+    """
+    if given is not None and given not in ON_CHANGE:
+        raise ConfigurationError(
+            f"on_change is {given!r}, expected one of {', '.join(map(repr, ON_CHANGE))}"
+        )
     return given
 
 

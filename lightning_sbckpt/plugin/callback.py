@@ -30,9 +30,10 @@ from lightning_sbckpt.plugin._compat_loading import ForNewModule
 from lightning_sbckpt.plugin._compat_loggers import Artifacts
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
-from lightning_sbckpt.plugin.collect import FolderReader, read_to_load
+from lightning_sbckpt.plugin.collect import MODEL, FolderReader, read_to_load
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.doors import Doors
+from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
 from lightning_sbckpt.plugin.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.io import read_folders
@@ -132,6 +133,10 @@ class SBCheckpoint(LightningCheckpoint):
         partial: Restore the parameters that fit, and leave the others as they are.
         keep_lr: Go on with this run's learning rates and their schedule, as far as it would be by
             now, not with the checkpoint's.
+        on_change: What a resume does when the experiment is not the checkpoint's: `"warn"` of every
+            difference, with what is in force; `"raise"`; or `"restart"`, begin anew in the same folder,
+            whose checkpoints stay. By default it warns, but refuses another class, and a second
+            fit in one process with another module or other data.
         meta: More keys for the meta, or a function of Trainer and module that returns them.
         split_model: Names of submodules that get a file of their own, with their own state_dict.
         trust_pickle: Read back state that only pickle can hold, whoever wrote it. What this user's own
@@ -188,6 +193,7 @@ class SBCheckpoint(LightningCheckpoint):
         key_map: Mapping[str, str] | None = None,
         partial: bool = False,
         keep_lr: bool = False,
+        on_change: str | None = None,
         meta: Meta | None = None,
         split_model: Sequence[str] = (),
         trust_pickle: bool = False,
@@ -250,6 +256,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
         self._gatherer = Gatherer(recoverables, meta, tuple(split_model))
         self._optional = tuple(optional)
+        self._on_change = _options.check_on_change(on_change)
         self._trust_pickle = trust_pickle
 
         # What Lightning and its loggers read of a checkpoint callback.
@@ -347,6 +354,17 @@ class SBCheckpoint(LightningCheckpoint):
         self._tracker.attach(strategy)
         self._reductions = Reductions(strategy)
         self._undo.append(self._reductions.undo)
+        experiment = Experiment(
+            trainer,
+            self,
+            str(checkpointer.url or checkpointer.checkpoints_dir),
+            on_change=self._on_change,
+            edited=self._adaptation.partial
+            or bool(self._adaptation.key_map)
+            or self._adaptation.skips(MODEL),
+            keep_lr=self._adaptation.keep_lr,
+        )
+        self._undo.append(experiment.leave)
         self._saving = saving = Saving(
             self._run,
             self._gatherer,
@@ -356,6 +374,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._tracker,
             self._reductions,
             self._watch,
+            experiment,
             lambda: self._announce(trainer),
         )
         self._beginning = beginning = Beginning(
@@ -365,6 +384,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._tracker,
             self._reductions,
             self._adaptation,
+            experiment,
             own=lambda: self._gatherer.of_user(trainer),
             optional=self._optional,
             searches=self._resume,
@@ -390,6 +410,8 @@ class SBCheckpoint(LightningCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell at the first fit, not after the crash, what will not resume exactly."""
         self._artifacts = artifacts = Artifacts(trainer)
+        if self._beginning is not None:
+            self._beginning.compare_data()
         began_anew = self._run is not None and self._run.resumed_from is None
         if self._tracker is not None and self._reductions is not None and began_anew:
             for sentence in [

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,6 +16,7 @@ from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_loops, _
 from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder, is_resumable
+from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.preemption import requeued_if_newer
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
@@ -32,6 +34,7 @@ class Beginning:
         tracker: Positions the loaders.
         reductions: How DDP adds up gradients.
         adaptation: What of a checkpoint is not taken as it is.
+        experiment: What is about to be trained.
         own: Gives the user's recoverables, by name.
         optional: Those of them that a checkpoint may lack.
         searches: Whether a checkpoint is looked for if none is given.
@@ -49,6 +52,7 @@ class Beginning:
         tracker: LoaderTracker,
         reductions: Reductions,
         adaptation: Adaptation,
+        experiment: Experiment,
         *,
         own: Callable[[], Mapping[str, object]],
         optional: Sequence[str],
@@ -62,6 +66,7 @@ class Beginning:
         self._tracker = tracker
         self._reductions = reductions
         self._adaptation = adaptation
+        self._experiment = experiment
         self._own = own
         self._optional = optional
         self._searches = searches
@@ -77,6 +82,8 @@ class Beginning:
         self.report = None
         checkpointer = self._run.checkpointer
         world = checkpointer.world
+        explicit = False
+        decided_by_main(world, self._experiment.begin)
         if self._searches and given is not None and given == _compat.hpc_checkpoint(self._trainer):
             ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
             given = requeued_if_newer(str(given), ours, world)
@@ -94,6 +101,7 @@ class Beginning:
                 self.report = explicit_report(given)
                 return given
             chosen: Checkpoint | None = read_checkpoint(checkpointer.folder_of(str(given)))
+            explicit = True
         elif self._searches:
             chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
         else:
@@ -101,8 +109,13 @@ class Beginning:
         if chosen is None:
             rank_zero_info(f"SBCheckpoint: no checkpoint in {self._where}, the run begins anew")
             return given
+        folder = chosen.path
+        anew = decided_by_main(world, lambda: self._experiment.judge(folder, explicit=explicit))
+        if anew:
+            rank_zero_info(f"SBCheckpoint: {anew}")
+            return given
         self._go_on_from(chosen)
-        return str(chosen.path)
+        return str(folder)
 
     def _ours_rather_than(self, file: str) -> str | None:
         """Return None if there is a checkpoint to go on from exactly, or the file of an exception."""
@@ -147,12 +160,35 @@ class Beginning:
 
     def settle(self) -> None:
         """Say if there is nothing to train, now that all is restored."""
-        if self._resumption is None:
+        resumption = self._resumption
+        if resumption is None:
             return
-        complete = self._resumption.settle()
+        complete = resumption.settle()
+        folder = cast("Checkpoint", self._run.resumed_from).path
+        self._say_changes(
+            folder, lambda: self._experiment.settle(folder, complete, resumption.found)
+        )
         if complete:
-            self._resumption.report.notes.append(complete)
+            resumption.report.notes.append(complete)
             rank_zero_info(f"SBCheckpoint: {complete}")
+
+    def compare_data(self) -> None:
+        """Say how the data differs, now that the loaders are made."""
+        origin = self._run.resumed_from
+        folder = None if origin is None else origin.path
+        self._say_changes(folder, lambda: self._experiment.compare_data(folder))
+
+    def _say_changes(self, folder: Path | None, compare: Callable[[], list[str]]) -> None:
+        lines = decided_by_main(self._run.checkpointer.world, compare)
+        if not lines:
+            return
+        if self.report is not None:
+            self.report.changes += lines
+        text = "\n  ".join(lines)
+        rank_zero_warn(
+            f"SBCheckpoint: what is started is not quite what is in {folder}:\n  {text}\nUse a new "
+            "folder for a new experiment; pass on_change='raise' to have this end the fit"
+        )
 
     def adapt(self, dump: dict[str, Any]) -> None:
         """Change what is about to be restored to what is wanted of it."""

@@ -160,8 +160,13 @@ class Gatherer:
             state[NONPERSISTENT] = self._buffers.state()
         return {**found, **exact.parts_of_ranks(state, world), **self.of_user(trainer)}
 
-    def documents(self, trainer: Trainer) -> dict[str, str]:
-        """Return the hyperparameters of module and datamodule as a file that people read."""
+    def documents(self, trainer: Trainer, in_force: Mapping[str, object]) -> dict[str, str]:
+        """Return the hyperparameters of module and datamodule as a file that people read.
+
+        Args:
+            trainer: The Trainer.
+            in_force: Values of hyperparameters that are not what was asked for.
+        """
         owners = (_compat.datamodule_of(trainer), trainer.lightning_module)
         found: dict[str, object] = {}
         for owner in owners:
@@ -171,7 +176,13 @@ class Gatherer:
                 except MetaError:
                     # For people; what is read back is in the file of the hyperparameters.
                     found[str(key)] = repr(value)
-        return {HPARAMS_YAML: dump_meta(found).decode()} if found else {}
+        asked = {key: found[key] for key in in_force if key in found}
+        text = dump_meta({**found, **in_force}).decode()
+        text += "".join(
+            f"# {key}: {value!r} was asked for, and is not in force\n"
+            for key, value in asked.items()
+        )
+        return {HPARAMS_YAML: text} if found else {}
 
     def of_user(self, trainer: Trainer) -> dict[str, object]:
         """Return the recoverables that the user, the module and the datamodule offer.

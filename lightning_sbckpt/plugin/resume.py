@@ -59,6 +59,7 @@ class ResumeReport:
         skipped: What the checkpoint has and was not restored, each with the reason.
         missing: What this run has and the checkpoint lacks.
         notes: How the data was positioned, and what can't be exact.
+        changes: How the experiment differs from the checkpoint's, and what is in force.
     """
 
     checkpoint: str
@@ -67,6 +68,7 @@ class ResumeReport:
     skipped: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
 
     def headline(self) -> str:
         """Return one line: which checkpoint, from when, at which step."""
@@ -86,6 +88,7 @@ class ResumeReport:
         for name in ("restored", "skipped", "missing"):
             found = cast("list[str]", getattr(self, name))
             lines.append(f"  {name + ':':<10}{'; '.join(found) or 'nothing'}")
+        lines += [f"  {'changed:':<10}{change}" for change in self.changes]
         lines += [f"  {'note:':<10}{note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -110,6 +113,7 @@ class Resumption:
 
     Attributes:
         report: What is known of the resume so far.
+        found: What finders had set before the save.
         within_epoch: Whether the save was between two batches of an epoch.
         description: What was saved about optimizers and schedulers beside their states.
         validated_this_epoch: Whether the epoch had been validated before the save.
@@ -136,6 +140,7 @@ class Resumption:
         self._done = done
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
         self.description = Description()
+        self.found: Mapping[str, float] = {}
         self._loops: _compat_loops.LoopResumption | None = None
         self._undo: list[_compat.Undo] = []
         self._state: dict[str, Any] = {}
@@ -168,6 +173,7 @@ class Resumption:
             )
             return
         self.description = Description.saved_in(position)
+        self.found = position.get("found", {})
         self._read_rank_state(checkpoint, reader, rank, size)
         self._read_buffers(checkpoint, reader, rank)
         self.within_epoch = within_epoch = bool(position["within_epoch"])
@@ -187,9 +193,7 @@ class Resumption:
             before_batches=lambda: tracker.release(True),
             finish=lambda: self._finish(within_epoch, position, same_ranks=same_ranks),
         )
-        self._undo = _compat_finders.search_no_more(
-            trainer, position.get("found", {}), self.report.notes.append
-        )
+        self._undo = _compat_finders.search_no_more(trainer, self.found, self.report.notes.append)
 
     def settle(self) -> str:
         """Decide whether there is anything to train, now that all is restored; return why not.

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sbckpt.plugin import _compat
 from lightning_sbckpt.plugin._compat_ddp import Reductions
+from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.gather import Gatherer
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.metrics import Metrics
@@ -41,6 +42,7 @@ class Saving:
         tracker: Where the loaders are.
         reductions: How DDP adds up gradients.
         watch: Whether the run is to end; None if nobody may ask it to.
+        experiment: What is trained.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
     """
 
@@ -52,6 +54,7 @@ class Saving:
     tracker: LoaderTracker
     reductions: Reductions
     watch: Watch | None
+    experiment: Experiment
     announce: Callable[[], object]
     _unannounced: bool = False
     _failed: int = 0
@@ -163,7 +166,10 @@ class Saving:
                 validated_this_epoch=self.schedule.validated_this_epoch,
             )
             checkpointer.lineage = self.run.lineage(due.reason)
-            checkpointer.documents = self.gatherer.documents(trainer)
+            checkpointer.documents = {
+                **self.gatherer.documents(trainer, self.experiment.in_force),
+                **self.experiment.documents(),
+            }
             over = not within_epoch or _compat.epoch_is_over(trainer)
             saver = checkpointer.saver
             if last or not step_follows(trainer, within_epoch=within_epoch):
