@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -21,6 +22,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 _CYCLED = "max_momentum"
 _MOMENTUM = ("momentum", "betas")
 _OF_THE_SCHEDULE = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", _CYCLED)
+
+
+# How far a scheduler of somebody else's has come; whatever else it has is this run's.
+_COUNT = re.compile(
+    r"_?(last|current|cur|global|num)?_?(step|epoch|iteration|iter|update|batch)(e?s)?_?(count|num)?"
+)
 
 
 def rates_of(optimizers: Sequence[Optimizer]) -> list[list[float]]:
@@ -72,11 +79,12 @@ def advance(scheduler: Any, state: Mapping[str, Any], reductions: Sequence[int])
     if isinstance(scheduler, LRScheduler) and steps is not None:
         _step(scheduler, steps - (_steps_made(scheduler.state_dict()) or 0))
         return None
-    own = {key: value for key, value in scheduler.state_dict().items() if "lr" in key.split("_")}
-    own |= {key: value for key, value in scheduler.state_dict().items() if key.endswith("lrs")}
-    scheduler.load_state_dict({**state, **copy.deepcopy(own)})
+    own = copy.deepcopy(scheduler.state_dict())
+    counts = {key: state[key] for key in own if key in state and _COUNT.fullmatch(key)}
+    scheduler.load_state_dict({**own, **counts})
     return (
-        "its rates begin as this run made them, since only torch's schedulers can be stepped here"
+        "only its counts go on, and its rates begin as this run made them: schedulers that are not "
+        "torch's can't be stepped here"
     )
 
 

@@ -219,15 +219,21 @@ class _Restoring:
         return arranged.state
 
     def _names(self, index: int, optimizer: Optimizer) -> tuple[Trained | None, Trained]:
+        """Return what was saved and what is trained now, if the state is to be put in order by it."""
+        saved, own = self._trained(index, optimizer)
+        in_pieces = _compat_sharded.shards_the_model(self._trainer.strategy)
+        if in_pieces or not self._dump.is_as_read(index):
+            # Pieces were read by name; and a hook that has put the state in another order knows why.
+            return None, own
+        return saved, own
+
+    def _trained(self, index: int, optimizer: Optimizer) -> tuple[Trained | None, Trained]:
         module = self._trainer.lightning_module
         own = Trained.by(optimizer, module)
-        in_pieces = _compat_sharded.shards_the_model(self._trainer.strategy)
-        if in_pieces or index >= len(self._saved.trained) or not self._dump.is_as_read(index):
-            # Pieces were read by name; of older checkpoints no names are known; and a hook that has
-            # put the state in another order knows why.
+        if index >= len(self._saved.trained):
+            # Of checkpoints of earlier releases.
             return None, own
-        saved = self._saved.trained[index].called_here(module, self._adaptation.key_map)
-        return saved, own
+        return self._saved.trained[index].called_here(module, self._adaptation.key_map), own
 
     def _look_at(self, index: int, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         """Say what an optimizer has taken that is not its own, or does not fit its parameters."""
@@ -237,7 +243,7 @@ class _Restoring:
         )
         if difference is not None:
             self.problems.append(difference)
-        saved, own = self._names(index, optimizer)
+        saved, own = self._trained(index, optimizer)
         if saved is not None:
             self.problems += [f"{name}: {each}" for each in misfits(optimizer, saved, own)]
 
@@ -250,7 +256,7 @@ class _Restoring:
         if isinstance(state, Misfit):
             self.problems.append(f"{name}: {state.error}")
             return
-        saved, own = self._names(index, optimizer)
+        saved, own = self._trained(index, optimizer)
         if saved is not None:
             here = {each for group in own.names for each in group}
             there = {each for group in saved.names for each in group}

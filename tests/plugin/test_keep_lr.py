@@ -150,6 +150,41 @@ def test_a_schedule_that_is_shorter_than_what_was_trained_is_refused(tmp_path):
         rates(tmp_path, seeded(lambda: Rates(short, 0.01)), keep_lr=True)
 
 
+class Foreign:
+    """A scheduler that is not torch's, and counts for itself."""
+
+    def __init__(self, optimizer, base):
+        self.optimizer, self.base, self.num_updates = optimizer, base, 0
+
+    def step(self):
+        self.num_updates += 1
+        self.optimizer.param_groups[0]["lr"] = self.base / (1 + self.num_updates)
+
+    def state_dict(self):
+        return {"base": self.base, "num_updates": self.num_updates}
+
+    def load_state_dict(self, state_dict):
+        self.__dict__.update(state_dict)
+
+
+class WithForeign(Rates):
+    """Steps one."""
+
+    def lr_scheduler_step(self, scheduler, metric):
+        scheduler.step()
+
+
+def test_a_scheduler_that_is_not_torchs_keeps_its_count_and_this_runs_rates(tmp_path):
+    """Its first rate is that of its beginning, which is said; no rate of the checkpoint comes back."""
+    whole = rates(tmp_path / "new", seeded(lambda: WithForeign(Foreign, 0.01)))
+    rates(tmp_path / "run", seeded(lambda: WithForeign(Foreign, 0.1)), stop=5)
+    module = seeded(lambda: WithForeign(Foreign, 0.01))
+    run = fit(tmp_path / "run", module, every_n_train_steps=1, keep_lr=True)
+    assert module.rates[0][0] == 0.01
+    assert module.rates[1:] == whole[5:]
+    assert any("only its counts go on" in line for line in run.callback.resume_report.skipped)
+
+
 def test_a_plateau_beside_another_schedule_keeps_this_runs_first_rate(tmp_path):
     """How much of the rate is the plateau's own work can't be told then."""
 
