@@ -13,6 +13,8 @@ from typing import Any
 CONTAINERS = (dict, OrderedDict, list, tuple)
 """What is looked into: exactly these, since a subclass may hold more than its members."""
 
+_ATOMS = {int, float, bool, str, type(None)}
+
 Where = tuple[object, ...]
 Place = tuple["Place", object] | None
 """A place in a value: the place of the container, and the key or index in it; None is the root."""
@@ -45,8 +47,8 @@ def rebuild(
 
     Args:
         root: The outermost value; it is left as it is.
-        enter: Called with each value once, before what is in it is visited; returns the value, or what
-            takes its place and is visited instead.
+        enter: Called once with each value but numbers, texts and None, before what is in it is
+            visited; returns the value, or what takes its place and is visited instead.
         leave: Called with the copy of each container once, when its members are in it; returns the
             copy, or what takes its place.
         swap: What takes the place of members, by the id of the container and the key or index; it is
@@ -65,6 +67,11 @@ def rebuild(
     unfinished: list[_Node] = []
     swap = swap or {}
 
+    def is_kept(value: object) -> bool:
+        # Of a list of a million numbers nothing is remembered.
+        kind = type(value)
+        return kind in _ATOMS or (enter is None and kind not in CONTAINERS)
+
     def node_of(value: object) -> _Node:
         node = _Node(value, value if enter is None else enter(value))
         nodes[id(value)] = node
@@ -76,6 +83,9 @@ def rebuild(
         for key, value in members_of(found):
             if (id(found), key) in swap:
                 copies.append((key, swap[id(found), key]))
+                continue
+            if is_kept(value):
+                copies.append((key, value))
                 continue
             child = nodes[id(value)]
             complete = complete and child.done
@@ -95,7 +105,7 @@ def rebuild(
     while stack:
         node, members = stack[-1]
         for key, value in members:
-            if id(value) in nodes or (id(node.found), key) in swap:
+            if is_kept(value) or id(value) in nodes or (id(node.found), key) in swap:
                 continue
             child = node_of(value)
             if not child.done:
