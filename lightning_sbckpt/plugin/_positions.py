@@ -198,7 +198,12 @@ class LoaderPosition(LoaderHandle):
                     self._resume_own({**place, "own": own, "prefetched": 0}, keeps_last=False)
                 else:
                     loader.load_state_dict(own)
-                    self._resumed_own = True
+                    self._resumed_own = self._is_position = True
+                    if not place["ended"] and place["yielded"] != state["loader"]["length"]:
+                        self.notes.append(
+                            "its last epoch was cut, and it was given its state of then: whether it "
+                            "goes on from there or begins anew is up to it"
+                        )
             elif mode != "map" and self._must_replay(place):
                 self._replay_epoch(place)
             elif self._persists() and place["born"] and same_workers:

@@ -233,6 +233,67 @@ class CountingLoader:
         self.hidden = dict(state)
 
 
+class RestartsAtTheEnd:
+    """As `torchdata.nodes.Loader`: given the state of after its last batch, it begins an epoch anew."""
+
+    def __init__(self):
+        self.epoch = self.position = 0
+        self.was_given = False
+
+    def __iter__(self):
+        if not self.was_given or self.position == 8:
+            self.epoch, self.position = self.epoch + 1, 0
+        self.was_given = False
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        while self.position < 8:
+            self.position += 1
+            yield torch.tensor([order[self.position - 1], torch.rand(()).item()])
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.was_given = True
+
+
+class Streaming(DataLoader):
+    """As litData's: draws its seed with the first batch, and forgets a given place at its end only."""
+
+    def __init__(self):
+        self.current_epoch = self.done = self._latest_worker_idx = 0
+        self.restore = False
+        super().__init__(GivenByLoader(), BATCH)
+
+    def __iter__(self):
+        if not self.restore:
+            self.current_epoch, self.done = self.current_epoch + 1, 0
+        self.dataset.epoch, self.dataset.first = self.current_epoch, self.done * BATCH
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+        self.restore = False
+
+    def state_dict(self):
+        return {"epoch": self.current_epoch, "done": self.done}
+
+    def load_state_dict(self, state):
+        self.current_epoch, self.done = state["epoch"], state["done"]
+        self.restore = True
+
+
+class GivenByLoader(IterableDataset):
+    epoch = first = 0
+
+    def __len__(self):
+        return SAMPLES
+
+    def __iter__(self):
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(self.epoch))
+        for index in order.tolist()[self.first :]:
+            yield torch.tensor([index, torch.rand(()).item()])
+
+
 # -- map-style datasets, transforms, collate functions ----------------------------------------
 
 
@@ -438,6 +499,8 @@ LOADERS = {
     "shuffles itself": plain(ShufflesItself),
     "slice of a stream": lambda: Slice(cyclic(), 8),
     "loader that counts": CountingLoader,
+    "restarts at the end": RestartsAtTheEnd,
+    "streaming": Streaming,
     "map-style that counts": plain(Counts, shuffle=True),
     "map-style that offers a state": plain(OffersWhatItServed, shuffle=True),
     "collate function": lambda: DataLoader(Counts(), BATCH, True, collate_fn=Collate()),
@@ -493,7 +556,17 @@ def test_data_with_a_state_goes_on_in_workers(make, stops):
     assert stopped(make, stops, None)[0] == whole(make, None)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+# Only the library knows whether its loader, cut within an epoch, would have begun the next one anew.
+CUTTABLE = [name for name in LOADERS if name != "restarts at the end"]
+
+
+def test_a_loader_whose_epoch_was_cut_is_named():
+    """It is given its state, and may take it for another place than it would have gone on from."""
+    _, report = stopped(RestartsAtTheEnd, (Stop(0, None),), 4)
+    assert any("its last epoch was cut" in sentence for sentence in report)
+
+
+@pytest.mark.parametrize("name", CUTTABLE)
 def test_data_with_a_state_goes_on_from_an_epoch_that_was_cut(name):
     """Where `limit_train_batches` ends an epoch, its data may go on, or begin anew."""
     make = LOADERS[name]
