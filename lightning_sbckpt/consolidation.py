@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 import torch
 
 from lightning_sbckpt._disk.progress import Progress, Tally
+from lightning_sbckpt._disk.regular import open_below
 from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._folder.copies import copy_paramfile
 from lightning_sbckpt._folder.layout import (
@@ -182,13 +183,18 @@ def _bytes_of(saved: SavedTensor) -> int:
     return math.prod(saved.size) * saved.dtype.itemsize
 
 
+def _text(folder: Path, name: str) -> str:
+    with open_below(folder, name) as stream:
+        return stream.read(_LONGEST_DOCUMENT).decode()
+
+
 def _documents(source: Checkpoint) -> dict[str, str]:
     """Return the small texts that a checkpoint has for people, such as hyperparameters."""
     manifest = read_manifest(source.path)
     files = {} if manifest is None else manifest.files
     taken = {META_NAME, MANIFEST_NAME}
     return {
-        name: (source.path / name).read_text(encoding="utf-8")
+        name: _text(source.path, name)
         for name, found in files.items()
         if name.endswith(".yaml") and name not in taken and found.size < _LONGEST_DOCUMENT
     }

@@ -16,6 +16,7 @@ from typing import Literal, SupportsFloat
 
 import yaml
 
+from lightning_sbckpt._disk.regular import open_to_read
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError
 from lightning_sbckpt.hooks import (
     default_registry,
@@ -24,6 +25,9 @@ from lightning_sbckpt.hooks import (
     mark_as_transfer,
     register_checkpoint_hooks,
 )
+
+# More than any state of a counter has.
+_LONGEST = 2**20
 
 __all__ = ["EpochCounter", "EpochCounterWithStopper"]
 
@@ -223,7 +227,8 @@ def _whole_number(owner: str, name: str, value: object) -> int:
 
 
 def _read_state(path: Path) -> dict[str, object]:
-    text = path.read_text(encoding="utf-8", errors="replace")
+    with open_to_read(path) as stream:
+        text = stream.read(_LONGEST).decode(errors="replace")
     try:
         state = yaml.safe_load(text)
         if isinstance(state, int) and not isinstance(state, bool):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import torch
 
 from lightning_sbckpt._difference.numbers import Tally, can_compute, same_bytes
 from lightning_sbckpt._difference.states import SavedState, is_tensor, pieces, shape_of
+from lightning_sbckpt._disk.inside import open_folder_at
+from lightning_sbckpt._disk.regular import open_to_read
 from lightning_sbckpt._torchfile.outline import Stored
 from lightning_sbckpt._torchfile.reading import pickled_path
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
@@ -306,10 +309,12 @@ def _dtype(leaf: Stored | torch.Tensor) -> str:
 
 
 def _text(path: Path) -> str | None:
-    if path.stat().st_size > _LONGEST:
-        return None
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        with open_to_read(path) as stream:
+            data = stream.read(_LONGEST + 1)
+        if len(data) > _LONGEST:
+            return None
+        text = data.decode().strip()
     except UnicodeDecodeError:
         return None
     return text if text.isprintable() else None
@@ -317,8 +322,8 @@ def _text(path: Path) -> str | None:
 
 def _files(path: Path) -> dict[str, Path]:
     if path.is_dir():
-        found = (file for file in path.rglob("*") if file.is_file())
-        return {file.relative_to(path).as_posix(): file for file in found}
+        with open_folder_at(path) as folder:
+            return {name: path / name for name, _ in folder.files()}
     return {"": path} if path.exists() else {}
 
 
@@ -328,9 +333,9 @@ def _same_files(before: Path, after: Path) -> bool:
 
 
 def _same_file(before: Path, after: Path) -> bool:
-    if before.stat().st_size != after.stat().st_size:
-        return False
-    with before.open("rb") as a, after.open("rb") as b:
+    with open_to_read(before) as a, open_to_read(after) as b:
+        if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:
+            return False
         while chunk := a.read(_CHUNK):
             if chunk != b.read(_CHUNK):
                 return False

@@ -15,6 +15,7 @@ from typing import TypeAlias, cast
 
 import torch
 
+from lightning_sbckpt._disk.regular import open_to_read
 from lightning_sbckpt._torchfile.filling import read_tensors
 from lightning_sbckpt._torchfile.outline import Identity, Stored, identity_of, read_outline
 from lightning_sbckpt._torchfile.plain import TAG
@@ -62,7 +63,8 @@ class SavedState:
         self.leaves = dict(_leaves(open_state(path, pickled=False), (), by_outline=False))
 
     def _open(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        with open_to_read(self._path) as stream:
+            self._descriptor = os.dup(stream.fileno())
         if identity_of(self._descriptor) != self._identity:
             self.close()
             raise DamagedCheckpointError(

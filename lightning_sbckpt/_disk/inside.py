@@ -62,9 +62,13 @@ def _refusal(mode: int, expected: str, name: str) -> NotRegularError:
 
 
 def parent_of(path: str | Path) -> tuple[str, bool]:
-    """Return the folder that a path is in, and whether it may be a link: whether it is the user's."""
-    folder, _, _ = os.fspath(path).rpartition("/")
-    return folder or ("/" if os.fspath(path)[:1] == "/" else os.curdir), not is_ours(folder)
+    """Return the folder that a path is in, and whether it is the user's: not in a folder of ours."""
+    path = os.fspath(path)
+    folder, _, _ = path.rpartition("/")
+    above, _, last = folder.rpartition("/")
+    # What a hook made a folder, or the pieces of a state, lies in a checkpoint.
+    ours = is_ours(folder) or (last.endswith(_FILES) and is_ours(above))
+    return folder or ("/" if path[:1] == "/" else os.curdir), not ours
 
 
 def is_ours(folder: str | Path) -> bool:
@@ -85,13 +89,8 @@ def open_parent(path: str | Path) -> OpenFolder:
         NotRegularError: A link, or anything else, is in place of it.
         OSError: It can't be opened.
     """
-    folder, follow = parent_of(path)
-    above, _, last = folder.rpartition("/")
-    if follow and last.endswith(_FILES) and is_ours(above):
-        # What a hook made a folder, or the pieces of a state.
-        with OpenFolder(above) as checkpoint:
-            return checkpoint.below(last)
-    return OpenFolder(folder, follow=follow)
+    folder, is_users = parent_of(path)
+    return OpenFolder(folder, follow=True) if is_users else open_folder_at(Path(folder))
 
 
 def open_folder_at(path: Path) -> OpenFolder:
@@ -101,9 +100,10 @@ def open_folder_at(path: Path) -> OpenFolder:
         NotRegularError: It is a link there, or no folder.
         OSError: It can't be opened.
     """
-    if is_ours(path.parent):
+    if is_ours(path.parent) and not is_ours(path):
         with OpenFolder(path.parent) as checkpoint:
             return checkpoint.below(path.name)
+    # A run folder may have any name, also one of those that are ours.
     return OpenFolder(path, follow=not is_ours(path))
 
 

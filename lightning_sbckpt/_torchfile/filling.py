@@ -17,6 +17,7 @@ import torch
 
 from lightning_sbckpt._disk.memory import Memory
 from lightning_sbckpt._disk.progress import moved
+from lightning_sbckpt._disk.regular import open_to_read
 from lightning_sbckpt._disk.threads import run_all
 from lightning_sbckpt._torchfile.outline import Identity, Stored, identity_of, read_outline
 from lightning_sbckpt.errors import DamagedCheckpointError
@@ -114,8 +115,8 @@ def read_into(path: Path, identity: Identity, wanted: Iterable[Wanted]) -> None:
     # In the order of the file, so that what isn't in the page cache is read ahead.
     pieces.sort(key=lambda piece: piece[2])
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with open_to_read(path) as stream:
+            descriptor = stream.fileno()
             if identity_of(descriptor) != identity:
                 raise _changed(path, "its size, time or inode is another")
             run_all(
@@ -125,8 +126,6 @@ def read_into(path: Path, identity: Identity, wanted: Iterable[Wanted]) -> None:
             )
             if identity_of(descriptor) != identity:
                 raise _changed(path, "its size or time is another")
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise DamagedCheckpointError(
             f"{path} can't be read: {error.strerror or error}. What was loaded before stays "

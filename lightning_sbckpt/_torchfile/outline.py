@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from lightning_sbckpt._disk.regular import open_to_read
 from lightning_sbckpt._torchfile.screening import (
     MAX_EXPANSION,
     STORAGE_DTYPES,
@@ -113,12 +114,9 @@ def read_outline(path: Path, make: Callable[[Stored], object]) -> Outline | None
     if not hasattr(os, "preadv"):
         return None
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            identity = identity_of(descriptor)
-            pickled, records = _find_records(descriptor)
-        finally:
-            os.close(descriptor)
+        with open_to_read(path) as stream:
+            identity = identity_of(stream.fileno())
+            pickled, records = _find_records(stream.fileno())
         return Outline(_Reader(pickled, records, make).read(), identity)
     except Exception:
         # Whatever it is, torch's own way of reading will say it, or will do.

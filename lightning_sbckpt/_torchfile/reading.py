@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from lightning_sbckpt._disk.absent import bring_file
-from lightning_sbckpt._disk.regular import NotRegularError, open_regular
+from lightning_sbckpt._disk.regular import NotRegularError, open_to_read
 from lightning_sbckpt._torchfile.containers import rebuild
 from lightning_sbckpt._torchfile.direct import live_state
 from lightning_sbckpt._torchfile.filling import read_owned
@@ -152,7 +152,9 @@ def open_state(path: Path, *, pickled: bool = True) -> object:
     try:
         with _buffered(path) as stream:
             screen_file(stream)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(
+                _by_descriptor(stream, path), map_location="cpu", weights_only=True, mmap=True
+            )
     except Exception:
         # Whatever it is, reading it in full will say it, or will do.
         state = _torch_load(path, trust=False)
@@ -231,7 +233,7 @@ def decoded(state: object, *, trusted: bool = False) -> object:
 
 def _bytes(path: Path) -> bytes:
     try:
-        with open_regular(path) as stream:
+        with open_to_read(path) as stream:
             return stream.read()
     except NotRegularError as error:
         raise DamagedCheckpointError(f"{path} can't be read: {error.strerror}") from error
@@ -263,7 +265,13 @@ def _torch_load(path: Path, *, trust: bool, data: bytes | None = None) -> object
 
 
 def _buffered(path: Path) -> BinaryIO:
-    return BufferedReader(cast("RawIOBase", open_regular(path)))
+    return BufferedReader(cast("RawIOBase", open_to_read(path)))
+
+
+def _by_descriptor(stream: BinaryIO, path: Path) -> str | Path:
+    """Return a path that leads to an open file, whatever has come in its place, where there is one."""
+    found = f"/proc/self/fd/{stream.fileno()}"
+    return found if os.path.exists(found) else path  # noqa: PTH110 - it is no file of the user's
 
 
 def load_stream(stream: BinaryIO, *, trust: bool = False) -> object:
@@ -284,8 +292,8 @@ def load_stream(stream: BinaryIO, *, trust: bool = False) -> object:
 
 def _is_pickle(path: Path) -> bool:
     """Return whether a file is a torch file of today, or a pickle as torch wrote them long ago."""
-    with path.open("rb") as stream:
-        return stream.read(1) == b"\x80" or zipfile.is_zipfile(path)
+    with open_to_read(path) as stream:
+        return stream.read(1) == b"\x80" or zipfile.is_zipfile(stream)
 
 
 def _grafted(state: object, parts: object, beside: Path) -> object:
