@@ -24,6 +24,7 @@ from lightning_sbckpt._folder.manifest import (
     Manifest,
     file_damage,
     find_damage,
+    lost_manifest,
     read_manifest,
 )
 from lightning_sbckpt._remote.mirror import Mirror
@@ -171,9 +172,11 @@ def _begin(folder: Path, pool: ThreadPoolExecutor, tally: _Tally, mirror: Mirror
         check.problems = lambda: [problem]
         return check
     if manifest is None:
-        check.verified = False
-        check.remarks.append(f"it has no {MANIFEST_NAME}, so nobody can tell which bytes it had")
+        check.verified = lost_manifest(folder) is not None
         check.problems = pool.submit(_find_damage_unverified, folder).result
+        if check.verified:
+            return check
+        check.remarks.append(f"it has no {MANIFEST_NAME}, so nobody can tell which bytes it had")
         return check
     described = {*manifest.files, MANIFEST_NAME, ANNOTATIONS_NAME}
     check.remarks += [

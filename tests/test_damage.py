@@ -11,6 +11,7 @@ import torch
 import xxhash
 import yaml
 from _counts import count
+from _foreign import forget_manifest
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._folder import manifest as manifest_module
@@ -61,14 +62,12 @@ def make_folder(file, sibling):
 
 HARMS = [truncate, empty, flip, flip_last, append, remove, swap, make_folder]
 
-# Without its manifest a folder is one that SpeechBrain could have written, and without its meta it
-# is no checkpoint at all: both are told apart below.
+# Without its meta a folder is no checkpoint at all, see below.
 CASES = [
     (name, harm)
     for name in FILES
     for harm in HARMS
-    if (name, harm) not in {("MANIFEST.yaml", remove), ("CKPT.yaml", remove)}
-    and (name, harm) != ("CKPT.yaml", make_folder)
+    if (name, harm) not in {("CKPT.yaml", remove), ("CKPT.yaml", make_folder)}
 ]
 
 
@@ -289,12 +288,30 @@ class TestSteppingBack:
 
     def test_a_folder_without_a_manifest_is_unverified_and_loads(self, run, three, caplog):
         """SpeechBrain writes none; there is nothing to compare with and nothing to warn of."""
-        remove(three[2].path / "MANIFEST.yaml", None)
+        forget_manifest(three[2].path)
         checkpointer, model = run()
         assert checkpointer.recover_if_possible() == three[2]
         checkpointer.load_checkpoint(three[2])
         assert model.value == 3.0
         assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+    @pytest.mark.parametrize("known_by", ["CKPT.yaml", "HISTORY.jsonl"])
+    def test_a_manifest_that_was_removed_is_damage(self, run, three, caplog, known_by):
+        """It isn't taken for a checkpoint of SpeechBrain's; of older ones the history tells."""
+        if known_by == "HISTORY.jsonl":
+            history = three[2].path.parent / "HISTORY.jsonl"
+            data = history.read_bytes()
+            forget_manifest(three[2].path)
+            history.write_bytes(data)
+        else:
+            (three[2].path / "MANIFEST.yaml").unlink()
+            (three[2].path.parent / "HISTORY.jsonl").unlink()
+        checkpointer, model = run()
+        assert checkpointer.recover_if_possible() == three[1]
+        assert model.value == 2.0
+        [found] = verify(three[2].path)
+        assert found.status == "damaged" and known_by in found.problems[0]
+        assert "MANIFEST.yaml is missing" in caplog.text
 
     def test_a_paramfile_added_later_is_unverified_and_loads(self, run, three, scale):
         """What the manifest doesn't know is not damage."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _foreign import forget_manifest
 from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
@@ -227,7 +228,7 @@ class TestCode:
         if described and place != "CKPT+hostile/MANIFEST.yaml":
             describe(hostile)
         elif not described and place != "CKPT+hostile/MANIFEST.yaml":
-            (hostile / "MANIFEST.yaml").unlink()
+            forget_manifest(hostile)
         look_at_everything(run)
         checkpointer, model = make()
         with contextlib.suppress(SBCheckpointError):
@@ -359,7 +360,7 @@ class TestNoRegularFiles:
         """Since then nothing vouches for sizes."""
         if name == "MANIFEST.yaml" or (name == "model.ckpt" and kind is as_folder):
             return  # The first is the test above; a hook may have made its file a folder.
-        (hostile / "MANIFEST.yaml").unlink()
+        forget_manifest(hostile)
         (hostile / name).unlink(missing_ok=True)
         kind(hostile / name, outside)
         checkpointer, model = make()
@@ -425,7 +426,7 @@ class TestLinks:
         """Even if the manifest gives the right checksum of what it leads to."""
         (hostile / "model.ckpt").unlink()
         (hostile / "model.ckpt").symlink_to(outside)
-        (hostile / "MANIFEST.yaml").unlink()
+        forget_manifest(hostile)
         if described:
             files = {
                 "CKPT.yaml": digest(hostile / "CKPT.yaml"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from _foreign import forget_manifest
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._safe_yaml import parse_yaml
@@ -227,7 +228,7 @@ def test_a_folder_with_such_meta_is_ranked_and_recovered(tmp_path, caplog):
     with Checkpointer(tmp_path, {"model": model}) as checkpointer:
         for name, loss in (("a", 0.5), ("b", 0.25), ("c", 0.75)):
             saved = checkpointer.save_checkpoint(name=name)
-            (saved.path / "MANIFEST.yaml").unlink()
+            forget_manifest(saved.path)
             meta = {**saved.meta, "loss": np.float64(loss), "shape": (1, 2)}
             (saved.path / "CKPT.yaml").write_text(yaml.dump(meta))
     reader = Checkpointer(tmp_path, {"model": model})

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _foreign import forget_manifest
 from _releases import needs_torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -401,7 +402,7 @@ class TestMaliciousPickles:
         There is no manifest, so that nothing but the way of reading protects.
         """
         ckpt = Checkpointer(tmp_path / "run", {"obj": Holder({"a": 1})}).save_checkpoint()
-        (ckpt.path / "MANIFEST.yaml").unlink()
+        forget_manifest(ckpt.path)
         file, payload = ckpt.paramfiles["obj"], Payload(tmp_path / "attacked")
         if request.param == "in place":
             torch.save({"a": payload}, file)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from _foreign import forget_manifest
 from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
@@ -81,7 +82,7 @@ class TestFolders:
     def test_one_without_a_manifest_is_unverified_and_says_so(self, run):
         """As SpeechBrain's are; a torch file without its end and a meta that is none are found."""
         for name in "abc":
-            (run / f"CKPT+{name}" / "MANIFEST.yaml").unlink()
+            forget_manifest(run / f"CKPT+{name}")
         model = run / "CKPT+b" / "model.ckpt"
         model.write_bytes(model.read_bytes()[:-20])
         (run / "CKPT+c" / "CKPT.yaml").write_text("- 1")
@@ -247,7 +248,7 @@ class TestCommand:
     def test_damage_exits_with_1_and_is_named(self, run):
         """Beside what could not be verified."""
         flip(run / "CKPT+a" / "model.ckpt")
-        (run / "CKPT+b" / "MANIFEST.yaml").unlink()
+        forget_manifest(run / "CKPT+b")
         result = self.call(run)
         assert result.exit_code == 1
         assert "damaged     CKPT+a" in result.stdout
@@ -258,7 +259,7 @@ class TestCommand:
     def test_unverified_ones_alone_exit_with_0(self, run):
         """No damage was found."""
         for name in "abc":
-            (run / f"CKPT+{name}" / "MANIFEST.yaml").unlink()
+            forget_manifest(run / f"CKPT+{name}")
         assert self.call(run).exit_code == 0
 
     def test_json_is_for_machines(self, run):

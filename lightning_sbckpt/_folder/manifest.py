@@ -26,12 +26,16 @@ from lightning_sbckpt._disk.digests import read_digest, recent_digest
 from lightning_sbckpt._disk.regular import NotRegularError, open_below, read_regular
 from lightning_sbckpt._disk.storage import FileDigest, digest_bytes
 from lightning_sbckpt._disk.threads import run_all
-from lightning_sbckpt._safe_yaml import parse_yaml
+from lightning_sbckpt._folder.history import HISTORY_NAME, read_history
+from lightning_sbckpt._safe_yaml import MAX_META_BYTES, parse_yaml
 from lightning_sbckpt.errors import MetaError
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import META_NAME, Checkpoint
 
 MANIFEST_NAME = "MANIFEST.yaml"
 FORMAT_VERSION = 1
+MARK = b"# MANIFEST.yaml lists the files of this checkpoint.\n"
+"""Stands in the `CKPT.yaml` of a checkpoint that has a manifest: without one it is damaged then."""
+_HEAD_BYTES = 200
 _MAX_BYTES = 16 * 2**20
 # Fewer bytes are read in less time than a thread takes to start.
 _WORTH_A_THREAD = 4 * 2**20
@@ -103,6 +107,33 @@ def read_manifest(folder: Path) -> Manifest | None:
     return Manifest({name: _described(name, files[name], path) for name in files}, lineage or {})
 
 
+def lost_manifest(folder: Path) -> str | None:
+    """Return by what is known that a checkpoint without a manifest had one; None if nothing says so.
+
+    One that SpeechBrain has written has none. `CKPT.yaml` says so since there is a mark in it, and
+    what is noted in the history of the run folder says it of older ones.
+    """
+    told = "the other files can't be checked"
+    try:
+        path = folder / META_NAME
+        data = read_regular(path, MAX_META_BYTES)
+        if MARK in data[:_HEAD_BYTES]:
+            return f"{MANIFEST_NAME} is missing, which {META_NAME} says was written: {told}"
+        unixtime = repr(parse_yaml(data, path).get("unixtime"))
+        for event in read_history(folder.parent):
+            if (
+                event["event"] == "saved"
+                and event["name"] == folder.name
+                and repr(event["meta"].get("unixtime")) == unixtime
+            ):
+                return (
+                    f"{MANIFEST_NAME} is missing, which was written as {HISTORY_NAME} says: {told}"
+                )
+    except (MetaError, OSError):
+        return None
+    return None
+
+
 def lineage_of(checkpoint: Checkpoint) -> Mapping[str, object]:
     """Return where the weights of a checkpoint come from, as far as its manifest tells."""
     try:
@@ -147,7 +178,8 @@ def find_damage(
         return [str(error)]
     bring(folder, names)
     if manifest is None:
-        return _find_cut_off_files(folder, names)
+        lost = lost_manifest(folder)
+        return [*([] if lost is None else [lost]), *_find_cut_off_files(folder, names)]
     read = recent_digest if recent else read_digest
     found: dict[str, str | None] = dict.fromkeys(manifest.files)
 

@@ -32,7 +32,7 @@ from lightning_sbckpt._folder.layout import (
     staging,
 )
 from lightning_sbckpt._folder.links import Links
-from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_manifest
+from lightning_sbckpt._folder.manifest import MANIFEST_NAME, MARK, Manifest, dump_manifest
 from lightning_sbckpt._saving.description import Description
 from lightning_sbckpt._saving.jobs import Contents, SaveJob
 from lightning_sbckpt._saving.overlap import LateCopy
@@ -298,7 +298,7 @@ class Save:
             storage.write(staged / name, data)
             files[name] = digest_bytes(data)
         # The meta comes last: its presence is what makes a folder a checkpoint for every reader.
-        meta_bytes = dump_meta(self._description.meta)
+        meta_bytes = MARK + dump_meta(self._description.meta)
         size = sum(found.size for found in files.values())
         written = dict(files)
         files[META_NAME] = digest_bytes(meta_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import _ranks
 import torch
+from _foreign import forget_manifest
 from _ranks import checkpoints, differences, run, traced_fit
 from torch import nn
 
@@ -38,7 +39,7 @@ def as_lists(checkpoint) -> None:
         part = torch.load(checkpoint.paramfiles[name], weights_only=True)
         lists = {"ranks": [state_of_rank(part, rank) for rank in range(part["ranks"])]}
         torch.save(lists, checkpoint.paramfiles[name])
-    (checkpoint.path / "MANIFEST.yaml").unlink()
+    forget_manifest(checkpoint.path)
 
 
 def test_two_ranks_go_on_to_the_same_bits_from_files_with_lists(tmp_path):

@@ -16,6 +16,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from _foreign import forget_manifest
 from _runs import Steps, fit, newest, raise_at
 from torchmetrics import Metric
 
@@ -405,7 +406,7 @@ class TestNamesInHyperparameters:
         hostile = {key: {"_instantiator": OWN, "x": {"class_path": "os.system"}}}
         state = torch.load(folder / "loops.ckpt", weights_only=True) if part == "loops" else {}
         torch.save({**state, **hostile}, folder / f"{part}.ckpt")
-        (folder / "MANIFEST.yaml").unlink()
+        forget_manifest(folder)
         with contextlib.suppress(UntrustedPickleError):
             Wide.load_from_checkpoint(folder)
         assert "os.system" not in str(instantiated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import socket
 import stat
 import threading
 
+import fsspec
 import pytest
 from _python import python
 from click.testing import CliRunner
@@ -16,8 +18,8 @@ from click.testing import CliRunner
 from lightning_sbckpt import Checkpointer, cli
 from lightning_sbckpt._disk.absent import absent_files
 from lightning_sbckpt._disk.inside import NotRegularError, OpenFolder
-from lightning_sbckpt._remote import registry
-from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError
+from lightning_sbckpt._remote import mirror, registry
+from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError, RemoteError
 from lightning_sbckpt.verify import verify
 from remote._machines import Machines, filled
 
@@ -309,3 +311,97 @@ def test_a_mirror_is_used_by_path_in_a_process_of_its_own(saved, machines):
     """The command that is given a path works on the store behind it."""
     code = "import sys; from lightning_sbckpt import Checkpointer; print(Checkpointer(sys.argv[1]).url)"
     assert python("-c", code, str(saved)).stdout.strip() == machines.url
+
+
+class TestNamesInAStore:
+    """There a name is only text, of any kind and of up to 1,024 bytes."""
+
+    HEALTHY = b"unixtime: 1.0\nend-of-epoch: true\n"
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            f"CKPT+{'x' * 400}/CKPT.yaml",
+            f"CKPT+{'ü' * 110}/CKPT.yaml",
+            f"CKPT+good/{'y' * 300}.yaml",
+            "CKPT+good/CKPT.yaml/x",
+            "CKPT+a\nb/CKPT.yaml",
+            "CKPT+\x1b[31m/CKPT.yaml",
+            "CKPT+good/a\x9bb",
+            "CKPT+\ud800/CKPT.yaml",
+            "CKPT+good/back\\slash",
+            "CKPT+good/" + "/".join("d" * 150),
+        ],
+        ids=[
+            "long",
+            "bytes",
+            "file",
+            "under",
+            "below",
+            "line",
+            "escape",
+            "c1",
+            "half",
+            "back",
+            "deep",
+        ],
+    )
+    def test_one_that_can_not_be_here_hides_no_other(self, machines, name, caplog):
+        """It is left out, and said once; what is beside it is listed and loaded."""
+        machines.another({"model": filled(1.0)}).save_checkpoint(name="good")
+        machines.put("put", self.HEALTHY)
+        # Memory refuses some of what S3 takes, if it is asked.
+        store = fsspec.filesystem("memory").store
+        start = "/" + machines.url.partition("://")[2]
+        store[f"{start}/{name}"] = store.pop(f"{start}/put")
+        model = filled(0.0)
+        reader = machines.another({"model": model}, access="read")
+        for _ in range(2):
+            assert [ckpt.path.name for ckpt in reader.list_checkpoints()] == ["CKPT+good"]
+        assert reader.recover_if_possible().path.name == "CKPT+good"
+        assert float(model.bias[0].detach()) == 1.0
+        said = [record for record in caplog.records if "left out" in record.getMessage()]
+        assert len(said) == 1
+        assert said[0].getMessage().isprintable() and len(said[0].getMessage()) < 400
+
+    def test_where_case_does_not_count_one_of_two_is_here(self, machines, monkeypatch, caplog):
+        """As on the disks of many laptops."""
+        machines.another({"model": filled(1.0)}).save_checkpoint(name="a")
+        machines.another({"model": filled(1.0)}).save_checkpoint(name="A")
+        machines.put("CKPT+a/NOTE.txt", b"x")
+        machines.put("CKPT+a/note.txt", b"y")
+        assert len(machines.another(access="read").list_checkpoints()) == 2
+        monkeypatch.setattr(mirror.Mirror, "_tells_case", lambda _: False)
+        reader = machines.another(access="read")
+        assert len(reader.list_checkpoints()) == 1
+        assert "'CKPT+A' has the same name here, but for its case" in caplog.text
+
+    @pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL])
+    def test_a_name_that_this_disk_does_not_take_hides_no_other(
+        self, machines, number, monkeypatch, caplog
+    ):
+        """Some take less than others."""
+        for name in ("good", "refused"):
+            machines.another({"model": filled(1.0)}).save_checkpoint(name=name)
+        real = mirror.publish
+
+        def refuse(staged, folder, *args, **kwargs):
+            if folder.name == "CKPT+refused":
+                raise OSError(number, os.strerror(number))
+            return real(staged, folder, *args, **kwargs)
+
+        monkeypatch.setattr(mirror, "publish", refuse)
+        reader = machines.another(access="read")
+        assert [ckpt.path.name for ckpt in reader.list_checkpoints()] == ["CKPT+good"]
+        assert os.strerror(number) in caplog.text
+
+    def test_a_disk_that_fails_is_an_error_of_the_store(self, machines, monkeypatch):
+        """It says what to do; no bare error of the system."""
+        machines.another({"model": filled(1.0)}).save_checkpoint(name="good")
+
+        def fail(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(mirror, "publish", fail)
+        with pytest.raises(RemoteError, match=r"can.t be brought to .*: No space left on device"):
+            machines.another(access="read").list_checkpoints()
