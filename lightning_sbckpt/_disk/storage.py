@@ -69,11 +69,11 @@ class LocalStorage:
             target: The new name, of a rename and a link; the other one of an exchange.
         """
 
-    def make_dir(self, path: Path) -> None:
+    def make_dir(self, path: Path, mode: int = 0o777) -> None:
         """Create a folder that must not exist yet; its parents may."""
         self.make_dirs(path.parent)
         self.before("make_dir", path)
-        path.mkdir()
+        path.mkdir(mode)
 
     def make_dirs(self, path: Path, mode: int = 0o777) -> None:
         """Create a folder and its parents, those that are missing, durably."""

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_sbckpt._disk.absent import stored_files
-from lightning_sbckpt._disk.inside import open_folder
+from lightning_sbckpt._disk.absent import RECORDS_NAME, stored_files
+from lightning_sbckpt._disk.inside import PRIVATE_FOLDER, open_folder
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, annotated
 from lightning_sbckpt._torchfile.reading import MARKED_SUFFIX, PICKLED_SUFFIX
@@ -99,7 +99,9 @@ def folder_for(root: Path, name: str | None, unixtime: float, last: Path | None 
 def staging(root: Path, storage: LocalStorage) -> Iterator[Path]:
     """Give a folder to write a checkpoint into; it is removed unless it is published meanwhile."""
     folder = root / f"{_STAGING}{uuid.uuid4().hex}"
-    storage.make_dir(folder)
+    # A mirror holds what asks for credentials elsewhere.
+    is_mirror = os.path.lexists(root / RECORDS_NAME)
+    storage.make_dir(folder, PRIVATE_FOLDER if is_mirror else 0o777)
     descriptor = open_folder(folder)
     try:
         with suppress(OSError):  # A filesystem without locks: the age decides, see `sweep`.

@@ -13,7 +13,7 @@ from lightning_sbckpt._disk.inside import PRIVATE_FILE, OpenFolder
 from lightning_sbckpt._disk.progress import Told
 from lightning_sbckpt._disk.storage import FileDigest
 from lightning_sbckpt._remote.listing import RemoteFile
-from lightning_sbckpt._remote.retries import Retries, patiently, said
+from lightning_sbckpt._remote.retries import Retries, clean, patiently, said
 from lightning_sbckpt._remote.stores import Store
 from lightning_sbckpt._remote.streams import put_whole, read_blocks
 from lightning_sbckpt._remote.urls import normal_url
@@ -149,7 +149,7 @@ class RemoteFiles:
             yield from read_blocks(self._store, path, before.size, self.retries, doing)
             after = self._info(name, file, doing)
         except FileNotFoundError as error:
-            raise self._not_there(doing, error) from error
+            raise self._not_there(doing, error) from clean(error)
         if after.tag != before.tag:
             raise RemoteError(
                 f"can't {doing}: it was replaced by another while it was read. Read it again"
@@ -169,7 +169,7 @@ class RemoteFiles:
         try:
             return patiently(work, self.retries, doing)
         except FileNotFoundError as error:
-            raise self._not_there(doing, error) from error
+            raise self._not_there(doing, error) from clean(error)
 
     def _not_there(self, doing: str, error: FileNotFoundError) -> CheckpointNotFoundError:
         return CheckpointNotFoundError(

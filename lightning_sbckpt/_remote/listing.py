@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, NoReturn
 
-from lightning_sbckpt._remote.retries import Retries, patiently, said
+from lightning_sbckpt._remote.retries import Retries, clean, patiently, said
 from lightning_sbckpt._remote.stores import Store
 from lightning_sbckpt.errors import RemoteError
 
@@ -111,7 +111,7 @@ def _no_container(store: Store, error: Exception) -> NoReturn:
     raise RemoteError(
         f"{store.url} can't be used: there is no bucket {store.container!r} ({said(error)}). Check "
         "the URL and the endpoint, or create the bucket"
-    ) from error
+    ) from clean(error)
 
 
 def _walk(filesystem: Any, folder: str) -> Iterator[tuple[str, Any]]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Event
 from typing import TypeVar
 
+from lightning_sbckpt._remote.urls import without_secret
 from lightning_sbckpt.errors import ConfigurationError, RemoteError, SBCheckpointError
 
 logger = logging.getLogger("lightning_sbckpt")
@@ -84,6 +86,15 @@ _LASTING_CLASSES = {
     "ClientSSLError",
     "ClientAuthenticationError",
 }
+
+
+# Names of options that hold what opens a store, and what was given under such names.
+_SECRET = re.compile(
+    "(?i)secret|passw|passphrase|token|key|credential|auth|sig|sas|connection_string|pkey"
+)
+_secrets: set[str] = set()
+_SHORTEST = 4
+_LONGEST_CHAIN = 20
 
 
 @dataclass(frozen=True)
@@ -191,10 +202,10 @@ def patiently(
             raise
         except Exception as error:
             if not passes(error):
-                raise RemoteError(_final(doing, error)) from error
+                raise RemoteError(_final(doing, error)) from clean(error)
             if attempt == retries.attempts:
                 seconds = time.monotonic() - started
-                raise RemoteError(_exhausted(doing, error, attempt, seconds)) from error
+                raise RemoteError(_exhausted(doing, error, attempt, seconds)) from clean(error)
             delay = retries.delay(attempt)
             logger.info(
                 f"can't {doing}: {said(error)}; attempt {attempt + 1} of {retries.attempts} in "
@@ -209,8 +220,39 @@ def patiently(
 
 def said(error: BaseException) -> str:
     """Return an error in one line, with its kind."""
-    text = " ".join(str(error).split())
+    text = " ".join(_hidden(str(error)).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def hide(options: Mapping[str, object]) -> None:
+    """Have what opens a store left out of what is said from now on."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            hide(value)
+        elif isinstance(value, (str, bytes)) and _SECRET.search(str(name)):
+            text = value.decode(errors="replace") if isinstance(value, bytes) else value
+            # Azure's are made of several parts.
+            parts = [part.partition("=")[2] for part in text.split(";") if _SECRET.search(part)]
+            _secrets.update(part for part in (text, *parts) if len(part) >= _SHORTEST)
+
+
+def clean(error: BaseException) -> BaseException | None:
+    """Return an error to chain to another, or None if it says a secret: tracebacks end in logs."""
+    seen: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if seen is None:
+            return error
+        told = f"{seen} {seen.args!r}"
+        if _hidden(told) != told:
+            return None
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _hidden(text: str) -> str:
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "...")
+    return without_secret(text) if "@" in text or "=" in text else text
 
 
 def _final(doing: str, error: BaseException) -> str:

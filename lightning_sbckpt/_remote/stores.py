@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
-from urllib.parse import urlsplit
 
 from lightning_sbckpt._remote import sftp
-from lightning_sbckpt._remote.retries import passes, said
+from lightning_sbckpt._remote.retries import clean, hide, passes, said
 from lightning_sbckpt.errors import ConfigurationError, MissingDependencyError, RemoteError
 
 # What to install for a scheme.
@@ -64,7 +63,7 @@ class Store:
         self._pid = -1
         self._filesystem: Any = None
         self._one_at_a_time = RLock()
-        _refuse_password(url)
+        hide(self._options)
 
     @property
     def of_objects(self) -> bool:
@@ -129,7 +128,7 @@ class Store:
                 self._forget()
                 if passes(error):
                     raise
-                raise ConnectionError(f"the connection was lost: {said(error)}") from error
+                raise ConnectionError(f"the connection was lost: {said(error)}") from clean(error)
 
     def _forget(self) -> None:
         """Give up a connection that is no longer one; the next use opens another."""
@@ -181,13 +180,13 @@ def open_filesystem(url: str, options: Mapping[str, object]) -> Any:
         # An instance that another part of the program uses would have its settings, not ours.
         made = kind(**{**found, **bounded, "skip_instance_cache": True})
     except ImportError as error:
-        raise _missing(url, scheme, error) from error
+        raise _missing(url, scheme, error) from clean(error)
     except Exception as error:
         if passes(error):
             raise
         raise RemoteError(
             f"can't open {url}: {said(error)}. Check the URL, the credentials and storage_options"
-        ) from error
+        ) from clean(error)
     if scheme in _S3:
         made.retries = 1
     return made
@@ -203,12 +202,12 @@ def _class_for(url: str) -> type[Any]:
         if scheme in _SFTP:
             kind = sftp.sftp_class()
     except ImportError as error:
-        raise _missing(url, scheme, error) from error
+        raise _missing(url, scheme, error) from clean(error)
     except ValueError as error:
         raise ConfigurationError(
             f"{url} can't be used: fsspec knows no store for {scheme}://. Known are, among others, "
             "s3://, gs://, abfs:// and sftp://; a folder on this machine is given by its path"
-        ) from error
+        ) from clean(error)
     return kind
 
 
@@ -235,19 +234,6 @@ def _bounded(
         if isinstance(before, Mapping) and isinstance(mine, Mapping):
             given["config_kwargs"] = {**bounds, **before, **mine}
     return given
-
-
-def _refuse_password(url: str) -> None:
-    try:
-        secret = urlsplit(url).password
-    except ValueError:
-        secret = None
-    if secret:
-        shown = url.replace(f":{secret}@", ":...@")
-        raise ConfigurationError(
-            f"{shown} has a password in it, which would show up in logs and files: leave it out and "
-            "give it as storage_options={'password': ...} or in fsspec's configuration"
-        )
 
 
 def _missing(url: str, scheme: str, error: ImportError) -> MissingDependencyError:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from lightning_sbckpt._disk.progress import Told
 from lightning_sbckpt._disk.regular import open_below
-from lightning_sbckpt._remote.retries import Retries, StoppedError, patiently, said
+from lightning_sbckpt._remote.retries import Retries, StoppedError, clean, patiently, said
 from lightning_sbckpt._remote.stores import Store
 from lightning_sbckpt.errors import RemoteError
 
@@ -98,7 +98,7 @@ class Sender:
                         raise RemoteError(
                             f"can't {doing}: {said(error)}, {attempt} times. Check that the bucket "
                             "or folder is there, and that nothing removes unfinished uploads"
-                        ) from error
+                        ) from clean(error)
         return size
 
     def _put(self, descriptor: int, size: int, path: str, doing: str) -> None:

@@ -14,6 +14,10 @@ from lightning_sbckpt.errors import ConfigurationError
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.\-]+):(?P<slashes>/+)(?P<rest>.*)", re.DOTALL)
 _CHAIN = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+::")
+_PASSWORD = re.compile(r"(:/+[^/:?\[]*:)(?!\d+(?:/|$)).*@", re.DOTALL)
+_SIGNED = re.compile(
+    r"(?i)([?&;][^=&;]*(?:token|secret|passw|sig|key|credential|auth)[^=&;]*=)[^&;#]+"
+)
 # What fsspec calls the disk of this machine.
 _LOCAL = ("file", "local")
 
@@ -35,7 +39,8 @@ def normal_url(path: str | os.PathLike[str]) -> str:
     """Return a URL as it was before `pathlib`, without a slash at its end.
 
     Raises:
-        ConfigurationError: It is no URL, or a chain of several, such as `filecache::s3://bucket`.
+        ConfigurationError: It is no URL, or a chain of several, such as `filecache::s3://bucket`, or
+            it has a password or a token in it.
 
     Example:
         >>> normal_url(Path("s3://bucket/run/"))
@@ -45,12 +50,34 @@ def normal_url(path: str | os.PathLike[str]) -> str:
     found = _URL.match(text)
     if found is None:
         raise ConfigurationError(
-            f"{text!r} can't be used as the URL of a folder: expected one scheme and a path, such "
+            f"{without_secret(text)!r} can't be used as the URL of a folder: expected one scheme and a path, such "
             "as s3://bucket/run"
         )
     scheme, rest = found["scheme"].lower(), found["rest"].rstrip("/")
     # An absolute path on this machine keeps the slash that it begins with, in `file:///tmp`.
-    return f"{scheme}:///{rest}" if scheme in _LOCAL else f"{scheme}://{rest}"
+    if scheme in _LOCAL:
+        return f"{scheme}:///{rest}"
+    url = f"{scheme}://{rest}"
+    shown = without_secret(url)
+    if shown != url:
+        raise ConfigurationError(
+            f"{shown} has a password or a token in it, which would show up in logs and files: leave "
+            "it out and give it as storage_options={...} or in fsspec's configuration"
+        )
+    return url
+
+
+def without_secret(text: str) -> str:
+    """Return a URL as it may be shown: what opens a store is left out.
+
+    That is what stands between the first colon and the last `@`, unless it is a port, and each value
+    of a parameter whose name says so.
+
+    Example:
+        >>> without_secret("s3://key:a/b@bucket/run"), without_secret("http://host:80/run?sig=x&v=1")
+        ('s3://key:...@bucket/run', 'http://host:80/run?sig=...&v=1')
+    """
+    return _SIGNED.sub(r"\1...", _PASSWORD.sub(r"\1...@", text))
 
 
 def local_path(path: str | os.PathLike[str]) -> Path | None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import socket
 import stat
 import threading
+import traceback
 
 import fsspec
 import pytest
 from _python import python
 from click.testing import CliRunner
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_sbckpt import Checkpointer, cli
 from lightning_sbckpt._disk.absent import absent_files
 from lightning_sbckpt._disk.inside import NotRegularError, OpenFolder
-from lightning_sbckpt._remote import mirror, registry
+from lightning_sbckpt._remote import mirror, registry, retries
+from lightning_sbckpt._remote.folder import RemoteFolder
+from lightning_sbckpt._remote.urls import normal_url
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError, RemoteError
 from lightning_sbckpt.verify import verify
 from remote._machines import Machines, filled
@@ -249,6 +254,149 @@ class TestPrivacy:
         for file in (root / "CKPT+a" / "model.ckpt", *(cache / "mirrors").iterdir()):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
+    def test_what_is_in_a_folder_that_the_user_made_is_private_too(self, machines, tmp_path):
+        """Its own mode is hers; each checkpoint in it has that of a mirror."""
+        (tmp_path / "mine").mkdir(mode=0o755)
+        before = os.umask(0)
+        try:
+            with machines.another({"model": filled(1.0)}, local_dir=tmp_path / "mine") as mine:
+                mine.save_checkpoint(name="a")
+            machines.another({"model": filled(1.0)}).save_checkpoint(name="b")
+            machines.another(local_dir=tmp_path / "mine", access="read").list_checkpoints()
+        finally:
+            os.umask(before)
+        for name in ("CKPT+a", "CKPT+b", ".remote"):
+            assert stat.S_IMODE((tmp_path / "mine" / name).stat().st_mode) == 0o700, name
+
+    def test_a_run_folder_keeps_the_umask(self, tmp_path):
+        """A group may share it."""
+        before = os.umask(0o002)
+        try:
+            with Checkpointer(tmp_path / "run", {"model": filled(1.0)}) as checkpointer:
+                folder = checkpointer.save_checkpoint().path
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o775
+        assert stat.S_IMODE((folder / "model.ckpt").stat().st_mode) == 0o664
+
+
+SECRET = "hunter2/and+more="
+
+
+class TestSecrets:
+    """What opens a store is shown nowhere."""
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            f"s3://KEY:{SECRET}@bucket/run",
+            f"s3:/KEY:{SECRET}@bucket/run",
+            f"sftp://user:{SECRET}@host:22/run",
+            f"sftp://user:a:b@{SECRET}@host/run",
+            f"sftp://:{SECRET}@host/run",
+            f"S3://KEY:{SECRET}@bucket/run/CKPT+a",
+            f"https://host/run?v=1&token={SECRET}",
+            f"abfs://c@account.dfs.core.windows.net/run?sv=1&sig={SECRET}",
+            f"simplecache::s3://KEY:{SECRET}@bucket/run",
+            f"nope://KEY:{SECRET}@bucket/run",
+        ],
+    )
+    def test_a_url_with_one_is_refused_without_it(self, url, tmp_path, caplog):
+        """By all that take a URL, before anything is made or asked."""
+        caplog.set_level(logging.DEBUG)
+        from lightning_sbckpt import SBCheckpoint
+        from lightning_sbckpt.export import to_state_dict
+
+        for use in (
+            lambda: Checkpointer(url),
+            lambda: SBCheckpoint(url),
+            lambda: verify(url),
+            lambda: to_state_dict(url, tmp_path / "out"),
+            lambda: Checkpointer(tmp_path / "run").load_checkpoint(url),
+        ):
+            with pytest.raises(ConfigurationError) as caught:
+                use()
+            assert_not_told(caught.value)
+        done = CliRunner().invoke(cli.main, ["ls", url])
+        assert done.exit_code != 0 and "hunter2" not in done.output
+        assert "hunter2" not in caplog.text
+        assert not (tmp_path / "cache" / "lightning-sbckpt").exists()
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "s3://bucket/a:b@c",
+            "s3://bucket/what?x=1",
+            "sftp://user@host:22/run@2",
+            "sftp://user@[::1]:22/run@2",
+            "abfs://container@account.dfs.core.windows.net/run",
+        ],
+    )
+    def test_a_url_without_one_is_as_it_was(self, url):
+        """Users, ports and all that a key may hold."""
+        assert normal_url(url) == url
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"key": "AKIAKEY", "secret": SECRET},
+            {"token": SECRET},
+            {"client_kwargs": {"aws_secret_access_key": SECRET}},
+            {"password": SECRET},
+            {"connection_string": f"AccountName=name;AccountKey={SECRET};Suffix=x"},
+            {"sas_token": SECRET.encode()},
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_what_a_library_says_of_one_is_left_out(self, options, machines, monkeypatch, caplog):
+        """In our own errors, those chained to them, and the log."""
+        caplog.set_level(logging.DEBUG, logger="lightning_sbckpt")
+        monkeypatch.setattr(retries, "_secrets", set())
+        folder = RemoteFolder(
+            machines.url, storage_options=options, retries=retries.Retries(2, 0.0)
+        )
+
+        def fail(*_, **__):
+            try:
+                raise ValueError(f"wrong: {SECRET}")
+            except ValueError as error:
+                raise ConnectionError(f"refused {options!r} and {SECRET}") from error
+
+        for method in ("ls", "find", "cat_file", "pipe_file", "info"):
+            monkeypatch.setattr(MemoryFileSystem, method, fail)
+        for use in (
+            folder.check,
+            folder.listing,
+            lambda: folder.read("CKPT+a", "CKPT.yaml"),
+            lambda: folder.write("CKPT+a", "x", b""),
+        ):
+            with pytest.raises(RemoteError, match="refused") as caught:
+                use()
+            assert_not_told(caught.value)
+        assert "refused" in caplog.text and "hunter2" not in caplog.text
+        assert "hunter2" not in repr(folder)
+
+    def test_no_file_holds_one(self, machines, tmp_path):
+        """Neither the registry, nor the mirror, nor what is saved."""
+        options = {"secret": SECRET, "use_listings_cache": False}
+        with Checkpointer(
+            machines.url,
+            {"model": filled(1.0)},
+            storage_options=options,
+            local_dir=tmp_path / "mirror",
+        ) as checkpointer:
+            checkpointer.save_checkpoint(name="a")
+            assert "hunter2" not in repr(checkpointer)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert len(files) > 5
+        for path in files:
+            assert b"hunter2" not in path.read_bytes(), path
+
+
+def assert_not_told(error):
+    """Check what a traceback of an error shows, chained ones too."""
+    assert "hunter2" not in "".join(traceback.format_exception(error))
+
 
 class TestBringingFollowsNoLink:
     """A mirror that others may write to can hold links."""
@@ -337,7 +485,6 @@ class TestNamesInAStore:
             "bytes",
             "file",
             "under",
-            "below",
             "line",
             "escape",
             "c1",
