@@ -147,6 +147,10 @@ class Zeroing(Model):
         optimizer.zero_grad(set_to_none=False)
 
 
+class ZeroingUnused(Zeroing, Unused):
+    """Does so with layers that serve nothing."""
+
+
 class ByHand(Model):
     """Optimizes manually, with gradients of two batches for each step."""
 
@@ -239,7 +243,7 @@ CELLS: dict[str, dict] = {
     "gradient_as_bucket_view": {"ddp": {"gradient_as_bucket_view": True}},
     "gradients zeroed": {"model": Zeroing, "ddp": {"gradient_as_bucket_view": True}},
     "gradients zeroed, unused parameters": {
-        "model": type("ZeroingUnused", (Zeroing, Unused), {}),
+        "model": ZeroingUnused,
         "ddp": {"gradient_as_bucket_view": True, "find_unused_parameters": True},
     },
     "unused parameters": {"model": Unused, "ddp": {"find_unused_parameters": True}},
