@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -16,6 +16,7 @@ from lightning_sbckpt._folder.layout import (
     is_checkpoint,
     read_checkpoint,
 )
+from lightning_sbckpt._folder.manifest import lineage_of
 from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
@@ -189,10 +190,24 @@ def best_of(folder: Folder, criterion: Criterion, predicate: str | None = None) 
     """Return the best checkpoint, or end the command if there is none."""
     if criterion.key is not None:
         require_key(criterion.key, folder.checkpoints)
-    found = rank_checkpoints(folder.checkpoints, criterion, predicate, limit=1)
-    if not found:
+    found = next(
+        of_newest_run(folder, rank_checkpoints(folder.checkpoints, criterion, predicate)), None
+    )
+    if found is None:
         raise Failure(f"no checkpoint in {folder.shown} is a candidate: {criterion.describe()}", NO)
-    return found[0]
+    return found
+
+
+def of_newest_run(folder: Folder, ranked: Iterable[Checkpoint]) -> Iterator[Checkpoint]:
+    """Yield those of some checkpoints that no other run wrote than the one that saved last.
+
+    Several runs may share a folder, and each has its own best. What no run wrote belongs to any.
+    """
+    noted = (lineage_of(ckpt).get("run") for ckpt in folder.checkpoints)
+    run = next((one for one in noted if one is not None), None)
+    for ckpt in ranked:
+        if lineage_of(ckpt).get("run") in (None, run):
+            yield ckpt
 
 
 def first_sound(candidates: Iterable[Checkpoint], *, aloud: bool = False) -> Checkpoint | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from lightning_sbckpt._finding.noted_rules import RunRules, best_by, events_of, 
 from lightning_sbckpt._folder.manifest import lineage_of
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._pictures.timeline import build_timeline
-from lightning_sbckpt.cli._folders import Folder, first_sound, require_key
+from lightning_sbckpt.cli._folders import Folder, first_sound, of_newest_run, require_key
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression
 from lightning_sbckpt.inspect import marks_of
@@ -28,7 +29,7 @@ from lightning_sbckpt.retention import (
     plan_retention,
     rules_from_keys,
 )
-from lightning_sbckpt.selection import Criterion
+from lightning_sbckpt.selection import Criterion, rank_checkpoints
 from lightning_sbckpt.typing import RetentionRule
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -180,7 +181,7 @@ def standing(folder: Folder, rules: RunRules) -> Standing:
     """Return how the checkpoints stand; one that can't be ranked is said, and is no reason to fail."""
     criterion = best_by(rules.rules) or Criterion()
     try:
-        marks = marks_of(folder.checkpoints, criterion)
+        marks = _marks(folder, criterion)
         if rules.unknown:
             remark = (
                 f"what stays is not known: the rule {rules.unknown[0]} can't be read back. Give "
@@ -192,6 +193,16 @@ def standing(folder: Folder, rules: RunRules) -> Standing:
     except SelectionError as error:
         nothing = Criterion()
         return Standing(nothing, marks_of(folder.checkpoints, nothing), {}, str(error))
+
+
+def _marks(folder: Folder, criterion: Criterion) -> dict[Path, list[str]]:
+    """Return the words beside checkpoints; the best is that of the run that saved last."""
+    marks = marks_of(folder.checkpoints, Criterion())
+    if criterion.key is not None:
+        ranked = of_newest_run(folder, rank_checkpoints(folder.checkpoints, criterion))
+        for best in islice(ranked, 1):
+            marks[best.path] = ["best", *marks.get(best.path, [])]
+    return marks
 
 
 def in_short(decision: Decision) -> str:

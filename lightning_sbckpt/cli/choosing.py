@@ -17,7 +17,13 @@ from lightning_sbckpt.cli._common import (
     json_option,
     print_json,
 )
-from lightning_sbckpt.cli._folders import Folder, first_sound, open_folder, require_key
+from lightning_sbckpt.cli._folders import (
+    Folder,
+    first_sound,
+    of_newest_run,
+    open_folder,
+    require_key,
+)
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import Criterion, importance, rank_checkpoints
 
@@ -30,6 +36,7 @@ __all__ = ["best"]
 @click.option("--max-key", metavar="KEY", help="The highest value of this key is best.")
 @click.option("--where", metavar="EXPR", help="Only those whose meta fits: 'val_acc > 0.9'.")
 @click.option("--sound", is_flag=True, help="Read it in full, and step over damaged ones.")
+@click.option("--all-runs", is_flag=True, help="Of all runs in the folder, not the last one's.")
 @json_option
 def best(
     path: Path,
@@ -37,10 +44,12 @@ def best(
     max_key: str | None,
     where: str | None,
     sound: bool,
+    all_runs: bool,
     as_json: bool,
 ) -> None:
     """Print the path of the best checkpoint in PATH, and nothing else.
 
+    If several runs have saved there, it is the best of the one that saved last.
     Without a key it is best by the first rule Best(...) of the run; if there is none, the newest.
     Exits with 1 if there is none. For scripts: $(lightning-sbckpt best run --min-key val_loss)
     """
@@ -51,10 +60,11 @@ def best(
         criterion = best_by(run_rules(folder.path).rules) or criterion
     else:
         require_key(criterion.key, folder.checkpoints)
-    candidates = rank_checkpoints(folder.checkpoints, criterion, where, None if sound else 1)
-    found = first_sound(candidates, aloud=True) if sound else next(iter(candidates), None)
+    ranked = rank_checkpoints(folder.checkpoints, criterion, where)
+    candidates = iter(ranked) if all_runs else of_newest_run(folder, ranked)
+    found = first_sound(candidates, aloud=True) if sound else next(candidates, None)
     if found is None:
-        raise Failure(_why_none(folder, criterion, where, candidates), NO)
+        raise Failure(_why_none(folder, criterion, where, ranked), NO)
     if as_json:
         print_json({"path": said(found.path), "by": criterion.describe(), "meta": found.meta})
     elif sys.stdout.isatty():

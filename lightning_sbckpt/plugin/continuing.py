@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._world import decided_by_main
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_loops, _compat_sharded
 from lightning_sbckpt.plugin._compat_ddp import Reductions
 from lightning_sbckpt.plugin.adapt import Adaptation
@@ -105,6 +105,7 @@ class Beginning:
         elif self._searches:
             chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
         else:
+            self._say_what_is_there()
             return given
         if chosen is None:
             rank_zero_info(f"SBCheckpoint: no checkpoint in {self._where}, the run begins anew")
@@ -128,6 +129,16 @@ class Beginning:
             "resume=False it would go on from the file. Beside SBCheckpoint that callback is not needed"
         )
         return None
+
+    def _say_what_is_there(self) -> None:
+        there = self._run.checkpointer.list_checkpoints()
+        if there:
+            newest = max(there, key=ckpt_recency).path.name
+            rank_zero_info(
+                f"SBCheckpoint: resume=False, so this run begins anew beside {len(there)} checkpoints "
+                f"of others in {self._where} (newest: {newest}). They stay, and only its own count "
+                "for what is best"
+            )
 
     def _go_on_from(self, chosen: Checkpoint) -> None:
         self._run.go_on_from(chosen)

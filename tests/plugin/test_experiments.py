@@ -13,10 +13,13 @@ import pytest
 import torch
 import yaml
 from _runs import Steps, fit, go, loader, make, newest, raise_at, saved, steps_saved
+from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_sbckpt import SBCheckpoint
+from lightning_sbckpt.cli._folders import locate
+from lightning_sbckpt.cli.choosing import best
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin._rendering import content_digest, rendered
 
@@ -339,6 +342,27 @@ class TestAnotherExperiment:
         with pytest.raises(RuntimeError):
             fit(tmp_path, callbacks=[raise_at("on_train_batch_start", 6, RuntimeError())])
         assert fit(tmp_path).module.steps == 12
+
+
+class TestTwoRunsInOneFolder:
+    """Each has its own best, for the callback and for the command."""
+
+    def test_the_best_of_the_command_is_that_of_the_callback(self, tmp_path, lines):
+        """Though the run before had better ones; and a run that does not resume says so."""
+        fit(tmp_path, module=Steps(lambda steps: 0.5), min_key="val_loss")
+        assert not [text for text in lines() if "resume=False" in text]
+        worse = Steps(lambda steps: 2.0)
+        run = fit(tmp_path, module=worse, min_key="val_loss", resume=False)
+        (line,) = [text for text in lines() if "resume=False" in text]
+        assert "beside 1 checkpoints of others" in line
+        own = Path(run.callback.best_model_path)
+        for arguments in ([], ["--min-key", "val_loss"], ["--sound"]):
+            done = CliRunner().invoke(best, [str(tmp_path), *arguments])
+            assert done.output.strip() == str(own)
+        done = CliRunner().invoke(best, [str(tmp_path), "--min-key", "val_loss", "--all-runs"])
+        assert done.output.strip() != str(own)
+        _, found = locate(tmp_path / "best")
+        assert found.path == own
 
 
 class TestDescription:
