@@ -35,12 +35,17 @@ class Stored(NamedTuple):
 
 Fetcher = Callable[[Path, Collection[str]], object]
 
-_fetchers: list[Fetcher] = []
+_fetchers: list[tuple[Fetcher, Callable[[Path], bool]]] = []
 
 
-def fetch_by(fetcher: Fetcher) -> None:
-    """Say how files are brought: called with a checkpoint folder and the names of files."""
-    _fetchers[:] = [fetcher]
+def fetch_by(fetcher: Fetcher, serves: Callable[[Path], bool]) -> None:
+    """Say how files are brought.
+
+    Args:
+        fetcher: Called with a checkpoint folder and the names of files.
+        serves: Returns whether anything can be brought to a checkpoint folder.
+    """
+    _fetchers[:] = [(fetcher, serves)]
 
 
 def record_path(folder: Path) -> Path:
@@ -106,7 +111,7 @@ def bring(folder: Path, names: Collection[str] | None = None) -> None:
         for name in absent_files(folder)
         if names is None or name in names or name.partition("/")[0] in names
     ]
-    for fetch in _fetchers if wanted else ():
+    for fetch, _ in _fetchers if wanted else ():
         fetch(folder, wanted)
 
 
@@ -118,7 +123,8 @@ def bring_file(path: Path, *beside: Path) -> None:
 
 def discard(folder: Path, name: str) -> bool:
     """Remove a file that is only a copy of one in the store; return whether it was one."""
-    if name not in stored_files(folder):
+    # A record alone, which may have come with the folder, removes nothing.
+    if name not in stored_files(folder) or not any(serves(folder) for _, serves in _fetchers):
         return False
     inner, _, last = name.rpartition("/")
     with (

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lightning_sbckpt._disk.absent import fetch_by
+from lightning_sbckpt._disk.absent import RECORDS_NAME, fetch_by
 from lightning_sbckpt._folder.layout import CKPT_PREFIX, folder_names
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.registry import cache_folder, mirrored_url, noted_url, register
-from lightning_sbckpt._remote.urls import local_path, normal_url
+from lightning_sbckpt._remote.urls import local_path, normal_url, without_secret
 from lightning_sbckpt.errors import ConfigurationError
+
+logger = logging.getLogger("lightning_sbckpt")
 
 # What is needed to open a store is not written to the disk, so it is known to this process alone.
 # For each URL the last that was used, and before it the last that the store has answered.
 _remotes: dict[str, list[RemoteFolder]] = {}
+
+# Folders of which it was said that they are no mirrors.
+_said: set[Path] = set()
 
 
 def place_of(
@@ -45,6 +51,8 @@ def place_of(
                 "machine: leave it out"
             )
         url = mirrored_url(local)
+        if url is None:
+            _say_what_it_says(local)
         return local, None if url is None else Mirror(url, local, _remote(url))
     url = normal_url(path)
     root = default_dir(url) if local_dir is None else Path(local_dir).expanduser()
@@ -113,6 +121,20 @@ def default_dir(url: str) -> Path:
     return cache_folder() / f"{name[:80]}-{mark}"
 
 
+def _say_what_it_says(root: Path) -> None:
+    """Say once that a folder that calls itself a mirror is used as an ordinary one."""
+    url = noted_url(root) if os.path.lexists(root / RECORDS_NAME) else None
+    if url is not None and root not in _said:
+        _said.add(root)
+        logger.warning(
+            "%s calls itself a local copy of %.200r, which you have not named: it is used as an "
+            "ordinary folder, and what it lacks is not fetched. If it is a copy of yours, name that "
+            "URL, with local_dir=",
+            root,
+            without_secret(url),
+        )
+
+
 def _refuse_other_use(root: Path, url: str) -> None:
     there = mirrored_url(root)
     if there is not None and there != url:
@@ -150,4 +172,4 @@ def _fetch(folder: Path, names: Collection[str]) -> None:
         mirror.fetch(folder, names)
 
 
-fetch_by(_fetch)
+fetch_by(_fetch, lambda folder: mirrored_url(folder.parent) is not None)

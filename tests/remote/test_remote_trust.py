@@ -124,6 +124,28 @@ class TestANoteInAFolder:
             Checkpointer(downloaded, {"model": filled(0.0)}).load_checkpoint(folder)
         assert not (folder / "model.ckpt").exists()
 
+    def test_a_record_removes_no_file_that_can_not_be_brought(self, machines, downloaded):
+        """A damaged file is removed only where a sound one comes instead."""
+        folder = downloaded / "CKPT+a"
+        found = (folder / "CKPT.yaml").stat()
+        record = {"of": [found.st_ino, found.st_mtime_ns], "files": {"model.ckpt": [641_000, ""]}}
+        (downloaded / ".remote").mkdir()
+        (downloaded / ".remote" / "CKPT+a.json").write_text(json.dumps(record))
+        (folder / "model.ckpt").write_bytes(b"damaged")
+        assert verify(folder)[0].status == "damaged"
+        with pytest.raises(DamagedCheckpointError):
+            Checkpointer(downloaded, {"model": filled(0.0)}).load_checkpoint(folder)
+        assert (folder / "model.ckpt").read_bytes() == b"damaged"
+
+    def test_it_is_said_once_that_it_is_not_followed(self, machines, downloaded, caplog):
+        """Who has a copy of her own learns what to do; whatever stands there is in one short line."""
+        note(downloaded, json.dumps("s3://b/" + "x" * 5000 + "\n\x1b[31m"))
+        for _ in range(2):
+            Checkpointer(downloaded).list_checkpoints()
+        [line] = [each.getMessage() for each in caplog.records]
+        assert "name that URL, with local_dir=" in line
+        assert line.isprintable() and len(line) < 800
+
 
 class TestTheRegistry:
     """A mirror is one because its owner keeps it as one."""
