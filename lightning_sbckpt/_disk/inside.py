@@ -90,7 +90,9 @@ def open_parent(path: str | Path) -> OpenFolder:
         OSError: It can't be opened.
     """
     folder, is_users = parent_of(path)
-    return OpenFolder(folder, follow=True) if is_users else open_folder_at(Path(folder))
+    if is_users or is_ours(folder):
+        return OpenFolder(folder, follow=is_users)
+    return open_folder_at(Path(folder))
 
 
 def open_folder_at(path: Path) -> OpenFolder:
@@ -157,7 +159,8 @@ class OpenFolder:
     """
 
     def __init__(self, path: str | Path, *, follow: bool = False) -> None:
-        self.path = Path(path)
+        # Made a Path when it is asked for: small files are written in less time.
+        self._path = path
         self.descriptor = os.open(path, _PASS) if follow else enter(os.fspath(path))
         self._to_list = not follow
 
@@ -171,6 +174,11 @@ class OpenFolder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def path(self) -> Path:
+        """The path by which it was opened."""
+        return Path(self._path)
 
     def close(self) -> None:
         """Close it; nothing happens if that was done before."""
@@ -208,7 +216,8 @@ class OpenFolder:
                 os.close(current)
             raise
         found = OpenFolder.__new__(OpenFolder)
-        found.path, found.descriptor = (self.path / name if name else self.path), current
+        found._path = self.path / name if name else self.path  # noqa: SLF001 - it is one of these
+        found.descriptor = current
         found._to_list = self._to_list or bool(parts)  # noqa: SLF001 - it is one of these
         return found
 
