@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_sbckpt._disk.inside import OpenFolder
+from lightning_sbckpt._disk.inside import PRIVATE_FILE, OpenFolder
 from lightning_sbckpt._disk.regular import read_regular
 
 RECORDS_NAME = ".remote"
@@ -46,6 +46,14 @@ def fetch_by(fetcher: Fetcher, serves: Callable[[Path], bool]) -> None:
         serves: Returns whether anything can be brought to a checkpoint folder.
     """
     _fetchers[:] = [(fetcher, serves)]
+
+
+def file_mode(root: str | Path) -> int:
+    """Return with what mode a file is made directly in a run folder, before the umask.
+
+    A mirror holds what asks for credentials elsewhere; its files are for their owner alone.
+    """
+    return PRIVATE_FILE if os.path.lexists(os.path.join(root, RECORDS_NAME)) else 0o666  # noqa: PTH118
 
 
 def record_path(folder: Path) -> Path:

@@ -23,6 +23,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_sbckpt._disk.absent import file_mode
 from lightning_sbckpt._disk.regular import read_regular
 from lightning_sbckpt._disk.storage import digest_bytes
 
@@ -145,7 +146,7 @@ def _header(body: bytes) -> dict[str, object]:
 def _replace(path: Path, data: bytes) -> bool:
     beside = path.with_name(f"{path.name}.new")
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(beside, flags, 0o666)
+    descriptor = os.open(beside, flags, file_mode(path.parent))
     try:
         # Who has the lock is the only one that writes; a file left by a process that died is taken.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

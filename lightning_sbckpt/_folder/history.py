@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from lightning_sbckpt._disk.absent import file_mode
 from lightning_sbckpt._disk.regular import read_regular
 from lightning_sbckpt.meta import Checkpoint
 
@@ -98,7 +99,7 @@ class History:
         try:
             line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=False)
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open(self._path, flags | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(self._path, flags | os.O_CLOEXEC, file_mode(self._path.parent))
             try:
                 self._append(descriptor, line.encode() + b"\n")
             finally:

@@ -27,7 +27,7 @@ from lightning_sbckpt._disk.absent import (
     record_path,
     stored_files,
 )
-from lightning_sbckpt._disk.inside import PRIVATE_FOLDER, NotRegularError, OpenFolder
+from lightning_sbckpt._disk.inside import PRIVATE_FOLDER, NotRegularError, OpenFolder, is_ours
 from lightning_sbckpt._disk.progress import Told, announced
 from lightning_sbckpt._disk.regular import read_regular
 from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
@@ -208,7 +208,7 @@ class Mirror:
             data = self.remote.read("", HISTORY_NAME)
             # Only grows; what is longer here is still to be uploaded.
             if len(data) > (path.stat().st_size if path.exists() else 0):
-                self._storage.replace(path, data)
+                _put(path, data)
         except FileNotFoundError:
             pass  # Nothing has happened yet.
         except (RemoteError, OSError) as error:
@@ -401,7 +401,7 @@ def forget_record(folder: Path) -> None:
 
 
 def _put(path: Path, data: bytes) -> None:
-    with OpenFolder(path.parent) as folder:
+    with OpenFolder(path.parent, follow=not is_ours(path.parent)) as folder:
         put(folder, path.name, data)
 
 

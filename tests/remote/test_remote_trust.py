@@ -289,6 +289,8 @@ class TestPrivacy:
             os.umask(before)
         for name in ("CKPT+a", "CKPT+b", ".remote"):
             assert stat.S_IMODE((tmp_path / "mine" / name).stat().st_mode) == 0o700, name
+        history = tmp_path / "mine" / "HISTORY.jsonl"
+        assert stat.S_IMODE(history.stat().st_mode) == 0o600
 
     def test_a_run_folder_keeps_the_umask(self, tmp_path):
         """A group may share it."""
