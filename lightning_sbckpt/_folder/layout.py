@@ -100,8 +100,8 @@ def staging(root: Path, storage: LocalStorage) -> Iterator[Path]:
     """Give a folder to write a checkpoint into; it is removed unless it is published meanwhile."""
     folder = root / f"{_STAGING}{uuid.uuid4().hex}"
     # A mirror holds what asks for credentials elsewhere.
-    is_mirror = os.path.lexists(root / RECORDS_NAME)
-    storage.make_dir(folder, PRIVATE_FOLDER if is_mirror else 0o777)
+    mode = (PRIVATE_FOLDER,) if os.path.lexists(root / RECORDS_NAME) else ()
+    storage.make_dir(folder, *mode)
     descriptor = open_folder(folder)
     try:
         with suppress(OSError):  # A filesystem without locks: the age decides, see `sweep`.
