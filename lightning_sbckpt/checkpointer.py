@@ -14,8 +14,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,8 +28,9 @@ from lightning_sbckpt._saving.description import Description, meta_of_new, time_
 from lightning_sbckpt._saving.jobs import SaveJob, save_jobs
 from lightning_sbckpt._saving.saver import SavePolicy
 from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.hooks import HookRegistry, default_registry
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.recoverer import Recoverer
 from lightning_sbckpt.retention import rules_from_keys
 from lightning_sbckpt.typing import (
@@ -133,7 +136,8 @@ class Checkpointer(Recoverer):
         )
         self.documents: dict[str, str] = {}
         self._newest_saved = 0.0
-        self._watched: dict[int, object] = {}
+        self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize[..., Any]]
+        self._watched = weakref.WeakKeyDictionary()
         if access != "read":
             # With nothing to save it may be there to read alone, perhaps by a misspelled name: then
             # the folder is made by the first save.
@@ -197,29 +201,82 @@ class Checkpointer(Recoverer):
             >>> checkpointer.save_checkpoint({"loss": 0.5}, name="first").path.name
             'CKPT+first'
         """
+        self._require_writable()
+        # What can't be saved on one rank is no reason for it to leave the others alone: it goes
+        # with them to the next place where all ranks learn of every failure.
+        failure: Exception | None = None
+        jobs: dict[str, SaveJob] = {}
+        description: Description | None = None
+        try:
+            jobs = self._save_jobs()
+            description = self._describe(meta or {}, bool(end_of_epoch), name, verbosity)
+        except Exception as error:
+            failure = error
+        try:
+            decided_by_main(self.world, lambda: self._begin_here(failure))
+        except SBCheckpointError as error:
+            self.saver.fail(
+                failure if isinstance(failure, SBCheckpointError) else error, self.world
+            )
+            return None
+        self._watch_optimizers()
+        saved = self.saver.save(jobs, description or failure, self.world, then)
+        if description is not None:
+            unixtime = float(str(description.meta["unixtime"]))
+            self._newest_saved = max(self._newest_saved, usable_time(unixtime))
+        return saved
+
+    def _describe(
+        self, meta: Mapping[str, object], end_of_epoch: bool, name: str | None, verbosity: int
+    ) -> Description:
         if name is not None:
             check_name(name, "checkpoint")
         for document in self.documents:
             check_name(document, "document")
-        jobs = self._save_jobs()
-        unixtime = self._next_unixtime()
-        described = meta_of_new(meta or {}, unixtime=unixtime, end_of_epoch=bool(end_of_epoch))
-        self.claim()
-        self._watch_optimizers()
-        description = Description(
-            described, name, dict(self.lineage), verbosity, dict(self.documents)
-        )
-        saved = self.saver.save(jobs, description, self.world, then)
-        self._newest_saved = max(self._newest_saved, unixtime)
-        return saved
+        try:
+            unixtime = self._next_unixtime()
+        except OSError as error:
+            raise SaveError(
+                f"the checkpoints in {self.checkpoints_dir} can't be listed: "
+                f"{error.strerror or error}. Nothing was written; earlier checkpoints are whole"
+            ) from error
+        described = meta_of_new(meta, unixtime=unixtime, end_of_epoch=end_of_epoch)
+        return Description(described, name, dict(self.lineage), verbosity, dict(self.documents))
+
+    def _begin_here(self, failure: Exception | None) -> None:
+        if failure is not None:
+            raise failure
+        self._claim_here()
 
     def _watch_optimizers(self) -> None:
         if self.saver.policy.mode != "overlap":
             return
+        me = weakref.ref(self)
+
+        def before_step(*_: object) -> None:
+            if (checkpointer := me()) is not None:
+                checkpointer.before_update()
+
         for obj in self.recoverables.values():
-            if isinstance(obj, torch.optim.Optimizer) and id(obj) not in self._watched:
-                obj.register_step_pre_hook(lambda *_: self.before_update())
-                self._watched[id(obj)] = obj
+            if isinstance(obj, torch.optim.Optimizer) and obj not in self._watched:
+                self._watched[obj] = weakref.finalize(
+                    self, obj.register_step_pre_hook(before_step).remove
+                )
+
+    def release(self) -> None:
+        """Let other processes write to the folder; the next save takes it back.
+
+        Optimizers don't call `before_update` any more, until then.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> Checkpointer(tempfile.mkdtemp()).release()
+        """
+        for stop_watching in self._watched.values():
+            stop_watching()
+        self._watched.clear()
+        super().release()
 
     def before_update(self) -> None:
         """Return when what is being saved may change; only `save_mode="overlap"` ever waits here.

@@ -10,8 +10,11 @@ from types import TracebackType
 from typing import TypedDict, TypeVar
 
 from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._finding.loading import identity_of_folder
+from lightning_sbckpt._folder.annotations import annotations_held
 from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._folder.lock import FolderLock
+from lightning_sbckpt._folder.manifest import find_damage
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.uploading import Uploads
@@ -19,7 +22,7 @@ from lightning_sbckpt._saving.saver import SavePolicy, Saver
 from lightning_sbckpt._saving.workshop import Workshop
 from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.annotator import Annotator
-from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError
+from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError, RemovalError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
@@ -329,30 +332,74 @@ class Curator(Annotator):
             >>> Checkpointer(tempfile.mkdtemp()).prune_here([])
             []
         """
-        there = self.list_checkpoints()
         predicate = as_predicate(ckpt_predicate)
-        plan = plan_retention(
-            there, rules, predicate=predicate, protected=protected, bytes_of=checkpoint_bytes
-        )
-        going = [decision for decision in plan if not decision.keep]
-        if not dry_run and self.access != "read":
+        may_remove = not dry_run and self.access != "read"
+        if may_remove:
             self._history.kept_by(rules, predicate)
-        if going and not dry_run:
-            self._require_writable()
-            self._lock.acquire()
-            for decision in going:
-                self._remove(decision, verbosity)
-            if self._uploads is not None:
-                self._uploads.push_history()
+        plan = self._sound_plan(rules, predicate, list(protected))
+        if dry_run or all(decision.keep for decision in plan):
+            return plan
+        self._require_writable()
+        self._lock.acquire()
+        plan = [each if each.keep else self._remove(each, verbosity) for each in plan]
+        if self._uploads is not None:
+            self._uploads.push_history()
         return plan
 
-    def _remove(self, decision: Decision, verbosity: int) -> None:
+    def _sound_plan(
+        self,
+        rules: Sequence[RetentionRule],
+        predicate: CheckpointPredicate | None,
+        protected: Sequence[tuple[Checkpoint, str]],
+    ) -> list[Decision]:
+        """Plan so that only what can be recovered from counts as kept."""
+        try:
+            there = self.list_checkpoints()
+        except OSError as error:
+            raise RemovalError(
+                f"{self.checkpoints_dir} can't be listed, so nothing was removed: "
+                f"{error.strerror or error}"
+            ) from error
+        damaged: dict[Path, str] = {}
+        while True:
+            plan = plan_retention(
+                there,
+                rules,
+                predicate=predicate,
+                protected=protected,
+                damaged=damaged,
+                bytes_of=checkpoint_bytes,
+            )
+            if all(decision.keep for decision in plan):
+                return plan
+            kept = (each.checkpoint.path for each in plan if each.keep)
+            found = {path: self._visible_damage(path) for path in kept if path not in damaged}
+            new = {path: problem for path, problem in found.items() if problem}
+            if not new:
+                return plan
+            damaged |= new
+
+    def _visible_damage(self, folder: Path) -> str:
+        """Return what is wrong with a checkpoint as far as it is known, or seen without reading it."""
+        if folder in self._damage_found:
+            identity, problem = self._damage_found[folder]
+            if identity == identity_of_folder(folder):
+                return problem
+        return "; ".join(find_damage(folder, ()))
+
+    def _remove(self, decision: Decision, verbosity: int) -> Decision:
+        """Remove a checkpoint, unless it was pinned since this was decided; return what was done."""
         path = decision.checkpoint.path
         try:
-            # First in the store: what is there is the checkpoint, and what is here a copy.
-            with nullcontext() if self._mirror is None else self._mirror.removing(path.name):
-                self.saver.remove(path)
+            with annotations_held(path) as found:
+                pinned = found is not None and found.pinned
+                if pinned and not decision.checkpoint.meta.get("pinned"):
+                    return Decision(decision.checkpoint, True, f"pinned meanwhile: {pinned}")
+                # First in the store: what is there is the checkpoint, and what is here a copy.
+                with nullcontext() if self._mirror is None else self._mirror.removing(path.name):
+                    self.saver.remove(path)
         except CheckpointNotFoundError:
-            return  # Another process was faster.
+            return decision  # Another process was faster.
         self._history.removed(path.name, decision.reason)
         logger.log(verbosity, "removed %s: %s", path, decision.reason)
+        return decision

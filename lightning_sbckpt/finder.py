@@ -32,6 +32,8 @@ __all__ = ["Finder"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
+_LOOKS = 8
+
 _all: weakref.WeakSet[Finder] = weakref.WeakSet()
 
 
@@ -66,6 +68,8 @@ class Finder:
         self.recoverables: dict[str, object] = {}
         self._world = world
         self._keep_index = keep_index
+        # What was found damaged when it was to be recovered from.
+        self._damage_found: dict[Path, tuple[int | None, str]] = {}
         # Retention may look in the background while the caller does.
         self._looking = RLock()
         self._look_in(place_of(checkpoints_dir, local_dir, storage_options))
@@ -279,14 +283,24 @@ class Finder:
         predicate = as_predicate(ckpt_predicate)
 
         def look() -> Checkpoint | None:
+            root = self.url or self.checkpoints_dir
+            attempt = 0
             while True:
+                attempt += 1
                 found = self.find_checkpoints(importance_key, max_key, min_key, predicate)
                 unreadable = self._catalog.unreadable
                 try:
-                    root = self.url or self.checkpoints_dir
-                    return first_sound(found, self.recoverables, unreadable, root)
+                    # Where checkpoints go faster than they can be read, the best that stays is taken.
+                    again = attempt <= _LOOKS
+                    return first_sound(
+                        found,
+                        self.recoverables,
+                        unreadable,
+                        root,
+                        look_again=again,
+                        found=self._damage_found,
+                    )
                 except CheckpointNotFoundError as error:
-                    # Who prunes has published a newer one before.
                     logger.info("looking again: %s", error)
 
         found = decided_by_main(self.world, look)

@@ -28,6 +28,9 @@ META_NAME = "CKPT.yaml"
 _HEADER = "# yamllint disable\n"
 _MAX_DEPTH = 100
 
+END_OF_TIME = 253_402_300_800.0
+"""The year 10000, in seconds since the epoch: beyond it there are no dates."""
+
 
 class Checkpoint(NamedTuple):
     """One saved checkpoint: where it is, what is known about it, and its files.
@@ -113,13 +116,11 @@ def usable_time(unixtime: object) -> float:
         (12.0, -inf)
     """
     # A checkpoint from elsewhere may carry no time or one that is not a number: it is then the
-    # oldest, so that it is never taken for the newest and never breaks a sort.
+    # oldest, so that it is never taken for the newest and never breaks a sort. So does one in
+    # milliseconds: every later checkpoint would count as older, and be removed.
     if isinstance(unixtime, bool) or not isinstance(unixtime, (int, float)):
         return -math.inf
-    try:
-        return float(unixtime) if math.isfinite(unixtime) else -math.inf
-    except OverflowError:  # A whole number of hundreds of digits.
-        return -math.inf
+    return float(unixtime) if -END_OF_TIME < unixtime < END_OF_TIME else -math.inf
 
 
 def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:

@@ -12,7 +12,7 @@ as long as it is the newest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
@@ -82,6 +82,7 @@ def plan_retention(
     *,
     predicate: str | CheckpointPredicate | None = None,
     protected: Iterable[tuple[Checkpoint, str]] = (),
+    damaged: Mapping[Path, str] | None = None,
     bytes_of: BytesOf | None = None,
 ) -> list[Decision]:
     """Decide for every checkpoint whether it stays, and say why.
@@ -93,6 +94,9 @@ def plan_retention(
             see them. A function, or an expression. None lets all be removed.
         protected: Checkpoints that stay whatever the rules say, each with the reason. They still
             take their place in the rules' rankings, as do those pinned in their meta.
+        damaged: Checkpoints that can't be recovered from, by path, each with the reason. The rules
+            don't see them, so that none stands for the best or the newest, and they stay: what can
+            still be read of them may be worth something to their owner.
         bytes_of: How large checkpoints are, for a limit that doesn't know itself; asked only if
             there is one.
 
@@ -116,7 +120,10 @@ def plan_retention(
     # By path, since two records of one checkpoint need not compare equal: NaN differs from NaN.
     everything = newest_first({ckpt.path: ckpt for ckpt in checkpoints}.values())
     wanted = as_predicate(predicate)
-    removable = [ckpt for ckpt in everything if wanted is None or wanted(ckpt)]
+    damaged = damaged or {}
+    removable = [
+        ckpt for ckpt in everything if ckpt.path not in damaged and (wanted is None or wanted(ckpt))
+    ]
     votes = {ckpt.path: _Votes() for ckpt in everything}
     for ckpt, reason in protected:
         votes.setdefault(ckpt.path, _Votes()).protections.append(reason)
@@ -137,6 +144,8 @@ def plan_retention(
             return Decision(ckpt, True, ", ".join(reasons))
         if not rules:
             return Decision(ckpt, True, "no retention rule")
+        if ckpt.path in damaged:
+            return Decision(ckpt, True, f"damaged, and left to you: {damaged[ckpt.path]}")
         if ckpt.path not in in_play:
             return Decision(ckpt, True, "not for this retention: ckpt_predicate is false")
         if not mine.rejects:

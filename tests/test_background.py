@@ -286,7 +286,7 @@ class TestFork:
         self, background, tmp_path
     ):
         """Though a lock was taken then by a thread that the child hasn't got."""
-        with background._changed:
+        with background._deciding:
             status = exit_status_of_fork(
                 lambda: (background.submit((tmp_path / "child").touch), background.wait(), 0)[-1]
             )

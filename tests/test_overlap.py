@@ -30,26 +30,27 @@ DROPPED = "tensors were written to between the save and the optimizer's step"
 
 
 class SlowCopy:
-    """Stands for `memcpy`: each copy waits until it may go on."""
+    """Stands for the copying of memory: each copy waits until it may go on."""
 
     def __init__(self) -> None:
         self.go_on = threading.Event()
         self.arrived = threading.Event()
         self.copied = 0
-        self._memcpy = overlap._memcpy
+        self._copy = overlap._copy_if_there
 
-    def __call__(self, address: int, source: int, size: int) -> None:
+    def __call__(self, address: int, source: int, size: int) -> bool:
         self.arrived.set()
         assert self.go_on.wait(60)
-        self._memcpy(address, source, size)
+        whole = self._copy(address, source, size)
         self.copied += size
+        return whole
 
 
 @pytest.fixture
 def slow(monkeypatch):
     """A copy that takes until the test lets it end."""
     made = SlowCopy()
-    monkeypatch.setattr(overlap, "_memcpy", made)
+    monkeypatch.setattr(overlap, "_copy_if_there", made)
     yield made
     made.go_on.set()
 
@@ -529,7 +530,7 @@ def written_to_on_rank_zero(folder, rank):
     torch.manual_seed(rank)
     module, optimizer = large()
     slow = SlowCopy()
-    overlap._memcpy = slow
+    overlap._copy_if_there = slow
     folder.mkdir(exist_ok=True)
     checkpointer = Checkpointer(
         folder,

@@ -28,13 +28,13 @@ def test_what_is_loaded_is_never_part_of_a_checkpoint_saved_before(tmp_path, mon
     checkpointer = Checkpointer(tmp_path, {"model": model}, save_mode="overlap")
     checkpointer.save_checkpoint(name="one")
     checkpointer.wait()
-    copy = overlap._memcpy
+    copy = overlap._copy_if_there
 
     def slow(*arguments):
         time.sleep(0.3)
         return copy(*arguments)
 
-    monkeypatch.setattr(overlap, "_memcpy", slow)
+    monkeypatch.setattr(overlap, "_copy_if_there", slow)
     torch.nn.init.constant_(model.weight, 2.0)
     checkpointer.save_checkpoint(name="two")
     checkpointer.load_checkpoint(tmp_path / "CKPT+one")

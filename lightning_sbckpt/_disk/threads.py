@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -42,7 +43,12 @@ def run_all(work: Callable[[T], object], items: Iterable[T], *, most: int) -> No
     if threads < 2:
         take()
         return
-    with ThreadPoolExecutor(threads, "sbckpt-read") as pool:
-        # What is known to the caller's context is known to them: who counts the bytes, say.
-        for future in [pool.submit(copy_context().run, take) for _ in range(threads)]:
+    with ThreadPoolExecutor(threads - 1, "sbckpt-read") as pool:
+        futures: list[Future[None]] = []
+        # What is known to the caller's context is known to them: who counts the bytes, say. Where
+        # the system starts no more threads, those that there are take all the items, and this one.
+        with suppress(RuntimeError):
+            futures.extend(pool.submit(copy_context().run, take) for _ in range(threads - 1))
+        take()
+        for future in futures:
             future.result()

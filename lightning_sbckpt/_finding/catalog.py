@@ -30,9 +30,6 @@ from lightning_sbckpt.typing import CheckpointPredicate
 
 logger = logging.getLogger("lightning_sbckpt")
 
-# The year 10000. What claims to be later has no time that another could be after.
-_END_OF_TIME = 253402300800.0
-
 # A smaller folder is read faster than an index is worth.
 _MANY = 64
 
@@ -169,7 +166,7 @@ class Catalog:
         """
         self._look(again=False)
         times = (usable_time(known.value("unixtime")) for _, known in self._readable())
-        return max((unixtime for unixtime in times if unixtime < _END_OF_TIME), default=0.0)
+        return max(times, default=0.0)
 
     def _readable(self) -> list[tuple[str, _Known]]:
         return [(name, known) for name, known in self._known.items() if known.problem is None]

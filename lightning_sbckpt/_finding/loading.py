@@ -108,25 +108,39 @@ def first_sound(
     names: Collection[str],
     unreadable: Mapping[Path, str],
     root: Path | str,
+    *,
+    look_again: bool,
+    found: dict[Path, tuple[int | None, str]],
 ) -> Checkpoint | None:
     """Return the first candidate that is whole, stepping over others with a line each.
 
+    Args:
+        candidates: The best first.
+        names: The recoverables that will be loaded.
+        unreadable: Checkpoints whose meta can't be read, each with the reason.
+        root: The folder of all checkpoints.
+        look_again: If one was removed meanwhile, take no later one: whoever removed it had published
+            a better one before.
+        found: Gets what is damaged: the identity of the folder, and the reason.
+
     Raises:
-        CheckpointNotFoundError: No candidate is whole, and another process removed some meanwhile:
-            look again.
+        CheckpointNotFoundError: Another process removed candidates meanwhile: look again.
         DamagedCheckpointError: There are candidates, or folders that may be one, and none is whole.
     """
     damaged: list[str] = []
     vanished: list[str] = []
     for ckpt in candidates:
-        before = _identity(ckpt.path)
+        before = identity_of_folder(ckpt.path)
         problems = damage_of(ckpt, names)
         if not problems:
             return ckpt
-        if before is None or _identity(ckpt.path) != before:
+        if before is None or identity_of_folder(ckpt.path) != before:
             # Removed, or replaced by another one of its name, while it was read.
             vanished.append(ckpt.path.name)
+            if look_again:
+                break
             continue
+        found[ckpt.path] = (before, "; ".join(problems))
         damaged.append(f"{ckpt.path.name}: {'; '.join(problems)}")
         logger.warning("skipped a damaged checkpoint, %s", damaged[-1])
     if vanished:
@@ -144,7 +158,8 @@ def first_sound(
     return None
 
 
-def _identity(folder: Path) -> int | None:
+def identity_of_folder(folder: Path) -> int | None:
+    """Return what is another number for another checkpoint of the same name; None if there is none."""
     try:
         return folder.stat().st_ino if is_checkpoint(folder) else None
     except OSError:

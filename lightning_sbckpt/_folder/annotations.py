@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -134,6 +134,28 @@ def read_annotations(folder: Path) -> Annotations | None:
         return _read(folder, read_meta(folder / META_NAME))
     except FileNotFoundError:
         return None
+
+
+@contextmanager
+def annotations_held(folder: Path) -> Iterator[Annotations | None]:
+    """Give what is said of a checkpoint, and let nobody say more until the end of the block.
+
+    Annotations that can't be read are no pin here: see `annotated`, which has warned of them.
+
+    Raises:
+        CheckpointNotFoundError: There is no checkpoint, or it was removed meanwhile.
+        SaveError: Another process has been annotating it all the time.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(folder))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CheckpointNotFoundError(f"{folder} was removed meanwhile") from error
+        try:
+            found = read_annotations(folder)
+        except (MetaError, OSError):
+            found = None
+        yield found
 
 
 def annotated(folder: Path, saved: dict[str, object]) -> dict[str, object]:

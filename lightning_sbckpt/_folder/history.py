@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from lightning_sbckpt._disk.absent import file_mode
 from lightning_sbckpt._disk.regular import read_regular
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import END_OF_TIME, Checkpoint
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -32,9 +32,6 @@ _LONGEST_LIST = 100
 # More than any run writes: whoever put such a file there did not mean it to be read.
 MAX_BYTES = 2**26
 _EVENT = re.compile(rb"^\{\"event\": .*$", re.MULTILINE)
-
-# Seconds up to the year 9999, the last that a date can have.
-_END_OF_TIME = 253_402_300_800.0
 
 # What each event must have to be believed.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -147,7 +144,7 @@ def read_history(root: Path) -> list[dict[str, Any]]:
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-        right = isinstance(entry, dict) and 0 <= float(entry["time"]) < _END_OF_TIME
+        right = isinstance(entry, dict) and 0 <= float(entry["time"]) < END_OF_TIME
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
     if not right or not isinstance(kind := entry.get("event"), str):

@@ -20,9 +20,10 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 from lightning_sbckpt._folder.owner import (
@@ -49,8 +50,8 @@ _Identity = tuple[int, int]
 class FolderLock:
     """The right of this process to write checkpoints into a folder.
 
-    Several locks of one process on one folder share that right, and the last that is released, or
-    that nobody has any more, gives it up.
+    Several locks of one process on one folder share that right, and the last that is released
+    or collected gives it up.
 
     Args:
         root: The folder of all checkpoints.
@@ -61,6 +62,8 @@ class FolderLock:
         self._root = root
         self._shared = shared
         self._claim: _Claim | None = None
+        # Stands for this lock among the holders of a claim.
+        self._key = object()
 
     def acquire(self) -> None:
         """Take the right, or make sure that it is still ours: call this before every write.
@@ -72,42 +75,49 @@ class FolderLock:
             FolderInUseError: Another process has it; nothing was changed.
             SaveError: The folder can't be written to.
         """
-        with _undisturbed():
-            try:
+        try:
+            with _guard:
                 identity = _identity(self._root)
+                if self._claim is not None and self._claim.identity != identity:
+                    _give_up(self._claim, self._key)
                 claim = _claims.get(identity) or _Claim(self._root, identity)
-                if self._claim is not None and self._claim is not claim:
-                    _give_up(self._claim)
-                    self._claim = None
-                claim.root = self._root  # The folder may have been moved, and be known by both.
-                claim.take(shared=self._shared)
-            except OSError as error:
-                raise SaveError(
-                    f"{self._root} can't be locked for saving: {error.strerror or error} "
-                    f"({self._root / LOCK_NAME}). Nothing was written. Make the folder and that "
-                    "file writable, use another dirpath, or open it for reading: access='read'"
-                ) from error
-            if self._claim is None:
-                claim.holders += 1
+                # Noted before it is taken: an exception of a signal handler may come between any
+                # two steps, and whoever releases this finds what has been done by then.
+                claim.holders.add(self._key)
                 self._claim = _claims[identity] = claim
+                claim.root = self._root  # The folder may have been moved, and be known by both.
+                try:
+                    claim.take(shared=self._shared)
+                finally:
+                    if not claim.is_held:
+                        _give_up(claim, self._key)
+                    _give_up_orphans()
+        except OSError as error:
+            raise SaveError(
+                f"{self._root} can't be locked for saving: {error.strerror or error} "
+                f"({self._root / LOCK_NAME}). Nothing was written. Make the folder and that "
+                "file writable, use another dirpath, or open it for reading: access='read'"
+            ) from error
+        for level, message in claim.news():
+            logger.log(level, message)
 
     def release(self) -> None:
         """Give the right up; nothing happens if it isn't held, or was held before a fork."""
-        with _undisturbed():
-            claim, self._claim = self._claim, None
-            if claim is not None:
-                _give_up(claim)
+        with _guard:
+            if self._claim is not None:
+                _give_up(self._claim, self._key)
+                self._claim = None
+            _give_up_orphans()
 
     def __del__(self) -> None:
-        """Give the right up, now or as soon as nobody is at it."""
+        """Give the right up, now or as soon as this thread has changed what it is changing."""
         if self._claim is not None:
-            _orphans.append(self._claim)
-            # This may run in the middle of anything, also of what changes claims.
-            if _guard.acquire(blocking=False):
-                try:
+            _orphans.append((self._claim, self._key))
+            # This may run in the middle of anything, of what changes claims as well. What holds
+            # the guard elsewhere never waits for this thread, not even for the log.
+            if not _guard._is_owned():  # type: ignore[attr-defined]  # noqa: SLF001 - as Condition
+                with _guard:
                     _give_up_orphans()
-                finally:
-                    _guard.release()
 
 
 @dataclass(eq=False)
@@ -116,11 +126,23 @@ class _Claim:
 
     root: Path
     identity: _Identity
-    holders: int = 0
-    _descriptor: int | None = None
+    holders: set[object] = field(default_factory=set)
+    # An object, which closes itself wherever an exception comes between two steps.
+    _file: FileIO | None = None
     _alone: bool = False
     _by_record: bool = False
     _me: dict[str, object] = field(default_factory=dict)
+    _news: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the lock is ours."""
+        return self._file is not None or self._by_record
+
+    def news(self) -> list[tuple[int, str]]:
+        """Return what is to be logged, when no lock of ours is held, and forget it."""
+        news, self._news = self._news, []
+        return news
 
     def take(self, *, shared: bool) -> None:
         """Take the lock, take it again, or turn a shared one into one that is not."""
@@ -130,21 +152,20 @@ class _Claim:
             return
         alone = self._alone or not shared
         while True:
-            new = self._descriptor is None
-            descriptor = self._open() if self._descriptor is None else self._descriptor
+            new = self._file is None
+            file = self._open() if self._file is None else self._file
             try:
-                fcntl.lockf(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+                # Closed at once if it is not kept: whatever closes the file later, of this process
+                # anything, gives up a lock that it may have got by then.
+                fcntl.lockf(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             except OSError as error:
+                owner, empty = read_record(file.fileno()), os.fstat(file.fileno()).st_size == 0
+                if new:
+                    file.close()
                 if error.errno in _HELD_BY_OTHERS:
-                    owner = read_record(descriptor)
-                    if new:
-                        os.close(descriptor)
                     if is_same_process(owner, self._me):
                         owner = {}  # We share it, and wrote last.
                     raise FolderInUseError(_in_use(self.root, owner)) from error
-                empty = os.fstat(descriptor).st_size == 0
-                if new:
-                    os.close(descriptor)
                 if error.errno not in _NO_LOCKS_HERE:
                     raise
                 if empty:  # We have just made it ourselves.
@@ -152,18 +173,21 @@ class _Claim:
                 if not shared:
                     self._take_by_record()
                 return
-            self._descriptor = descriptor
+            self._file = file
             # The owner before us removed the file after we had opened it: ours is no longer there.
             if self._is_in_place():
                 break
             self.drop()
         self._alone = alone
         if new:
-            if alone and os.fstat(descriptor).st_size:
+            if alone and os.fstat(file.fileno()).st_size:
                 # Who ends in good order leaves no file.
-                owner = read_record(descriptor)
-                logger.info("took over %s from %s, which has ended", self.root, spell(owner))
-            write_record(descriptor, self._me)
+                owner = read_record(file.fileno())
+                self._say(f"took over {self.root} from {spell(owner)}, which has ended")
+            write_record(file.fileno(), self._me)
+
+    def _say(self, message: str, level: int = logging.INFO) -> None:
+        self._news.append((level, message))
 
     def drop(self) -> None:
         """Give up, leaving no file, unless others share it."""
@@ -172,33 +196,29 @@ class _Claim:
             with suppress(OSError):
                 if is_same_process(read_record_at(path), self._me):
                     path.unlink()
-        elif self._descriptor is not None:
+        elif self._file is not None:
             with suppress(OSError):
                 # Removed while we hold it alone: whoever opened it before will see that it is gone.
                 if self._is_in_place():
-                    fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-        self._close()
+            self._file.close()
+        self._file = None
         self._alone = self._by_record = False
 
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-    def _open(self) -> int:
+    def _open(self) -> FileIO:
         # Not through a link, and not waiting for somebody at the other end of a pipe.
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(self.root / LOCK_NAME, flags, 0o666)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
+        path = self.root / LOCK_NAME
+        file = FileIO(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        return descriptor
+        return file
 
     def _is_in_place(self) -> bool:
-        if self._descriptor is None:
+        if self._file is None:
             return False
-        held = os.fstat(self._descriptor)
+        held = os.fstat(self._file.fileno())
         try:
             found = (self.root / LOCK_NAME).lstat()
         except FileNotFoundError:
@@ -216,15 +236,14 @@ class _Claim:
                 if verdict == "in use":
                     raise FolderInUseError(_in_use(self.root, owner))
                 if verdict == "unknown":
-                    logger.warning(
-                        "%s: %s wrote checkpoints there, and on this filesystem, which has no "
-                        "locks, nobody can tell whether it still does. Going on: make sure that it "
-                        "has ended, or use another dirpath",
-                        self.root,
-                        spell(owner),
+                    self._say(
+                        f"{self.root}: {spell(owner)} wrote checkpoints there, and on this "
+                        "filesystem, which has no locks, nobody can tell whether it still does. "
+                        "Going on: make sure that it has ended, or use another dirpath",
+                        logging.WARNING,
                     )
                 elif verdict == "dead":
-                    logger.info("took over %s from %s, which has ended", self.root, spell(owner))
+                    self._say(f"took over {self.root} from {spell(owner)}, which has ended")
                 with suppress(FileNotFoundError):
                     path.unlink()
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -247,51 +266,32 @@ class _Claim:
             self._take_by_record()
 
 
+# Only ever taken by `with`: a signal handler may raise at any bytecode, and nothing comes between
+# taking a lock so and the block that gives it back.
 _guard = threading.RLock()
 _claims: dict[_Identity, _Claim] = {}
-# One entry for each lock that was never released, and that nobody has any more.
-_orphans: deque[_Claim] = deque()
-_busy = False
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Change claims inside the block; no other thread does, nor does the garbage collector."""
-    global _busy  # noqa: PLW0603 - it goes with the guard
-    with _guard:
-        outer, _busy = _busy, True
-        try:
-            yield
-        finally:
-            _busy = outer
-            _give_up_orphans()
+# One entry for each lock that was collected without having been released.
+_orphans: deque[tuple[_Claim, object]] = deque()
 
 
 def _give_up_orphans() -> None:
-    global _busy  # noqa: PLW0603 - it goes with the guard
-    if _busy:
-        return
-    _busy = True
-    try:
-        while _orphans:
-            _give_up(_orphans.popleft())
-    finally:
-        _busy = False
+    while _orphans:
+        _give_up(*_orphans.popleft())
 
 
-def _give_up(claim: _Claim) -> None:
+def _give_up(claim: _Claim, key: object) -> None:
     # In a forked child the table is empty: what the parent holds is the parent's.
     if _claims.get(claim.identity) is not claim:
         return
-    claim.holders -= 1
-    if claim.holders == 0:
-        del _claims[claim.identity]
+    claim.holders.discard(key)
+    if not claim.holders:
         claim.drop()
+        del _claims[claim.identity]
 
 
 def _after_fork_in_child() -> None:
-    global _guard, _busy
-    _guard, _busy = threading.RLock(), False
+    global _guard  # noqa: PLW0603 - as it was at the fork it may never open
+    _guard = threading.RLock()
     # What the parent holds is the parent's. The descriptors stay open: closing one would not harm it.
     _claims.clear()
     _orphans.clear()

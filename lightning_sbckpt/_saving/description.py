@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_sbckpt.errors import MetaError
-from lightning_sbckpt.meta import plain_meta
+from lightning_sbckpt.meta import END_OF_TIME, plain_meta
 
 # The smallest step that a double still tells apart at today's count of seconds, generously.
 _TICK = 1e-5
@@ -38,7 +38,8 @@ def time_after(newest: float) -> float:
 
     A clock that stands still or jumps back must not change the order of checkpoints.
     """
-    return max(time.time(), newest + _TICK)
+    # Of a time far in the future the tick is too small a part.
+    return max(time.time(), newest + _TICK, math.nextafter(newest, math.inf))
 
 
 def meta_of_new(
@@ -52,11 +53,11 @@ def meta_of_new(
     """
     plain = plain_meta(given)
     own = plain.get("unixtime", 0.0)
-    usable = isinstance(own, (int, float)) and math.isfinite(own)
+    usable = isinstance(own, (int, float)) and abs(own) < END_OF_TIME
     if not usable or not isinstance(plain.get("end-of-epoch", True), bool):
         raise MetaError(
-            "meta sets a key that every checkpoint has: 'unixtime' must be a finite number of "
-            f"seconds and 'end-of-epoch' true or false, got {own!r} and "
+            "meta sets a key that every checkpoint has: 'unixtime' must be a number of seconds before "
+            "the year 10000, so that later ones can follow, and  'end-of-epoch' true or false, got {own!r} and "
             f"{plain.get('end-of-epoch', True)!r}. Choose other keys, or leave these out"
         )
     return {"unixtime": unixtime, "end-of-epoch": end_of_epoch, **plain}

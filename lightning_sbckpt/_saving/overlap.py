@@ -15,6 +15,8 @@ The idea is that of lazy asynchronous checkpointing: CheckFreq (FAST 2021), Data
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 from collections.abc import Iterable, Sequence
 from threading import Lock, Thread
 
@@ -23,10 +25,17 @@ import xxhash
 
 from lightning_sbckpt._saving.snapshot import Frozen, address_of
 
-# Called so, `memcpy` gives up the interpreter's lock and keeps to one core.
-_memcpy = ctypes.CDLL(None).memcpy
+_libc = ctypes.CDLL(None, use_errno=True)
+# Called so, it gives up the interpreter's lock and keeps to one core.
+_memcpy = _libc.memcpy
 _memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _memcpy.restype = ctypes.c_void_p
+# Linux only.
+_read_memory = getattr(_libc, "process_vm_readv", None)
+if _read_memory is not None:
+    _read_memory.restype = ctypes.c_ssize_t
+    _spans = ctypes.c_void_p, ctypes.c_ulong
+    _read_memory.argtypes = [ctypes.c_int, *_spans, *_spans, ctypes.c_ulong]
 # Hashed soon after they are copied, so many bytes are still in a cache. Fewer at a time would make
 # training wait: each call gives up the interpreter's lock, and takes it back from a loop that wants it.
 _BLOCK = 8 * 2**20
@@ -48,6 +57,7 @@ class LateCopy:
         files: Iterable[Frozen] = (),
     ) -> None:
         self._changed: bool | None = None
+        self._moved = False
         self._deciding = Lock()
         self._parts = sorted(parts, key=lambda part: part[1])
         self._files = sorted(files, key=lambda file: address_of(file.memory))
@@ -89,25 +99,57 @@ class LateCopy:
             return self._changed
 
     def _copy(self) -> None:
+        try:
+            self._copy_parts()
+        finally:
+            self._parts, self._files = [], []
+        with self._deciding:
+            if self._is_written_to():
+                self._changed = True
+
+    def _copy_parts(self) -> None:
         hashing = _Hashing(self._files)
         copied = 0
         for storage, address in self._parts:
             size, source = storage.nbytes(), storage.data_ptr()
             for start in range(0, size, _BLOCK):
                 length = min(_BLOCK, size - start)
-                _memcpy(address + start, source + start, length)
+                whole = _copy_if_there(address + start, source + start, length)
+                # Whoever frees or resizes a storage, to offload its parameters, say, is not counted
+                # as writing to a tensor.
+                if not whole or (storage.nbytes(), storage.data_ptr()) != (size, source):
+                    self._moved = True
+                    return
                 copied += length
                 if copied >= _BLOCK:
                     hashing.advance(address + start + length)
                     copied = 0
         hashing.finish()
-        self._parts, self._files = [], []
-        with self._deciding:
-            if self._is_written_to():
-                self._changed = True
 
     def _is_written_to(self) -> bool:
-        return any(_version(tensor) != version for tensor, version in self._versions)
+        return self._moved or any(_version(tensor) != version for tensor, version in self._versions)
+
+
+class _Span(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def _copy_if_there(target: int, source: int, length: int) -> bool:
+    """Copy memory that may be freed meanwhile; return whether all of it was there.
+
+    The kernel reads what is not mapped any more as an error, where `memcpy` would end the process.
+    It copies at two thirds of the speed.
+    """
+    if _read_memory is not None:
+        to, at = _Span(target, length), _Span(source, length)
+        count = _read_memory(os.getpid(), ctypes.byref(to), 1, ctypes.byref(at), 1, 0)
+        if count == length:
+            return True
+        if count >= 0 or ctypes.get_errno() == errno.EFAULT:
+            return False
+    # No such call, or not for us (a container): as good as it gets.
+    _memcpy(target, source, length)
+    return True
 
 
 class _Hashing:

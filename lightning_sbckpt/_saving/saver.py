@@ -26,9 +26,12 @@ from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
+    HookError,
+    MetaError,
     RemoteError,
     RemovalError,
     SaveError,
+    SBCheckpointError,
 )
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.typing import World
@@ -39,6 +42,9 @@ SaveMode = Literal["sync", "async", "overlap"]
 SAVE_MODES = ("sync", "async", "overlap")
 ON_SAVE_ERROR = ("raise", "warn")
 WHEN_BUSY = ("wait", "skip")
+
+# What may go wrong with a save whose arguments are right.
+_OF_A_SAVE = (SaveError, RemovalError, RemoteError, MetaError, HookError)
 
 # Bytes from which on removing is worth a thread: it takes about a millisecond a megabyte.
 _WORTH_A_THREAD = 8 * 2**20
@@ -117,7 +123,7 @@ class Saver:
     def save(
         self,
         jobs: Mapping[str, SaveJob],
-        description: Description,
+        description: Description | Exception | None,
         world: World,
         then: Callable[[], object] | None = None,
     ) -> Checkpoint | None:
@@ -125,7 +131,8 @@ class Saver:
 
         Args:
             jobs: What to save, by name.
-            description: What the checkpoint says about itself.
+            description: What the checkpoint says about itself; or, on ranks other than zero, why
+                this rank can't save, which all ranks are told.
             world: The ranks that save together.
             then: What to do on rank zero when the checkpoint is durable.
 
@@ -152,14 +159,14 @@ class Saver:
             self._wait_for_writer(world)
         try:
             return self._save(jobs, description, world, then)
-        except (SaveError, RemovalError, RemoteError) as error:
-            self._failed(error, world)
+        except SBCheckpointError as error:
+            self.fail(error, world)
             return None
 
     def _save(
         self,
         jobs: Mapping[str, SaveJob],
-        description: Description,
+        description: Description | Exception | None,
         world: World,
         then: Callable[[], object] | None,
     ) -> Checkpoint | None:
@@ -214,8 +221,8 @@ class Saver:
         elif again is not None:
             try:
                 again()
-            except (SaveError, RemovalError, RemoteError) as error:
-                self._failed(error, world)
+            except SBCheckpointError as error:
+                self.fail(error, world)
 
     def _end_hiding(self, world: World, instead: str) -> bool:
         """Let a hidden copy come to its end; return whether it came out right, if there was one."""
@@ -260,8 +267,8 @@ class Saver:
         try:
             if self.policy.mode != "sync":
                 self._wait_on_all(world)
-        except (SaveError, RemovalError, RemoteError) as error:
-            self._failed(error, world)
+        except SBCheckpointError as error:
+            self.fail(error, world)
 
     def _wait_on_all(self, world: World) -> None:
         own: Exception | None = None
@@ -285,9 +292,13 @@ class Saver:
         with suppress(Exception):
             self._writer.wait()
 
-    def _failed(self, error: SaveError | RemovalError | RemoteError, world: World) -> None:
+    def fail(self, error: SBCheckpointError, world: World) -> None:
+        """Raise what went wrong; or say it, if that is the policy and no argument was wrong.
+
+        Every rank of a world calls this, with an error of the same type.
+        """
         self.failed += 1
-        if self.policy.on_error == "raise":
+        if self.policy.on_error == "raise" or not isinstance(error, _OF_A_SAVE):
             raise error
         if world.rank == 0:
             logger.warning("%s. Training goes on, since on_save_error is 'warn'", error)

@@ -59,6 +59,11 @@ class ChangedMeanwhileError(SaveError):
     """What was to be saved changed before it was copied."""
 
 
+def _raise_if_any(given: object) -> None:
+    if isinstance(given, Exception):
+        raise given
+
+
 @dataclass
 class Workshop:
     """What is kept from save to save.
@@ -95,7 +100,8 @@ class Save:
 
     Args:
         workshop: What is kept from save to save.
-        description: What the checkpoint says about itself.
+        description: What the checkpoint says about itself; or why this rank, which is not rank
+            zero, can't save.
         remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
             save.
 
@@ -106,10 +112,13 @@ class Save:
     """
 
     def __init__(
-        self, workshop: Workshop, description: Description, remove: Callable[[Path], object]
+        self,
+        workshop: Workshop,
+        description: Description | Exception | None,
+        remove: Callable[[Path], object],
     ) -> None:
         self._workshop = workshop
-        self._description = description
+        self._given = description
         self._remove = remove
         self._started = time.perf_counter()
         self._staging = ExitStack()
@@ -154,6 +163,7 @@ class Save:
         # 2. Every rank does what is its to do; rank zero learns of every failure.
         failure: Exception | None = None
         try:
+            _raise_if_any(self._given)
             self._take(jobs, staged, main=main, copy=copy)
         except SBCheckpointError as error:
             failure = error
@@ -188,6 +198,11 @@ class Save:
             pieces.get_ready(staged, world, self._workshop.storage, make_group=make_group)
             if copy == "no":
                 self._written = pieces.write()
+
+    @property
+    def _description(self) -> Description:
+        assert isinstance(self._given, Description)
+        return self._given
 
     def _make_folder(self) -> Path:
         workshop = self._workshop

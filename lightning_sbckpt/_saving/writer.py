@@ -2,6 +2,11 @@
 
 The thread ends when there is nothing to do and is no daemon, so an interpreter that exits waits for
 what was handed over. A forked child has no such thread and starts with nothing to do.
+
+A signal handler may raise at any bytecode of the main thread: Ctrl+C, SIGTERM in Lightning. Nothing
+here rests on a flag that such an exception could leave behind. What is still to be done is what lies
+in the queue, and who works at it holds a lock that only `with` takes, which no exception can come
+into. Whoever waits does what is left, should the thread never have been started.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -35,32 +39,38 @@ class Background:
         _all.add(self)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
         self._jobs: deque[Callable[[], object]] = deque()
-        self._running = False
+        # Held by whoever does jobs.
+        self._working = threading.Lock()
+        # Held to look at whether a thread will still look at the queue.
+        self._deciding = threading.Lock()
+        self._thread: threading.Thread | None = None
         self._worker: int | None = None
         self._error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
         """Whether something is still to be done."""
-        return self._running
+        return bool(self._jobs) or self._working.locked()
 
     def submit(self, job: Callable[[], object]) -> None:
         """Do a job when those before it are done."""
-        thread = threading.Thread(target=self._work, name=self._name)
-        with self._changed:
+        with self._deciding:
             self._jobs.append(job)
-            if self._running:
+            if self._thread is not None and self._thread.is_alive():
+                return  # It looks at the queue once more before it ends.
+            self._thread = threading.Thread(target=self._work, name=self._name)
+            try:
+                # In here, so that its first line waits for us. Once it works it keeps the
+                # interpreter's lock for 5 ms, and `start` returns only when it has begun.
+                self._thread.start()
+            except RuntimeError:
+                # No thread can be started: the interpreter is exiting, or the system has no more.
+                self._thread = None
+            else:
                 return
-            self._running = True
-            # In here, so that its first line waits for us. Once it works it keeps the interpreter's
-            # lock for 5 ms, and `start` returns only when it has begun.
-            with suppress(RuntimeError):
-                thread.start()
-                return
-        # The interpreter is exiting and starts no thread any more.
-        self._work()
+        if self._worker != threading.get_ident():
+            self.wait_for_jobs()
 
     def wait(self) -> None:
         """Return when everything is done; at once in a job, which can't wait for itself.
@@ -70,28 +80,46 @@ class Background:
         """
         if self._worker == threading.get_ident():
             return
-        with self._changed:
-            while self._running:
-                self._changed.wait()
-            error, self._error = self._error, None
+        self.wait_for_jobs()
+        error, self._error = self._error, None
         if error is not None:
             raise error
 
+    def wait_for_jobs(self) -> None:
+        """Return when everything is done, and raise nothing of what went wrong."""
+        while (thread := self._thread) is not None and thread.is_alive():
+            thread.join()
+        with self._working:
+            # The thread that was to do them was never started, or is not known to be.
+            self._do_jobs()
+
     def _work(self) -> None:
-        self._worker = threading.get_ident()
         while True:
-            with self._changed:
+            with self._working:
+                self._do_jobs()
+            with self._deciding:
                 if not self._jobs:
-                    self._running, self._worker = False, None
-                    self._changed.notify_all()
+                    self._thread = None
                     return
+
+    def _do_jobs(self) -> None:
+        self._worker = threading.get_ident()
+        try:
+            while self._jobs:
                 job = self._jobs.popleft()
-            try:
-                job()
-            except BaseException as error:
-                with self._changed:
+                try:
+                    job()
+                except BaseException as error:
+                    if not isinstance(error, Exception) and self._is_main():
+                        raise  # A signal's, for whoever waits here.
                     self._error = self._error or error
-            del job  # It may hold the memory of a whole state.
+                del job  # It may hold the memory of a whole state.
+        finally:
+            self._worker = None
+
+    @staticmethod
+    def _is_main() -> bool:
+        return threading.current_thread() is threading.main_thread()
 
 
 def _after_fork() -> None:
