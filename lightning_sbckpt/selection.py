@@ -12,11 +12,11 @@ import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import nlargest, nsmallest
-from math import inf, isfinite, isnan
+from math import inf, isnan
 
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.meta import END_OF_TIME, Checkpoint, ckpt_recency
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey
 
 __all__ = ["Criterion", "importance", "newest_first", "rank_checkpoints"]
@@ -233,7 +233,8 @@ def shortlist(values: Sequence[object], limit: int, *, lowest: bool) -> Sequence
         >>> shortlist([0.5, 0.25, 0.75, 0.25], 1, lowest=True)
         [1, 3]
     """
-    usual = [value for value in values if type(value) is float and isfinite(value)]
+    # What is beyond any date counts as the oldest, should it be a time.
+    usual = [v for v in values if type(v) is float and -END_OF_TIME < v < END_OF_TIME]
     if not 0 < limit < len(values) or len(usual) < len(values):
         return range(len(values))
     if lowest:

@@ -9,7 +9,6 @@ import random
 import resource
 import sys
 import threading
-import time
 import weakref
 
 import pytest

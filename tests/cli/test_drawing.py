@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-from lightning_sbckpt import Checkpointer
-
 
 @pytest.mark.parametrize(
     ("command", "name", "begin"),
@@ -97,7 +95,7 @@ def test_a_wrong_or_empty_folder_is_one_line(call, tmp_path, command):
     """A wrong one is wrong usage, an empty one an answer."""
     result = call(command, tmp_path / "missing", code=2)
     assert "missing is not there" in result.stderr
-    Checkpointer(tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
     result = call(command, tmp_path / "empty", code=1)
     assert "there are no checkpoints in" in result.stderr
     assert "yet: nothing was drawn" in result.stderr
