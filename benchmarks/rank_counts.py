@@ -80,8 +80,16 @@ def _count(counts: Counter[str], folder: Path) -> None:
     LocalStorage.before = before  # type: ignore[method-assign, assignment]
 
     def listed(event: str, args: tuple[Any, ...]) -> None:
-        if event in _LISTINGS and str(args[0]).startswith(str(folder)):
-            counts["listing" if str(args[0]) == str(folder) else "folder_listing"] += 1
+        if event not in _LISTINGS:
+            return
+        # A folder is listed by its name, or by a descriptor of it.
+        path = (
+            str(Path(f"/proc/self/fd/{args[0]}").readlink())
+            if type(args[0]) is int
+            else str(args[0])
+        )
+        if path.startswith(str(folder)):
+            counts["listing" if path == str(folder) else "folder_listing"] += 1
 
     sys.addaudithook(listed)
 
@@ -103,10 +111,11 @@ def fit(rank: int, size: int, port: int, folder: Path, keep: int) -> None:
     saves: list[dict[str, int]] = []
     save = Saving._save  # noqa: SLF001 - what is counted is one save, to its end
 
-    def counted_save(self: Saving, *args: Any, **kwargs: Any) -> None:
+    def counted_save(self: Saving, *args: Any, **kwargs: Any) -> dict[str, object]:
         counts.clear()
-        save(self, *args, **kwargs)
+        meta = save(self, *args, **kwargs)
         saves.append(dict(counts))
+        return meta
 
     Saving._save = counted_save  # type: ignore[method-assign]  # noqa: SLF001
     run = folder / f"{size}-{keep}"

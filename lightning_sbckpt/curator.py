@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning_sbckpt._finding.loading import identity_of_folder
 from lightning_sbckpt._folder.annotations import annotations_held
 from lightning_sbckpt._folder.links import Links
 from lightning_sbckpt._folder.lock import FolderLock
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._folder.manifest import MANIFEST_NAME, find_damage
 from lightning_sbckpt._folder.sizes import checkpoint_bytes
 from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.uploading import Uploads
@@ -105,6 +106,7 @@ class Curator(Annotator):
         return workshop
 
     def _set_up_uploads(self) -> None:
+        self._looked_at: dict[Path, dict[str, tuple[int, int, int] | None]] = {}
         self._uploads: Uploads | None = None
         self.saver.then_upload = None
         if self._mirror is not None:
@@ -385,7 +387,14 @@ class Curator(Annotator):
             identity, problem = self._damage_found[folder]
             if identity == identity_of_folder(folder):
                 return problem
-        return "; ".join(find_damage(folder, ()))
+        # What is kept is looked at before each removal: its manifest is read once.
+        known = self._looked_at.get(folder)
+        if known is None or known != {name: _seen(folder / name) for name in known}:
+            if problems := find_damage(folder, ()):
+                return "; ".join(problems)
+            names = [MANIFEST_NAME, *(path.name for path in folder.iterdir())]
+            self._looked_at[folder] = {name: _seen(folder / name) for name in names}
+        return ""
 
     def _remove(self, decision: Decision, verbosity: int) -> Decision:
         """Remove a checkpoint, unless it was pinned since this was decided; return what was done."""
@@ -400,6 +409,16 @@ class Curator(Annotator):
                     self.saver.remove(path)
         except CheckpointNotFoundError:
             return decision  # Another process was faster.
+        self._looked_at.pop(path, None)
         self._history.removed(path.name, decision.reason)
         logger.log(verbosity, "removed %s: %s", path, decision.reason)
         return decision
+
+
+def _seen(path: Path) -> tuple[int, int, int] | None:
+    """Return by what a file is known to be the one that was looked at."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -25,7 +25,7 @@ from lightning_sbckpt.errors import MetaError
 def test_a_key_of_every_checkpoint_is_not_set_to_what_is_of_no_use(tmp_path, meta):
     """The message has both keys as they were given; nothing is saved."""
     checkpointer = Checkpointer(tmp_path)
-    with pytest.raises(MetaError, match="'unixtime' must be a finite number") as caught:
+    with pytest.raises(MetaError, match="'unixtime' must be a number of seconds") as caught:
         checkpointer.save_checkpoint(meta)
     assert isinstance(caught.value, SBCheckpointError)
     assert repr(*meta.values()) in str(caught.value)

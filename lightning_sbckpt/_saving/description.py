@@ -57,7 +57,7 @@ def meta_of_new(
     if not usable or not isinstance(plain.get("end-of-epoch", True), bool):
         raise MetaError(
             "meta sets a key that every checkpoint has: 'unixtime' must be a number of seconds before "
-            "the year 10000, so that later ones can follow, and  'end-of-epoch' true or false, got {own!r} and "
-            f"{plain.get('end-of-epoch', True)!r}. Choose other keys, or leave these out"
+            "the year 10000, so that later ones can follow, and 'end-of-epoch' true or false, got "
+            f"{own!r} and {plain.get('end-of-epoch', True)!r}. Choose other keys, or leave these out"
         )
     return {"unixtime": unixtime, "end-of-epoch": end_of_epoch, **plain}
