@@ -13,6 +13,8 @@ import signal
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import update_wrapper, wraps
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -346,6 +348,16 @@ def is_child_of_launcher(trainer: Trainer) -> bool:
     launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
     own = isinstance(cluster_environment(trainer), LightningEnvironment)
     return launched and own and trainer.local_rank != 0
+
+
+def is_ending_process(frame: FrameType | None) -> bool:
+    """Return whether a function, by its frame, is called as nobody has caught an exception.
+
+    The interpreter drops such an exception when no frame is left, and `BaseProcess._bootstrap`,
+    which runs every process that `multiprocessing` has started, does it itself.
+    """
+    caller = frame and frame.f_back
+    return caller is None or caller.f_code is cast("Any", BaseProcess)._bootstrap.__code__
 
 
 def end_at_once(trainer: Trainer, code: int) -> NoReturn:

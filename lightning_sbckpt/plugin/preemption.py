@@ -6,10 +6,14 @@ one of all ranks, and a rank that stopped alone would leave the others waiting.
 
 from __future__ import annotations
 
+import atexit
+import inspect
 import os
 import signal
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -202,6 +206,7 @@ class Watch:
         self._previous: dict[int, Any] = {}
         self._undo: _compat.Undo | None = None
         self._over = threading.Event()
+        self._preempted: weakref.ref[Preempted] | None = None
 
     # ------------------------------------------------------------------ receiving
 
@@ -215,6 +220,10 @@ class Watch:
             return
         for name in self._preemption.signals:
             number = signal.Signals[name]
+            watch = getattr(signal.getsignal(number), "__self__", None)
+            if isinstance(watch, Watch) and watch._over.is_set():  # noqa: SLF001
+                # An earlier run ended by `Preempted`, and the process went on.
+                watch._put_back()  # noqa: SLF001
             self._previous[number] = signal.getsignal(number)
         self._catch()
         # Lightning puts its own in place of those when a fit begins; they speak to the other ranks
@@ -233,19 +242,49 @@ class Watch:
             ).start()
 
     def stop(self) -> None:
-        """Leave the handlers as they were."""
+        """Put the previous handlers back; if the run ends by `Preempted`, only once that is caught.
+
+        A scheduler may send its signal many times. By the previous handler, which is mostly none,
+        the next one would kill the process on its way out, and its exit code would be another.
+        """
         self._over.set()
         if self._undo is not None:
             self._undo()
             self._undo = None
-        for number, handler in self._previous.items():
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, handler)
-            _compat.replace_remembered_handler(self._trainer, number, self._handle, handler)
-        self._previous = {}
+        # Nobody starts an interactive session again by its exit code, and it keeps its last exception.
+        if self._preempted is None or self._preempted() is None or hasattr(sys, "ps1"):
+            self._put_back()
+        else:
+            # Ctrl+C always means at once.
+            self._put_back(signal.SIGINT)
+            atexit.register(self._ignore)
         if self._received and not self.agreed:
             name = signal.Signals(self._received).name
             rank_zero_info(f"SBCheckpoint: {name} came when the fit was ending anyway")
+
+    def _put_back(self, *only: int) -> None:
+        for number in only or tuple(self._previous):
+            if number not in self._previous:
+                continue
+            handler = self._previous.pop(number)
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, handler)
+            _compat.replace_remembered_handler(self._trainer, number, self._handle, handler)
+        if not self._previous:
+            atexit.unregister(self._ignore)
+
+    def _released(self, _: object) -> None:
+        """Put the handlers back, as nobody holds the `Preempted` any more: the process goes on."""
+        if not self._over.is_set() or threading.current_thread() is not threading.main_thread():
+            return
+        if not _compat.is_ending_process(inspect.currentframe()):
+            self._put_back()
+
+    def _ignore(self) -> None:
+        # The interpreter replaces Python's handlers by the default ones at its very end, but not this.
+        for number in self._previous:
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, signal.SIG_IGN)
 
     def _catch(self) -> None:
         for number in self._previous:
@@ -310,7 +349,9 @@ class Watch:
         number = signal.Signals[self.agreed]
         if number == signal.SIGINT and not self._is_child():
             return KeyboardInterrupt()
-        return Preempted(self._exit_code(number), self.agreed)
+        preempted = Preempted(self._exit_code(number), self.agreed)
+        self._preempted = weakref.ref(preempted, self._released)
+        return preempted
 
     def _exit_code(self, number: int) -> int:
         # Lightning's launcher kills rank zero, whose exit code counts, when a child of its ends
