@@ -212,6 +212,68 @@ def test_a_hook_that_fails_on_one_rank_fails_the_save_on_both(both, failing):
         assert names == ["CKPT+earlier", "CKPT+later"]
 
 
+class Fails:
+    """Has no state to save, though it says so."""
+
+    def state_dict(self):
+        raise RuntimeError("no state today")
+
+    def load_state_dict(self, state):
+        pass
+
+
+@register_checkpoint_hooks(save_on_main_only=False)
+class GatheredLate(Gathered):
+    """Its collective comes after a failure of its own rank."""
+
+    @mark_as_saver
+    def save(self, path):
+        super().save(path)
+        if self.number == 1:
+            raise RuntimeError("failed after the collective")
+
+
+def fail_beside_collectives(folder, rank):
+    """Save with several kinds of failure on one rank, in names before and after a collective."""
+    answers = []
+    for case in ("state", "hook", "every rank", "order", "meta"):
+        checkpointer = checkpointer_of(folder / case, rank)
+        meta = {}
+        if case == "state":
+            checkpointer.add_recoverable("a", Fails())
+        if case == "hook":
+            checkpointer.add_recoverable("a", object(), custom_save_hook=fail_at_once)
+        if case == "every rank":
+            checkpointer.add_recoverable("a", GatheredLate(rank + 1))
+        if case == "meta" and rank == 1:
+            meta = {"loss": object()}
+        names = ["m", "z"][:: -1 if case == "order" and rank else 1]
+        checkpointer.add_recoverables({name: Gathered(ord(name)) for name in names})
+        try:
+            saved = checkpointer.save_checkpoint(meta, name="new")
+            answers.append(saved if saved is None else saved.path.name)
+        except (SaveError, SBCheckpointError) as error:
+            answers.append(str(error))
+    return answers
+
+
+def fail_at_once(obj, path):
+    raise RuntimeError("failed at once")
+
+
+def test_a_failure_leaves_no_rank_in_the_collective_of_a_hook(both, tmp_path):
+    """Whatever fails first on one of them, both go through every collective, and then learn of it."""
+    zero, one = both(fail_beside_collectives)
+    for answers in (zero, one):
+        assert "no state today" in answers[0]
+        assert "failed at once" in answers[1]
+        assert "failed after the collective" in answers[2]
+        assert "loss" in answers[4]
+    assert (zero[3], one[3]) == ("CKPT+new", None)
+    values = tmp_path / "run" / "order" / "CKPT+new"
+    assert (values / "m.ckpt").read_text() == str(2 * ord("m"))
+
+
 class OddError(SBCheckpointError):
     """An exception that can be pickled but not unpickled."""
 

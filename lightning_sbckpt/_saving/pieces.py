@@ -40,15 +40,19 @@ class Pieces:
         self._stager: Stager | None = None
         self._write: Callable[[], Mapping[str, FileDigest]] | None = None
 
-    def take(self, jobs: Mapping[str, SaveJob]) -> None:
+    def take(self, jobs: Mapping[str, SaveJob], failures: list[Exception]) -> None:
         """Take the states; to take some of them is a collective.
 
-        Raises:
-            SaveError: An object could not give its state.
+        Args:
+            jobs: What to save, by name.
+            failures: Gets the exception of each object that could not give its state.
         """
-        for name, job in jobs.items():
+        for name, job in sorted(jobs.items()):
             if job.sharded:
-                self._states[name] = cast("Mapping[str, object]", job.take())
+                try:
+                    self._states[name] = cast("Mapping[str, object]", job.take())
+                except Exception as error:
+                    failures.append(error)
         self.names = sorted(self._states)
 
     def freeze(self, stager: Stager, *, is_coordinator: bool) -> None:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -59,9 +59,13 @@ class ChangedMeanwhileError(SaveError):
     """What was to be saved changed before it was copied."""
 
 
-def _raise_if_any(given: object) -> None:
-    if isinstance(given, Exception):
-        raise given
+@contextmanager
+def _kept_in(failures: list[Exception]) -> Iterator[None]:
+    """Go on after an exception, and keep it."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(error)
 
 
 @dataclass
@@ -163,7 +167,6 @@ class Save:
         # 2. Every rank does what is its to do; rank zero learns of every failure.
         failure: Exception | None = None
         try:
-            _raise_if_any(self._given)
             self._take(jobs, staged, main=main, copy=copy)
         except SBCheckpointError as error:
             failure = error
@@ -213,17 +216,30 @@ class Save:
         self, jobs: Mapping[str, SaveJob], staged: Path, *, main: bool, copy: Copying
     ) -> None:
         workshop = self._workshop
-        # Those of which every rank has a piece before all others: to take some of them is a
-        # collective, which no rank may miss since something else has failed on it.
-        self.pieces.take(jobs)
-        if self.pieces.names and copy != "no":
+        failures = [self._given] if isinstance(self._given, Exception) else []
+        # First what may hold a collective, whatever fails on this rank, since the others would wait
+        # in it: the states of which every rank has a piece, and then the hooks that every rank runs.
+        self.pieces.take(jobs, failures)
+        if self.pieces.names and copy != "no" and not failures:
             workshop.stager = workshop.stager or new_stager()
-            self.pieces.freeze(workshop.stager, is_coordinator=main)
+            with _kept_in(failures):
+                self.pieces.freeze(workshop.stager, is_coordinator=main)
         jobs = {name: job for name, job in jobs.items() if not job.sharded}
-        # Then the states: a hook of the user may take its time, and there must be room for them.
+        states: dict[str, object] = {}
+        for name, job in sorted(jobs.items()):
+            if job.on_every_rank:
+                with _kept_in(failures):
+                    if job.state is None:
+                        job.run(staged / f"{name}{PARAMFILE_EXT}", must_write=main)
+                    else:
+                        states[name] = job.take()
+        if failures:
+            raise failures[0]
+        # Then the states of this rank alone: a hook of the user may take its time, and there must be
+        # room for them.
         for name, job in jobs.items():
             if job.state is not None and (main or job.on_every_rank):
-                state = job.take()
+                state = states.pop(name) if name in states else job.take()
                 refuse_pieces(name, state)
                 if main:
                     contents = Contents.of(job, state, workshop.templates, workshop.root)
@@ -237,8 +253,8 @@ class Save:
                     self._contents, workshop.arena, later=copy == "later"
                 )
         for name, job in jobs.items():
-            if job.state is None and (main or job.on_every_rank):
-                job.run(staged / f"{name}{PARAMFILE_EXT}", must_write=main)
+            if job.state is None and main and not job.on_every_rank:
+                job.run(staged / f"{name}{PARAMFILE_EXT}", must_write=True)
 
     def _require_space(self) -> None:
         self._needed = needed = sum(contents.size for contents in self._contents.values())
