@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
@@ -47,15 +51,21 @@ def selftest(factory: str, kills: tuple[str, ...], ranks: int, timeout: float) -
 
     FUNCTION is called with a folder and returns a Trainer with an SBCheckpoint on that folder, a
     module, and its data. The run goes through once, then it is killed and started again at each
-    point, and every bit is compared. Exits with 0 if all agree, with 1 if something differs.
+    point, and every bit is compared. Exits with 0 if all agree, with 1 if something differs, with 2
+    if nothing was proved: the script can't be run, no batch is trained, no kill point is reached.
     """
     from lightning_sbckpt.plugin.selftest import DEFAULT_KILL_POINTS, run_selftest
 
     points = [kill.split(",") for kill in kills] or DEFAULT_KILL_POINTS
+    make = _Reference.parse(factory)
+    # A script beside the user is what she means, and the console script alone would not see it.
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        report = run_selftest(_load(factory), points, ranks=ranks, timeout=timeout)
+        with _ending_in_order():
+            report = run_selftest(make, points, ranks=ranks, timeout=timeout)
     except (SBCheckpointError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
     click.echo(str(report))
     sys.exit(0 if report.exact else 1)
 
@@ -128,14 +138,53 @@ def _as_lines(found: Sequence[Verification], seconds: float) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _load(reference: str) -> Callable[[Path], Any]:
-    module_name, _, name = reference.partition(":")
-    # A script beside the user is what she means, and the console script alone would not see it.
-    sys.path.insert(0, str(Path.cwd()))
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Turn signals that end a process into an exit, so that what was begun is ended, too."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for caught in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            previous[caught] = signal.signal(caught, leave)
     try:
-        return cast("Callable[[Path], Any]", getattr(importlib.import_module(module_name), name))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise click.BadParameter(
-            f"{reference!r} can't be imported ({error}): expected the name of a module and of a "
-            "function in it, such as my_training:make"
-        ) from error
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A function of a script, imported where it is called: the script may end its process."""
+
+    module: str
+    function: str
+
+    @classmethod
+    def parse(cls, text: str) -> _Reference:
+        module, _, function = text.partition(":")
+        if not all(part.isidentifier() for part in [*module.split("."), function]):
+            raise click.BadParameter(f"{text!r} is not {_EXPECTED}")
+        return cls(module, function)
+
+    def __call__(self, folder: Path) -> Any:
+        from lightning_sbckpt.plugin.selftest import NotTestedError
+
+        try:
+            make = getattr(importlib.import_module(self.module), self.function)
+        except (ImportError, AttributeError, SystemExit) as error:
+            what = f"{self.module}:{self.function}"
+            kind = type(error).__name__
+            raise NotTestedError(
+                f"{what!r} can't be imported ({kind}: {error}): expected {_EXPECTED}. What trains or "
+                'exits in the script belongs below `if __name__ == "__main__":`'
+            ) from error
+        return make(folder)
+
+
+_EXPECTED = "the name of a module and of a function in it, such as my_training:make"

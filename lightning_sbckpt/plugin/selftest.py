@@ -12,8 +12,10 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -24,7 +26,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.errors import ConfigurationError, SBCheckpointError
 from lightning_sbckpt.plugin import _compat
 from lightning_sbckpt.plugin._comparison import (
     BY_UP_TO,
@@ -39,8 +41,16 @@ from lightning_sbckpt.rng import capture_rng
 
 __all__ = ["KillPoint", "SelftestReport", "assert_resume_exact", "run_selftest"]
 
+
+class NotTestedError(SBCheckpointError, RuntimeError):
+    """There is no factory to be called; the message is all there is to say."""
+
+
 Factory = Callable[[Path], Sequence[Any]]
 """`factory(dirpath)` returns a Trainer with an `SBCheckpoint(dirpath)`, a module, and its data."""
+
+_FINAL = "final.pt"
+_KILLED = "killed"
 
 DEFAULT_KILL_POINTS = (
     "on_train_batch_start:2",
@@ -89,7 +99,7 @@ class Row:
     """One killed and resumed run: where it was killed, from where it went on, what differed."""
 
     kills: str
-    resumed: str
+    resumed: str | None
     differences: tuple[str, ...]
 
 
@@ -105,8 +115,8 @@ class SelftestReport:
 
     @property
     def exact(self) -> bool:
-        """Whether every killed run ended with the same bits."""
-        return not any(row.differences for row in self.rows)
+        """Whether runs were killed, and every one ended with the same bits."""
+        return bool(self.rows) and not any(row.differences for row in self.rows)
 
     def __str__(self) -> str:
         """Return a table, a line for each killed run."""
@@ -118,8 +128,9 @@ class SelftestReport:
             # The first to differ says when; the first tensor to differ says which, and how far.
             far = next((line for line in row.differences[1:] if BY_UP_TO in line), None)
             more += f", ends with {far}" if far else ""
-            verdict = "DIFFERS  " if row.differences else "exact    "
-            lines.append(f"{row.kills:<{width}}  {verdict}{first}{more}; {row.resumed}")
+            verdict = "DIFFERS" if row.differences else "exact" if row.resumed else "anew"
+            resumed = row.resumed or "began anew: no checkpoint was saved before"
+            lines.append(f"{row.kills:<{width}}  {verdict:<7}  {first}{more}; {resumed}")
         return "\n".join(lines)
 
 
@@ -151,7 +162,8 @@ def assert_resume_exact(
 
     Raises:
         AssertionError: Something differed; the message is the report.
-        RuntimeError: A process failed otherwise than by its kill.
+        RuntimeError: A process failed otherwise than by its kill, or nothing was tested: no batch
+            was trained, or no killed run had a checkpoint to go on from.
     """
     report = run_selftest(make_trainer_and_data, kill_points, ranks=ranks, timeout=timeout)
     if not report.exact:
@@ -167,28 +179,42 @@ def run_selftest(
     timeout: float = 600.0,
 ) -> SelftestReport:
     """Do what `assert_resume_exact` does, and return the report whatever it says."""
+    rounds = [
+        [KillPoint.parse(point) for point in (each if isinstance(each, (list, tuple)) else (each,))]
+        for each in kill_points
+    ]
+    if not rounds or not all(rounds):
+        raise ConfigurationError("there is no kill point, so nothing would be tested: name one")
     report = SelftestReport()
     root = Path(tempfile.mkdtemp(prefix="sbckpt-selftest-"))
     try:
         reference = _run(make_trainer_and_data, root / "through", None, ranks, timeout)
-        for number, points in enumerate(kill_points):
-            several = points if isinstance(points, (list, tuple)) else (points,)
-            kills = [KillPoint.parse(point) for point in several]
+        if not all(any("batch" in line for line in each.trace) for each in reference):
+            raise RuntimeError(
+                "the run trains no batch, so there is nothing to compare: look at the limits of its "
+                "Trainer and at the length of its data"
+            )
+        for number, kills in enumerate(rounds):
             folder = root / f"killed-{number}"
             for kill in kills:
                 _run(make_trainer_and_data, folder, kill, ranks, timeout)
             resumed = _run(make_trainer_and_data, folder, None, ranks, timeout)
-            origin = resumed[0].trace[0].get("resumed")
-            report.rows.append(
-                Row(
-                    ", ".join(map(str, kills)),
-                    str(origin or "began anew: no checkpoint was saved before"),
-                    tuple(_differences_by_rank(reference, resumed)),
+            named = ", ".join(map(str, kills))
+            if not all(each.trace for each in resumed):
+                raise RuntimeError(
+                    f"the run was complete when it was killed at {named}, and trained nothing when it "
+                    "was started again: choose an earlier kill point"
                 )
-            )
+            origin = resumed[0].trace[0].get("resumed")
+            report.rows.append(Row(named, origin, tuple(_differences_by_rank(reference, resumed))))
             shutil.rmtree(folder)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+    if report.exact and not any(row.resumed for row in report.rows):
+        raise RuntimeError(
+            "no killed run had a checkpoint to go on from, so no resume was tested: choose later kill "
+            f"points, or save more often\n{report}"
+        )
     return report
 
 
@@ -218,24 +244,27 @@ def _run(
         )
         for each, environment in zip(folders, environments, strict=True)
     ]
-    for process in processes:
-        process.start()
-    first = _await(processes, folders, timeout)
+    with _all_ended(processes):
+        for process in processes:
+            process.start()
+        first = _await(processes, folders, timeout)
     if first is None:
         raise RuntimeError(f"the run in {folder} was still going after {timeout:g} s and was ended")
     code = processes[first].exitcode
-    if kill and code == -signal.SIGKILL:
+    if kill and any((each / _KILLED).exists() for each in folders):
         return []
-    if kill or code != 0:
+    if kill or code != 0 or not all((each / _FINAL).exists() for each in folders):
         told = folders[first] / "error.txt"
-        reason = told.read_text() if told.exists() else f"exit code {code}"
-        if kill and code == 0:
+        reason = f"its process ended by exit code {code} before the fit was over"
+        if told.exists():
+            reason = told.read_text()
+        elif kill and (folders[first] / _FINAL).exists():
             reason = f"it ended before {kill} came: choose a kill point that the run reaches"
         raise RuntimeError(f"the run to be compared failed: {reason}")
     return [
         Outcome(
             [json.loads(line) for line in (each / "trace.jsonl").read_text().splitlines()],
-            torch.load(each / "final.pt", weights_only=True),
+            torch.load(each / _FINAL, weights_only=True),
         )
         for each in folders
     ]
@@ -251,24 +280,47 @@ def _await(processes: Sequence[BaseProcess], folders: Sequence[Path], timeout: f
     """
     deadline = time.monotonic() + timeout
     waiting = [process.sentinel for process in processes]
+    while waiting:
+        ended = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ended:
+            return None
+        waiting = [sentinel for sentinel in waiting if sentinel not in ended]
+        codes = [process.exitcode for process in processes]
+        if -signal.SIGKILL in codes:
+            return codes.index(-signal.SIGKILL)
+        bad = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if bad:
+            # Others may have ended since, of what they had lost.
+            return min(bad, key=lambda rank: _time_of_error(folders[rank]))
+    return 0
+
+
+@contextmanager
+def _all_ended(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """End the processes when the block ends, and what they have started."""
     try:
-        while waiting:
-            ended = wait(waiting, max(0.0, deadline - time.monotonic()))
-            if not ended:
-                return None
-            waiting = [sentinel for sentinel in waiting if sentinel not in ended]
-            codes = [process.exitcode for process in processes]
-            if -signal.SIGKILL in codes:
-                return codes.index(-signal.SIGKILL)
-            bad = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
-            if bad:
-                # Others may have ended since, of what they had lost.
-                return min(bad, key=lambda rank: _time_of_error(folders[rank]))
-        return 0
+        yield
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                # Each leads a group, unless it has not come so far.
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
+                process.join()
+
+
+def _end_with_parent() -> None:
+    """Lead a group of processes, and end all of it when the process that tests has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    os.setpgid(0, 0)
+
+    def end() -> None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=end, name="sbckpt-selftest-end", daemon=True).start()
 
 
 def _time_of_error(folder: Path) -> float:
@@ -303,6 +355,7 @@ def _child(
     start_method: str,
     environment: Mapping[str, str],
 ) -> None:
+    _end_with_parent()
     os.environ.update(environment)
     # Else workers of loaders would start as this process did, which takes seconds for each.
     multiprocessing.set_start_method(start_method, force=True)
@@ -313,17 +366,20 @@ def _child(
     try:
         trainer, module, *data = factory(checkpoints)
         _check_ranks(trainer, int(environment.get("WORLD_SIZE", "1")))
-        recorder = _Recorder(folder / "trace.jsonl")
+        recorder = _Recorder(folder / "trace.jsonl", checkpoints)
         # First, so that a kill comes before anything that the hook would make durable.
         trainer.callbacks.insert(0, recorder)
         if kill is not None:
-            trainer.callbacks.insert(0, _killer(kill))
+            trainer.callbacks.insert(0, _killer(kill, folder / _KILLED))
         trainer.loggers = [*trainer.loggers, _TraceLogger(recorder)]
         trainer.fit(module, **_fit_arguments(data))
         torch.save(
             {"at the end of training": recorder.state, "after the fit": clone(weights(module))},
-            folder / "final.pt",
+            folder / _FINAL,
         )
+    except NotTestedError as error:
+        (folder / "error.txt").write_text(str(error))
+        raise SystemExit(1) from error
     except BaseException:
         import traceback
 
@@ -350,13 +406,15 @@ def _fit_arguments(data: Sequence[Any]) -> dict[str, Any]:
     return {"train_dataloaders": data[0]} | ({"val_dataloaders": data[1]} if data[1:] else {})
 
 
-def _killer(kill: KillPoint) -> Callback:
+def _killer(kill: KillPoint, note: Path) -> Callback:
     calls = 0
 
     def hook(*_args: Any, **_kwargs: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == kill.count:
+            # The kernel kills by the same signal when memory runs out.
+            note.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     return cast("Callback", type("_Killer", (Callback,), {kill.hook: hook})())
@@ -365,8 +423,9 @@ def _killer(kill: KillPoint) -> Callback:
 class _Recorder(Callback):
     """Writes down what there is to compare, line by line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checkpoints: Path) -> None:
         self._stream = path.open("a")
+        self._checkpoints = checkpoints
         self.state: dict[str, Any] = {}
 
     def write(self, record: Mapping[str, object]) -> None:
@@ -382,6 +441,12 @@ class _Recorder(Callback):
         if callback is None:
             raise ConfigurationError(
                 "the Trainer under test has no SBCheckpoint on the folder that the factory was given"
+            )
+        used, given = Path(str(callback.dirpath)).resolve(), self._checkpoints.resolve()
+        if used != given and given not in used.parents:
+            raise ConfigurationError(
+                f"the SBCheckpoint of the Trainer under test saves to {callback.dirpath}, which may "
+                f"hold checkpoints of other runs, not to the folder that the factory was given, {given}"
             )
         report = callback.resume_report
         self.write({"resumed": report and report.headline().replace(str(callback.dirpath), "")})
