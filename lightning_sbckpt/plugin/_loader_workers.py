@@ -25,6 +25,7 @@ from lightning_sbckpt.plugin._data_state import Baseline, DataState
 from lightning_sbckpt.rng import install_generator, raw_generator_state
 
 __all__ = [
+    "MANY_OBJECTS",
     "StartWorker",
     "TagBatch",
     "TaggedBatch",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 # Of more objects a worker looks at the numbers only, after every batch.
-_MANY_OBJECTS = 100
+MANY_OBJECTS = 100
 
 WorkerState = dict[str, Any]
 """Of one worker: the streams and generators that are not as when it was started."""
@@ -90,7 +91,7 @@ class _Worker:
             for name, generator in with_state(found.wanted).items()
         }
         state = {name: value for name, value in state.items() if value != self.base.get(name)}
-        many = len(found.objects) > _MANY_OBJECTS
+        many = len(found.objects) > MANY_OBJECTS
         if data := self.data.take(states=states, numbers_only=many):
             # In a tuple, since what a user's state holds goes as it is.
             state["data"] = (data,)
