@@ -47,6 +47,21 @@ def enter_epoch(trainer: Trainer) -> None:
                 callback.on_train_epoch_start(trainer, trainer.lightning_module)
 
 
+def hold_averages(trainer: Trainer) -> None:
+    """Put in place the averaged weights that a complete run ended with.
+
+    `StochasticWeightAveraging` does so in `on_train_end`, after the last save. With batch norm it does
+    so before, in the epoch that takes its statistics.
+    """
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging) and (
+            callback._average_model is not None
+            and not callback._model_contains_batch_norm
+            and _has_begun(callback, trainer)
+        ):
+            callback.transfer_weights(callback._average_model, trainer.lightning_module)
+
+
 def _has_begun(callback: StochasticWeightAveraging, trainer: Trainer) -> bool:
     return callback._scheduler_state is not None or trainer.current_epoch > callback.swa_end
 

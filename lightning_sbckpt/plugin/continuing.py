@@ -182,6 +182,7 @@ class Beginning:
         if complete:
             resumption.report.notes.append(complete)
             rank_zero_info(f"SBCheckpoint: {complete}")
+            _compat_callbacks.hold_averages(self._trainer)
 
     def compare_data(self) -> None:
         """Say how the data differs, now that the loaders are made."""

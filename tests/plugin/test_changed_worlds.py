@@ -259,7 +259,8 @@ def test_an_epoch_with_other_batches_ends_with_its_validation(
             model=Recording,
             callbacks=lambda: [StopFit(stop), EarlyStopping("val_loss")],
             trainer={"max_epochs": 1, "num_sanity_val_steps": 0},
-            checkpoint={"every_n_train_steps": 1},
+            # Another length is other data, which is refused by default in one process.
+            checkpoint={"every_n_train_steps": 1, "on_change": "warn"},
         )
         numbers = exact_cells.Numbers(length=length)
         data["train_dataloaders"] = DataLoader(

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from _foreign import forget_manifest
 from _runs import Steps, fit, go, loader, make, newest, raise_at, saved, steps_saved
 from click.testing import CliRunner
 from torch import nn
@@ -207,7 +208,7 @@ class TestWhatIsSaid:
     def test_a_checkpoint_without_a_description_is_resumed_quietly(self, begun):
         """One from an earlier release, or whose file can't be read."""
         (newest(begun).path / "experiment.yaml").unlink()
-        (newest(begun).path / "MANIFEST.yaml").unlink()
+        forget_manifest(newest(begun).path)
         assert changes(begun, Tuned(lr=0.5)) == []
 
 
