@@ -136,7 +136,7 @@ class SBCheckpoint(LightningCheckpoint):
         on_change: What a resume does when the experiment is not the checkpoint's: `"warn"` of every
             difference, with what is in force; `"raise"`; or `"restart"`, begin anew in the same folder,
             whose checkpoints stay. By default it warns, but refuses another class, and a second
-            fit in one process with another module or other data.
+            fit in one process with another module.
         meta: More keys for the meta, or a function of Trainer and module that returns them.
         split_model: Names of submodules that get a file of their own, with their own state_dict.
         trust_pickle: Read back state that only pickle can hold, whoever wrote it. What this user's own

@@ -231,9 +231,10 @@ class Experiment:
             and not self._edited
             and not identity.is_related(change.section, self._saved, self._own)
         ]
-        if earlier is None:
+        # A module that is fitted again goes on, with other data too, as it does in Lightning.
+        if earlier is None or not self._is_other_module():
             return found
-        if earlier.callback() is self._callback and self._is_other_module():
+        if earlier.callback() is self._callback:
             name = type(self._trainer.lightning_module).__name__
             before = earlier.module()
             was = "one that is gone" if before is None else type(before).__name__

@@ -280,6 +280,17 @@ class TestAnotherExperiment:
         with pytest.raises(ConfigurationError, match=r"(?s)another module.*new folder"):
             go(second)
 
+    def test_same_module_goes_on_with_other_data(self, tmp_path):
+        """As Lightning does: what differs is said, and nothing is refused."""
+        run = make(tmp_path, module=Tuned(1.0))
+        everything = TensorDataset(torch.arange(8.0).unsqueeze(1))
+        run.trainer.fit(run.module, DataLoader(Subset(everything, range(4))))
+        steps = run.trainer.global_step
+        run.trainer.fit_loop.max_epochs += 1
+        run.trainer.fit(run.module, DataLoader(Subset(everything, range(4, 8))))
+        assert run.trainer.global_step > steps
+        assert any("data of train" in str(change) for change in run.callback.resume_report.changes)
+
     def test_folds_in_one_folder(self, tmp_path):
         """The same sizes, other content, in tensors or in indices."""
         everything = TensorDataset(torch.arange(8.0).reshape(-1, 1))
@@ -330,13 +341,6 @@ class TestAnotherExperiment:
             run.trainer.callbacks[-1] = callback
             assert go(run).module.steps == 4
         assert steps_saved(tmp_path) == [4, 4, 4]
-
-    def test_the_same_module_with_other_data(self, tmp_path):
-        """Is another experiment, too, in one process."""
-        run = fit(tmp_path, trainer={"max_epochs": 1})
-        run.trainer.fit_loop.max_epochs = 2
-        with pytest.raises(ConfigurationError, match="data of train"):
-            run.trainer.fit(run.module, DataLoader(torch.ones(6, 1)))
 
     def test_a_killed_fit_is_started_again_in_one_process(self, tmp_path):
         """With new objects that are the same: a restart as any other."""
