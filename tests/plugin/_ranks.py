@@ -290,10 +290,12 @@ def trace(
     trainer, module, callback, loaders = made
     lines = folder / f"trace{rank}.jsonl"
     lines.unlink(missing_ok=True)
-    recorder = selftest._Recorder(lines)
+    recorder = selftest._Recorder(lines, folder / "checkpoints")
     trainer.callbacks.insert(0, recorder)
     if kill is not None:
-        trainer.callbacks.insert(0, selftest._killer(selftest.KillPoint.parse(kill)))
+        trainer.callbacks.insert(
+            0, selftest._killer(selftest.KillPoint.parse(kill), folder / f"killed{rank}")
+        )
     trainer.loggers = [selftest._TraceLogger(recorder)]
     trainer.fit(module, **loaders)
     after = {"at the end of training": recorder.state, "after the fit": weights(module)}
