@@ -26,9 +26,8 @@ _KNOWN_EARLY = (
     identity.DATA,
     identity.CONTENT,
 )
-_CLASSES = (identity.MODULE, identity.DATAMODULE)
-_OF_CODE = (*_CLASSES, identity.PARAMETERS)
-_OF_DATA = (identity.DATA, identity.CONTENT, identity.DATA_HPARAMS)
+_OF_CODE = (identity.MODULE, identity.PARAMETERS)
+_OF_DATA = (identity.DATA, identity.CONTENT, identity.DATA_HPARAMS, identity.DATAMODULE)
 # How data is loaded, which makes no other data of it.
 _OF_LOADERS = ("batch_size", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 
@@ -162,7 +161,7 @@ class Experiment:
         changed = {change.section for change in self._changes}
         # Other parameters that could be loaded are those of an edited module.
         edited = self._edited or identity.PARAMETERS in changed
-        foreign = not edited and bool(changed.intersection(_CLASSES))
+        foreign = not edited and identity.MODULE in changed
         told = bool(changed.difference(_OF_CODE))
         # Nothing would be trained, and the result of one experiment be given for another's.
         others = (
@@ -224,12 +223,13 @@ class Experiment:
     def _foreign(self) -> list[str]:
         """Return why this is no start of the checkpoint's experiment, in words."""
         earlier = self._earlier
+        classes = (identity.MODULE, identity.DATAMODULE)
+        related = {each for each in classes if identity.is_related(each, self._saved, self._own)}
+        unrelated = [change for change in self._changes if change.section not in related]
         found = [
             change.difference
-            for change in self._changes
-            if change.section in _CLASSES
-            and not self._edited
-            and not identity.is_related(change.section, self._saved, self._own)
+            for change in unrelated
+            if change.section == identity.MODULE and not self._edited
         ]
         # A module that is fitted again goes on, with other data too, as it does in Lightning.
         if earlier is None or not self._is_other_module():
@@ -244,7 +244,7 @@ class Experiment:
             )
         found += [
             change.difference
-            for change in self._changes
+            for change in unrelated
             if change.section in _OF_DATA and not change.name.endswith(_OF_LOADERS)
         ]
         return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sbckpt._disk.regular import NotRegularError, read_regular
 from lightning_sbckpt._safe_yaml import parse_yaml
@@ -95,7 +95,7 @@ def describe_fit(trainer: Trainer) -> dict[str, Any]:
         for name, tensor in named
     }
     found: dict[str, Any] = {
-        MODULE: class_path(type(module)),
+        MODULE: class_path(_class_of(module)),
         BASES: _bases_of(module),
         HPARAMS: _hyperparameters(module),
         PARAMETERS: {"tensors": len(shapes), "digest": digest_of(sorted(shapes.items()))},
@@ -157,6 +157,18 @@ def datasets_of(trainer: Trainer) -> list[object]:
     """Return the datasets of the loaders that were given to `fit`."""
     given = _compat.given_loaders(trainer).values()
     return [getattr(one, "dataset", one) for loaders in given for one in flat_loaders(loaders)]
+
+
+def _class_of(module: object) -> type:
+    """Return the class that the user wrote, where torch has derived another from it at run time.
+
+    `fully_shard` and parametrizations put a class of theirs in its place.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("torch."):
+        return kind
+    written = (base for base in kind.__mro__ if not base.__module__.startswith("torch."))
+    return next((base for base in written if issubclass(base, LightningModule)), kind)
 
 
 def _bases_of(owner: object) -> list[str]:
