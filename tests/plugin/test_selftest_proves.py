@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -151,8 +153,8 @@ def is_running(pid):
 def test_what_the_selftest_started_ends_with_it(tmp_path, name):
     """The runs, what these have started, and the temporary folder, but after SIGKILL."""
     (tmp_path / "script.py").write_text(SLEEPER)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    # Short: the path of a socket in it may have no more than about a hundred characters.
+    temporary = Path(tempfile.mkdtemp(prefix="sb", dir="/tmp"))
     seconds = "20" if name == "timeout" else "600"
     command = [sys.executable, "-m", "lightning_sbckpt.cli", "selftest", "script:make"]
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -165,7 +167,9 @@ def test_what_the_selftest_started_ends_with_it(tmp_path, name):
     )
     try:
         if name != "timeout":
-            wait_until((tmp_path / "note").exists)
+            note = tmp_path / "note"
+            wait_until(lambda: note.exists() or selftest.poll() is not None)
+            assert selftest.poll() is None, selftest.communicate()
             selftest.send_signal(signal.Signals[name])
         _, error = selftest.communicate(timeout=120)
         if name == "timeout":
@@ -179,3 +183,4 @@ def test_what_the_selftest_started_ends_with_it(tmp_path, name):
     finally:
         selftest.kill()
         selftest.wait()
+        shutil.rmtree(temporary)
