@@ -33,13 +33,13 @@ def broadcast_object(obj: T) -> T:
         return box[0]
     if dist.get_rank() == 0:
         sent = _pickled(obj)
-        dist.broadcast(_kept(torch.tensor([len(sent)])), src=0)
+        dist.broadcast(_kept(torch.tensor([len(sent)], device="cpu")), src=0)
         dist.broadcast(_kept(sent), src=0)
         _empty(sent)
         return obj
-    length = _kept(torch.zeros(1, dtype=torch.int64))
+    length = _kept(torch.zeros(1, dtype=torch.int64, device="cpu"))
     dist.broadcast(length, src=0)
-    received = _kept(torch.empty(int(length), dtype=torch.uint8))
+    received = _kept(torch.empty(int(length), dtype=torch.uint8, device="cpu"))
     dist.broadcast(received, src=0)
     found = _unpickled(received)
     _empty(received)
@@ -56,14 +56,16 @@ def gather_objects(obj: T) -> list[T] | None:
         dist.gather_object(obj, boxes, dst=0)
         return boxes
     sent = _pickled(obj)
-    lengths = [_kept(torch.zeros(1, dtype=torch.int64)) for _ in range(size)]
-    dist.all_gather(lengths, _kept(torch.tensor([len(sent)])))
+    lengths = [_kept(torch.zeros(1, dtype=torch.int64, device="cpu")) for _ in range(size)]
+    dist.all_gather(lengths, _kept(torch.tensor([len(sent)], device="cpu")))
     # All pieces of a gather have one length.
     longest = max(int(length) for length in lengths)
-    sent = _kept(torch.cat([sent, torch.zeros(longest - len(sent), dtype=torch.uint8)]))
+    sent = _kept(
+        torch.cat([sent, torch.zeros(longest - len(sent), dtype=torch.uint8, device="cpu")])
+    )
     pieces: list[torch.Tensor] | None = None
     if rank == 0:
-        pieces = [_kept(torch.empty(longest, dtype=torch.uint8)) for _ in range(size)]
+        pieces = [_kept(torch.empty(longest, dtype=torch.uint8, device="cpu")) for _ in range(size)]
     dist.gather(sent, pieces, dst=0)
     _empty(sent)
     if pieces is None:
@@ -87,7 +89,7 @@ def _kept(tensor: torch.Tensor) -> torch.Tensor:
 
 def _empty(tensor: torch.Tensor) -> None:
     """Give back the memory of a tensor that is kept."""
-    tensor.data = torch.empty(0, dtype=torch.uint8)
+    tensor.data = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _pickled(obj: object) -> torch.Tensor:

@@ -143,7 +143,7 @@ def _numpy_array(_: object, fields: Mapping[str, object]) -> object:
         return values[0]
     if any(isinstance(value, str) for value in values):
         return values if len(lengths) == 1 else [lengths, values]
-    tensor = torch.tensor(values, dtype=_dtype_of(dtype))
+    tensor = torch.tensor(values, dtype=_dtype_of(dtype), device="cpu")
     if not count:
         return tensor
     if by_columns:
@@ -246,7 +246,7 @@ def _tensor(args: Sequence[object], _: object) -> object:
     held = len(storage.data) // dtype.itemsize
     size, count = _shape(shape)
     if not count:
-        return torch.zeros(0, dtype=dtype)
+        return torch.zeros(0, dtype=dtype, device="cpu")
     (offset,), steps = _sizes([start]), _sizes(stride)
     last = offset + sum((n - 1) * step for n, step in zip(size, steps, strict=True))
     if count > held or last >= held:

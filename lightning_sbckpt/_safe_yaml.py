@@ -121,9 +121,9 @@ def _tensor_from(fields: dict[str, object]) -> torch.Tensor:
     if 0 in shape and math.prod(length for length in shape if length) > _LARGEST_EMPTY:
         raise MetaError("a tensor in meta is empty and of an enormous shape")
     if dtype.is_complex:
-        parts = torch.tensor(fields["data"], dtype=dtype.to_real()).reshape(*shape, 2)
+        parts = torch.tensor(fields["data"], dtype=dtype.to_real(), device="cpu").reshape(*shape, 2)
         return torch.view_as_complex(parts)
-    return torch.tensor(fields["data"], dtype=dtype).reshape(shape)
+    return torch.tensor(fields["data"], dtype=dtype, device="cpu").reshape(shape)
 
 
 def parse_yaml(data: bytes, path: Path | str) -> dict[str, object]:

@@ -167,7 +167,7 @@ class _Whole:
         def allocate(name: str, saved: SavedTensor) -> torch.Tensor:
             count = math.prod(saved.size)
             if not count:
-                return torch.empty(saved.size, dtype=saved.dtype)
+                return torch.empty(saved.size, dtype=saved.dtype, device="cpu")
             flat = torch.frombuffer(mapped, dtype=saved.dtype, count=count, offset=starts[name])
             return flat.view(saved.size)
 

@@ -199,7 +199,7 @@ def _plain(value: object, where: str, problems: list[str], depth: int = 0) -> ob
             return _plain(listed, where, problems)
         if not isinstance(listed, type(value)):
             with suppress(TypeError):  # Words, objects: not for a tensor.
-                return _plain(torch.as_tensor(value), where, problems)
+                return _plain(torch.as_tensor(value, device="cpu"), where, problems)
     if callable(getattr(value, "compute", None)):
         return _plain(value.compute(), where, problems)  # type: ignore[attr-defined]
     problems.append(f"{where} is a {type(value).__name__}")

@@ -16,7 +16,8 @@ _EXACT = 2.0**53
 def can_compute(dtype: torch.dtype) -> bool:
     """Return whether torch can turn numbers of this type into doubles."""
     try:
-        torch.zeros(1, dtype=torch.uint8).repeat(dtype.itemsize).view(dtype).to(_wide(dtype))
+        one = torch.zeros(dtype.itemsize, dtype=torch.uint8, device="cpu").view(dtype)
+        one.to(_wide(dtype))
     except (RuntimeError, NotImplementedError):
         return False
     return True

@@ -143,7 +143,9 @@ def _slices(a: torch.Tensor, b: torch.Tensor) -> Iterator[Pair]:
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.reshape(-1)
     # (`contiguous` leaves a single element with whatever stride it has.)
-    return flat if flat.stride() == (1,) else torch.empty(len(flat), dtype=flat.dtype).copy_(flat)
+    if flat.stride() == (1,):
+        return flat
+    return torch.empty(len(flat), dtype=flat.dtype, device=flat.device).copy_(flat)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -192,5 +194,5 @@ def _as_tensor(value: object) -> object:
     """Return an array of numbers as a tensor, and anything else as it is."""
     if type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         with suppress(TypeError, ValueError):
-            return torch.as_tensor(value)
+            return torch.as_tensor(value, device="cpu")
     return value

@@ -249,7 +249,7 @@ class Pareto:
         # Python's sort is stable, so of equal ones the newest comes first. Whatever beats a
         # checkpoint comes before it, and so do those equal to it that are newer.
         scored.sort(key=lambda pair: pair[0], reverse=True)
-        scores = torch.tensor([pair[0] for pair in scored], dtype=torch.float64)
+        scores = torch.tensor([pair[0] for pair in scored], dtype=torch.float64, device="cpu")
         front = torch.empty_like(scores)
         kept: dict[Checkpoint, str] = {}
         for score, (_, ckpt) in zip(scores, scored, strict=True):

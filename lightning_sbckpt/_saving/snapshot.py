@@ -122,7 +122,7 @@ def allocate(size: int) -> tuple[memoryview, object]:
 
 def allocate_pinned(size: int) -> tuple[memoryview, object]:
     """Return memory that a GPU can write to by itself."""
-    tensor = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True)
+    tensor = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True, device="cpu")
     array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B"), tensor
 

@@ -40,7 +40,7 @@ Allocate = Callable[[str, SavedTensor], torch.Tensor]
 def whole_tensor(name: str, saved: SavedTensor) -> torch.Tensor:
     """Return memory on the CPU for all of a tensor."""
     del name
-    return torch.empty(saved.size, dtype=saved.dtype)
+    return torch.empty(saved.size, dtype=saved.dtype, device="cpu")
 
 
 class SavedShards:

@@ -210,7 +210,7 @@ class Stager:
                 flat = torch.frombuffer(self._memory[end - size : end], dtype=torch.uint8)
                 places[key] = flat.view(tensor.dtype).view(tensor.shape)
             else:
-                places[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                places[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return places
 
     def _allocate(self, size: int, *, pinned: bool) -> None:

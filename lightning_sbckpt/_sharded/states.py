@@ -259,7 +259,7 @@ def empty_like(live: torch.Tensor, dtype: torch.dtype, size: tuple[int, ...]) ->
     """
     with torch.no_grad():
         if not is_sharded_tensor(live) or not size:
-            return torch.empty(size, dtype=dtype, device=live.device if size else None)
+            return torch.empty(size, dtype=dtype, device=live.device if size else "cpu")
         if tuple(live.shape) == size:
             return torch.empty_like(live, dtype=dtype, requires_grad=False)
         from torch.distributed.tensor import DTensor, Replicate

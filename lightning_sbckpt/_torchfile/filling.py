@@ -88,7 +88,7 @@ def read_tensors(
 
 
 def _tensor(storage: torch.UntypedStorage, stored: Stored, offset: int) -> torch.Tensor:
-    tensor = torch.empty(0, dtype=stored.dtype)
+    tensor = torch.empty(0, dtype=stored.dtype, device="cpu")
     tensor.set_(storage, offset, stored.size, stored.stride)
     tensor.requires_grad = stored.requires_grad
     return tensor

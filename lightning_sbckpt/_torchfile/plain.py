@@ -152,7 +152,8 @@ def _numpy(value: Any) -> object:
     array = np.ascontiguousarray(value)
     # As bytes: torch has no type for some of numpy's, and the byte order is part of the type.
     buffer = bytearray(array.tobytes())
-    data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else torch.empty(0).byte()
+    none = torch.empty(0, dtype=torch.uint8, device="cpu")
+    data = torch.frombuffer(buffer, dtype=torch.uint8) if buffer else none
     tag = "ndarray" if isinstance(value, np.ndarray) else "scalar"
     return {TAG: tag, "dtype": value.dtype.str, "shape": list(value.shape), "data": data}
 

@@ -125,7 +125,9 @@ class _Reduction:
         order = self._known_order()
         return {
             "parameters": self._digest(),
-            "order": None if order is None else torch.tensor(order, dtype=torch.int32),
+            "order": None
+            if order is None
+            else torch.tensor(order, dtype=torch.int32, device="cpu"),
             "began": self._statistics().get("iteration", 0) > 0,
             "views": [
                 number

@@ -537,13 +537,17 @@ class SBCheckpoint(LightningCheckpoint):
     def _set_paths(self, run: Run) -> None:
         standing = run.standing(max(1, self.save_top_k))
         self.last_model_path = standing.newest
-        self.best_k_models = {path: torch.tensor(value) for path, value in standing.best}
+        self.best_k_models = {
+            path: torch.tensor(value, device="cpu") for path, value in standing.best
+        }
         self.best_model_path, self.best_model_score = "", None
         if standing.best:
             self.best_model_path, value = standing.best[0]
-            self.best_model_score = torch.tensor(value) if self._best_by.is_given else None
+            self.best_model_score = (
+                torch.tensor(value, device="cpu") if self._best_by.is_given else None
+            )
         value_now = standing.newest_value
-        self.current_score = None if value_now is None else torch.tensor(value_now)
+        self.current_score = None if value_now is None else torch.tensor(value_now, device="cpu")
 
     def _restore_best_weights(self, trainer: Trainer, module: LightningModule) -> None:
         if not (self._restore_best and self._best_by.is_given and self._run is not None):

@@ -194,12 +194,12 @@ def _group(form: bytes, ranks: list[int], packed: Sequence[Packed]) -> dict[str,
         return tensor[0] if hole.kind is dtype else tensor[0].item()
 
     state = _rebuilt(pickle.loads(form), fill)  # noqa: S301 - from the other ranks of this job
-    return {"ranks": torch.tensor(ranks), "state": state, "own": own}
+    return {"ranks": torch.tensor(ranks, device="cpu"), "state": state, "own": own}
 
 
 def _matrix(rows: Sequence[bytes]) -> torch.Tensor:
     if not rows[0]:
-        return torch.empty(len(rows), 0, dtype=torch.uint8)
+        return torch.empty(len(rows), 0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(bytearray().join(rows), dtype=torch.uint8).view(len(rows), -1)
 
 

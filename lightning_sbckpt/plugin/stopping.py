@@ -70,7 +70,7 @@ def _why_early(callback: EarlyStopping, value: object) -> str:
         return ""
     if callback.check_finite and not math.isfinite(value):
         return f"{value} is not finite"
-    now = torch.tensor(float(value))
+    now = torch.tensor(float(value), device="cpu")
     better = callback.monitor_op
     threshold, limit = callback.stopping_threshold, callback.divergence_threshold
     if threshold is not None and better(now, threshold):
