@@ -204,9 +204,10 @@ print(first - before, peak() - first)
 
         waited = []
         monkeypatch.setattr("lightning_sbckpt._saving.snapshot.allocate_pinned", allocate_pinned)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream(waited))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(waited))
         monkeypatch.setattr(
-            "lightning_sbckpt._torchfile.image.Image.on_gpu", property(lambda image: True)
+            "lightning_sbckpt._torchfile.image.Image.devices",
+            property(lambda image: {torch.device("cuda", 0)}),
         )
         with everything.checkpointer(tmp_path / "pinned", save_mode="async") as checkpointer:
             for name in "ab":
@@ -228,7 +229,7 @@ print(first - before, peak() - first)
             "lightning_sbckpt._saving.snapshot.allocate",
             lambda size: (kinds.append("plain"), allocate(size))[1],
         )
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: _Stream([]))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream([]))
         arena = Arena()
 
         class Bytes:
@@ -238,9 +239,10 @@ print(first - before, peak() - first)
             def fill(self, start, out):
                 out[:] = self.content[start : start + len(out)]
 
-        for pinned in (False, False, True, True, False):
+        gpu = {torch.device("cuda", 0)}
+        for devices in ((), (), gpu, gpu, ()):
             for content in (b"abcdef", b"xyz"):
-                frozen, left = arena.take({"f": Bytes(content)}, pinned=pinned)
+                frozen, left = arena.take({"f": Bytes(content)}, devices=devices)
                 # Nothing is left behind it of what was there before.
                 assert bytes(frozen["f"].memory) == content.ljust(4096, b"\0")
                 assert left == []

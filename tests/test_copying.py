@@ -146,7 +146,7 @@ def test_the_hash_of_a_copy_is_that_of_the_file(late):
         place += tensor.nbytes + 30
     images = {"a": Image(place, parts), "b": Image(place - 30, parts), "c": Image(20, parts[:1])}
     hideable = images if late else ()
-    frozen, left = Arena().take(images, hideable, pinned=False)
+    frozen, left = Arena().take(images, hideable)
     assert bool(left) == late
     if late:
         assert [file.checksum for file in frozen.values()] == [None] * 3

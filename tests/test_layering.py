@@ -110,6 +110,7 @@ ORDER = (
     "_triggers.combined",
     "triggers",
     "_module_state",
+    "_devices",
     "_sharded",
     "_sharded.names",
     "_sharded.fsdp1",

@@ -366,6 +366,6 @@ def seen_samples(part, place, *, late):
         weight[place] += change
         image = contents_of({"weight": weight}, Templates(), "a.ckpt")["a.ckpt"].source
         assert isinstance(image, Image)
-        source = Arena().take({"a": image}, pinned=False)[0]["a"] if late else image
+        source = Arena().take({"a": image})[0]["a"] if late else image
         found.append(source.sample())
     return found

@@ -261,12 +261,17 @@ class Contents:
             later: Copy large tensors in the background, as the second result.
         """
         sources = {name: one.source or _pickled(one.state) for name, one in contents.items()}
-        pinned = any(isinstance(source, Image) and source.on_gpu for source in sources.values())
+        devices = {
+            device
+            for source in sources.values()
+            if isinstance(source, Image)
+            for device in source.devices
+        }
         hideable = {name for name, one in contents.items() if later and one.large}
-        frozen, left = arena.take(sources, hideable, pinned=pinned)
+        frozen, left = arena.take(sources, hideable, devices=devices)
         copies = {name: Contents(source.size, source) for name, source in frozen.items()}
         tensors = [tensor for name in hideable for tensor in contents[name].large or ()]
-        unhashed = [file for file in frozen.values() if file.checksum is None and not pinned]
+        unhashed = [file for file in frozen.values() if file.checksum is None and not devices]
         return copies, LateCopy(left, tensors, unhashed) if left else None
 
     def write(self, path: Path, storage: LocalStorage, links: Links) -> FileDigest:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
+from lightning_sbckpt._devices import copy_by_themselves, wait_for_copies
 from lightning_sbckpt._disk.blocks import ALIGNMENT, Source, round_up
 from lightning_sbckpt._disk.pages import huge_pages
 from lightning_sbckpt._saving.copying import copy_hashed
@@ -67,42 +68,48 @@ class Arena:
         self._pinned = False
 
     def take(
-        self, sources: Mapping[str, Source], hideable: Collection[str] = (), *, pinned: bool
+        self,
+        sources: Mapping[str, Source],
+        hideable: Collection[str] = (),
+        *,
+        devices: Collection[torch.device] = (),
     ) -> tuple[dict[str, Frozen], list[tuple[torch.UntypedStorage, int]]]:
         """Copy files-to-be into the memory; what was taken before is overwritten.
 
         Args:
             sources: What to copy, by name.
             hideable: Names of those whose large storages may be copied later.
-            pinned: Tensors are on a GPU, which copies without help into memory that is pinned.
+            devices: Where tensors lie, but for the processor.
 
         Returns:
             The files, and what is still to be copied into them: storages, and to which addresses.
         """
         needed = sum(round_up(source.size) for source in sources.values())
+        pinned = copy_by_themselves(devices)
         if needed > self.capacity or pinned != self._pinned:
             self._allocate(needed, pinned=pinned)
         frozen = {}
         now: dict[str, tuple[Source, memoryview]] = {}
         left: list[tuple[torch.UntypedStorage, int]] = []
         start = 0
-        for name, source in sources.items():
-            stop = start + round_up(source.size)
-            memory = self._memory[start:stop]
-            if name in hideable and isinstance(source, Image):
-                address = address_of(memory)
-                parts = source.fill_small(memory)
-                left += [(storage, address + place) for storage, place in parts]
-            elif pinned:
-                source.fill(0, memory[: source.size])
-            else:
-                now[name] = (source, memory[: source.size])
-            memory[source.size :] = bytes(len(memory) - source.size)
-            frozen[name] = Frozen(source.size, memory)
-            start = stop
-        if pinned:
-            # Copies to pinned memory are only begun so far.
-            torch.cuda.current_stream().synchronize()
+        try:
+            for name, source in sources.items():
+                stop = start + round_up(source.size)
+                memory = self._memory[start:stop]
+                if name in hideable and isinstance(source, Image):
+                    address = address_of(memory)
+                    parts = source.fill_small(memory)
+                    left += [(storage, address + place) for storage, place in parts]
+                elif devices:
+                    source.fill(0, memory[: source.size])
+                else:
+                    now[name] = (source, memory[: source.size])
+                memory[source.size :] = bytes(len(memory) - source.size)
+                frozen[name] = Frozen(source.size, memory)
+                start = stop
+        finally:
+            # Also if one fails: what was begun goes on into this memory.
+            wait_for_copies(devices)
         for name, checksum in zip(now, copy_hashed([*now.values()]), strict=True):
             frozen[name].checksum = checksum
         return frozen, left

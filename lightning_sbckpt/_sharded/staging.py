@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.constants import default_pg_timeout
 
+from lightning_sbckpt._devices import copy_by_themselves
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._saving.snapshot import allocate, allocate_pinned
 from lightning_sbckpt._sharded.states import State
@@ -199,7 +200,7 @@ class Stager:
         for tensor in live.values():
             ends.append(needed + tensor.numel() * tensor.element_size())
             needed = -(-ends[-1] // _ALIGNMENT) * _ALIGNMENT
-        pinned = any(tensor.is_cuda for tensor in live.values())
+        pinned = copy_by_themselves({tensor.device for tensor in live.values()})
         if needed > self.capacity or pinned != self._pinned:
             self._allocate(needed, pinned=pinned)
         places = {}

@@ -145,11 +145,13 @@ class Image:
         return hasher.digest()
 
     @property
-    def on_gpu(self) -> bool:
-        """Whether a storage is not in the memory of this processor."""
-        return any(
-            not address and not isinstance(part, bytes) for _, _, address, part in self._parts
-        )
+    def devices(self) -> set[torch.device]:
+        """The devices on which storages lie, but for the processor."""
+        return {
+            part.device
+            for _, _, address, part in self._parts
+            if not address and not isinstance(part, bytes)
+        }
 
 
 def _placed(
