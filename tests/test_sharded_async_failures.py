@@ -85,7 +85,9 @@ def save_apart(folder, rank):
     if rank == 1:
         # As if this rank were on another machine, whose disk has a folder of the same name.
         apart = folder.parent / "apart"
-        writing._Writer = lambda path, storage: usual(apart / path.name, storage)
+        writing._Writer = lambda path, *options, **named: usual(
+            apart / path.name, *options, **named
+        )
     checkpointer.save_checkpoint(name="failed")
     try:
         checkpointer.wait()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import threading
 import weakref
 
 import pytest
 import torch
 from _sharded_background import visible
+from torch.distributed.checkpoint import filesystem
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._sharded.staging import Stager
@@ -95,3 +98,42 @@ def test_what_a_state_may_not_hold_is_refused_when_it_is_saved(tmp_path):
         assert not checkpointer.saver.busy
         checkpointer.close()
     assert visible(tmp_path) == []
+
+
+def what_dcp_asks_of_cuda(monkeypatch, folder, mode):
+    """Save 40 MB in pieces where CUDA is said to be there; return in which threads a stream was asked for."""
+    threads = []
+
+    class Stream:
+        device_type = "cuda"
+
+        def synchronize(self):
+            threads.append(threading.current_thread())
+
+        def wait_stream(self, other):
+            threads.append(threading.current_thread())
+
+    def current_stream(device=None):
+        threads.append(threading.current_thread())
+        return Stream()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(filesystem, "_get_available_device_type", lambda: "cuda")
+    monkeypatch.setattr(filesystem, "_get_device_module", lambda name: torch.cuda)
+    state = {f"w{number}": torch.rand(1024, 1024) for number in range(10)}
+    with Checkpointer(folder, {"m": ShardedState(state)}, save_mode=mode) as checkpointer:
+        checkpointer.save_checkpoint(name="a")
+        checkpointer.wait()
+    assert visible(folder) == ["CKPT+a"]
+    return threads
+
+
+def test_writing_copies_asks_nothing_of_a_gpu(tmp_path, monkeypatch):
+    """In a thread of its own that would make a context on the first one, and wait for it every 10 MB."""
+    assert what_dcp_asks_of_cuda(monkeypatch, tmp_path / "async", "async") == []
+    # What is written from the live tensors may ask, in the thread that trains.
+    live = what_dcp_asks_of_cuda(monkeypatch, tmp_path / "sync", "sync")
+    assert set(live) == {threading.main_thread()}

@@ -82,7 +82,9 @@ def write_planned(
     """
     written: Digests = {}
     for name in sorted(plans):
-        writer = _Writer(staged / f"{name}{SHARDED_EXT}", storage)
+        # Copies lie in the memory of the processor. To bring others there ahead of writing them, DCP asks
+        # for a stream of the current device, which in this thread is the first one, whoever uses it.
+        writer = _Writer(staged / f"{name}{SHARDED_EXT}", storage, copy_ahead=0)
         _save(name, {}, writer, plans[name], rank, group)
         boxes: list[Digests] | None = [writer.digests]
         if group is not None:
@@ -160,11 +162,17 @@ def _failure(name: str, error: CheckpointException, rank: int) -> SaveError:
 
 
 class _Writer(FileSystemWriter):
-    """Writes through a `LocalStorage`, flushed; and tells nobody where on this machine."""
+    """Writes through a `LocalStorage`, flushed; and tells nobody where on this machine.
 
-    def __init__(self, folder: Path, storage: LocalStorage) -> None:
+    Args:
+        folder: Of the state.
+        storage: The disk.
+        copy_ahead: How many bytes of tensors on a device are copied before they are written.
+    """
+
+    def __init__(self, folder: Path, storage: LocalStorage, copy_ahead: int = 10_000_000) -> None:
         # It is flushed below, through the storage.
-        super().__init__(folder, sync_files=False)
+        super().__init__(folder, sync_files=False, per_thread_copy_ahead=copy_ahead)
         self.fs = _Files(storage)
         self.digests: Digests = {}
         self._storage = storage
