@@ -25,7 +25,7 @@ from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._disk.storage import LocalStorage
 from lightning_sbckpt._folder.layout import read_checkpoint
 from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving.snapshot import Arena, allocate
+from lightning_sbckpt._saving.snapshot import Arena
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 
 FULL = (28, "No space left on device")
@@ -198,12 +198,11 @@ print(first - before, peak() - first)
         everything.change()
         asked = []
 
-        def allocate_pinned(size):
-            asked.append(size)
-            return allocate(size)
-
         waited = []
-        monkeypatch.setattr("lightning_sbckpt._saving.snapshot.allocate_pinned", allocate_pinned)
+        monkeypatch.setattr(
+            "lightning_sbckpt._saving.snapshot.pin",
+            lambda memory, devices: asked.append(len(memory)),
+        )
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(waited))
         monkeypatch.setattr(
             "lightning_sbckpt._torchfile.image.Image.devices",
@@ -222,12 +221,8 @@ print(first - before, peak() - first)
         """A model may move to a GPU between two saves."""
         kinds = []
         monkeypatch.setattr(
-            "lightning_sbckpt._saving.snapshot.allocate_pinned",
-            lambda size: (kinds.append("pinned"), allocate(size))[1],
-        )
-        monkeypatch.setattr(
-            "lightning_sbckpt._saving.snapshot.allocate",
-            lambda size: (kinds.append("plain"), allocate(size))[1],
+            "lightning_sbckpt._saving.snapshot.pin",
+            lambda memory, devices: kinds.append("pinned" if devices else "plain"),
         )
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream([]))
         arena = Arena()

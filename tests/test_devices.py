@@ -12,7 +12,7 @@ from _in_flight import Everything, contents, files_of_sync_save
 from _releases import needs_torch
 
 from lightning_sbckpt._saving import snapshot
-from lightning_sbckpt._saving.snapshot import Arena, allocate
+from lightning_sbckpt._saving.snapshot import Arena
 from lightning_sbckpt._torchfile import image
 from lightning_sbckpt._torchfile.image import Image
 
@@ -31,11 +31,11 @@ def happened(monkeypatch):
         def synchronize(self):
             events.append(("waited for", self.device))
 
-    def allocate_pinned(size):
-        events.append(("pinned", size))
-        return allocate(size)
+    def pin(memory, devices):
+        if any(device.type == "cuda" for device in devices):
+            events.append(("pinned", len(memory)))
 
-    monkeypatch.setattr(snapshot, "allocate_pinned", allocate_pinned)
+    monkeypatch.setattr(snapshot, "pin", pin)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(device))
     return events
 

@@ -201,7 +201,7 @@ def save_without_memory(folder, rank):
     checkpointer, _, _ = make(folder, save_mode="async")
     usual = staging.allocate
 
-    def refuse(size):
+    def refuse(size, devices):
         raise OSError(12, "Cannot allocate memory")
 
     if rank == 1:

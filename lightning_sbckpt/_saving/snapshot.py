@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import xxhash
 
-from lightning_sbckpt._devices import copy_by_themselves, wait_for_copies
+from lightning_sbckpt._devices import copy_by_themselves, pin, wait_for_copies
 from lightning_sbckpt._disk.blocks import ALIGNMENT, Source, round_up
 from lightning_sbckpt._disk.pages import huge_pages
 from lightning_sbckpt._saving.copying import copy_hashed
@@ -87,7 +87,7 @@ class Arena:
         needed = sum(round_up(source.size) for source in sources.values())
         pinned = copy_by_themselves(devices)
         if needed > self.capacity or pinned != self._pinned:
-            self._allocate(needed, pinned=pinned)
+            self._allocate(needed, devices)
         frozen = {}
         now: dict[str, tuple[Source, memoryview]] = {}
         left: list[tuple[torch.UntypedStorage, int]] = []
@@ -114,24 +114,22 @@ class Arena:
             frozen[name].checksum = checksum
         return frozen, left
 
-    def _allocate(self, size: int, *, pinned: bool) -> None:
+    def _allocate(self, size: int, devices: Collection[torch.device]) -> None:
         # First let go of the old: there must never be two.
         self._memory, self._owner, self.capacity = memoryview(b""), None, 0
-        self._memory, self._owner = allocate_pinned(size) if pinned else allocate(size)
-        self.capacity, self._pinned = size, pinned
+        self._memory, self._owner = allocate(size, devices)
+        self.capacity, self._pinned = size, copy_by_themselves(devices)
 
 
-def allocate(size: int) -> tuple[memoryview, object]:
-    """Return memory at an aligned address, in large pages where the system has them."""
+def allocate(size: int, devices: Collection[torch.device] = ()) -> tuple[memoryview, object]:
+    """Return memory at an aligned address, in large pages where the system has them, and its owner.
+
+    Args:
+        size: In bytes.
+        devices: Where tensors lie that will be copied; it is pinned if that helps, and if it can be.
+    """
     memory = huge_pages(size)
-    return memory, memory.obj
-
-
-def allocate_pinned(size: int) -> tuple[memoryview, object]:
-    """Return memory that a GPU can write to by itself."""
-    tensor = torch.empty(max(size, 1), dtype=torch.uint8, pin_memory=True, device="cpu")
-    array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
-    return memoryview(array).cast("B"), tensor
+    return memory, pin(memory, devices) or memory.obj
 
 
 def address_of(memory: memoryview) -> int:

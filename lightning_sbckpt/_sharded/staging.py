@@ -11,7 +11,7 @@ can't get between the collectives of training.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from lightning_sbckpt._devices import copy_by_themselves
 from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._saving.snapshot import allocate, allocate_pinned
+from lightning_sbckpt._saving.snapshot import allocate
 from lightning_sbckpt._sharded.states import State
 from lightning_sbckpt._sharded.writing import Digests, Planner, write_planned
 from lightning_sbckpt.errors import SaveError
@@ -200,9 +200,9 @@ class Stager:
         for tensor in live.values():
             ends.append(needed + tensor.numel() * tensor.element_size())
             needed = -(-ends[-1] // _ALIGNMENT) * _ALIGNMENT
-        pinned = copy_by_themselves({tensor.device for tensor in live.values()})
-        if needed > self.capacity or pinned != self._pinned:
-            self._allocate(needed, pinned=pinned)
+        devices = {tensor.device for tensor in live.values()}
+        if needed > self.capacity or copy_by_themselves(devices) != self._pinned:
+            self._allocate(needed, devices)
         places = {}
         for (key, tensor), end in zip(live.items(), ends, strict=True):
             size = tensor.numel() * tensor.element_size()
@@ -214,18 +214,18 @@ class Stager:
                 places[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         return places
 
-    def _allocate(self, size: int, *, pinned: bool) -> None:
+    def _allocate(self, size: int, devices: Collection[torch.device]) -> None:
         # First let go of the old: there must never be two.
         self._memory, self._owner, self.capacity = memoryview(b""), None, 0
         try:
-            self._memory, self._owner = allocate_pinned(size) if pinned else allocate(size)
+            self._memory, self._owner = allocate(size, devices)
         except (OSError, MemoryError, RuntimeError) as error:
             raise SaveError(
                 f"the pieces of this rank were not copied: there is no memory for {size:,} bytes "
                 f"beside them ({error}). Nothing of this checkpoint is kept; earlier ones are "
                 "whole. Use save_mode='sync', which needs no copy"
             ) from error
-        self.capacity, self._pinned = size, pinned
+        self.capacity, self._pinned = size, copy_by_themselves(devices)
 
 
 def _a_lower_rank_has(found: Any) -> bool:
