@@ -32,12 +32,19 @@ from lightning_sbckpt.plugin.collect import (
     Part,
 )
 from lightning_sbckpt.plugin.gradients import put_gradients
+from lightning_sbckpt.plugin.hardware import (
+    changes,
+    describe,
+    weak_points_of,
+    weak_points_of_parts,
+)
 from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.ranks import pack, together
 from lightning_sbckpt.rng import capture_rng, generator_state, restore_rng, set_generator_state
 from lightning_sbckpt.typing import World
 
 _HELD = "held"
+_HARDWARE = "hardware"
 
 
 def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
@@ -46,8 +53,10 @@ def capture(trainer: Trainer, tracker: LoaderTracker) -> dict[str, Any]:
     loaders = tracker.state(_compat.prefetched_batches(trainer))
     for sentence in tracker.news():
         rank_zero_warn(f"SBCheckpoint: {sentence}")
+    held = {name: generator_state(generator) for name, generator in _held(trainer).items()}
+    hardware = describe(trainer.strategy.root_device)
     return {
-        RNG: {**capture_rng(), _HELD: {k: generator_state(g) for k, g in _held(trainer).items()}},
+        RNG: {**capture_rng(), _HELD: held, **({_HARDWARE: hardware} if hardware else {})},
         LOADERS: loaders,
         METRICS: {
             "logged": _compat_logged.logged_state(trainer),
@@ -91,29 +100,17 @@ def _digest(tensor: torch.Tensor) -> str:
 
 def weak_points(trainer: Trainer) -> list[str]:
     """Return what callbacks and hardware keep from being resumed exactly, a sentence each."""
-    return _compat_callbacks.weak_points(trainer) + weak_points_of(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    return [
+        *_compat_callbacks.weak_points(trainer),
+        *weak_points_of(device),
+        *weak_points_of_parts(trainer.lightning_module, device),
+    ]
 
 
-def weak_points_of(device: torch.device) -> list[str]:
-    """Return what of the hardware keeps a resumed run from being exact, a sentence each.
-
-    Args:
-        device: Where the model trains.
-
-    Example:
-        >>> weak_points_of(torch.device("cpu"))
-        []
-        >>> weak_points_of(torch.device("cuda"))
-        ['kernels on cuda may be nondeterministic, ...']
-    """
-    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():
-        return []
-    sentence = (
-        f"kernels on {device.type} may be nondeterministic, so a resumed run may differ in the last "
-        "bits, as two runs that were never stopped do: pass Trainer(deterministic=True) if it must "
-        "not"
-    )
-    return [sentence]
+def changes_of_hardware(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
+    """Return how the device is another than that of a state, in one sentence, if it is."""
+    return changes(state.get(RNG, {}).get(_HARDWARE), describe(trainer.strategy.root_device))
 
 
 def modes(module: LightningModule) -> dict[str, list[str]]:

@@ -350,6 +350,7 @@ class Resumption:
         if same_ranks:
             self.report.notes += self._reductions.restore(position.get("reductions"))
         self.report.notes += self._tracker.report()
+        self.report.notes += exact.changes_of_hardware(self._trainer, self._state)
         self.report.notes += exact.weak_points(self._trainer)
         self.report.notes += self._reductions.weak_points()
         self._done(self.report)
