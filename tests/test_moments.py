@@ -151,6 +151,7 @@ class TestInterrupts:
             background.submit(lambda: done.append(1))
         monkeypatch.setattr(threading.Thread, "start", start)
         assert ends(background.wait)
+        assert done == [1]
         background.submit(lambda: done.append(2))
         assert ends(background.wait)
         assert done == [1, 2] and not background.busy
@@ -220,6 +221,35 @@ class TestOverlap:
         checkpointer.close()
         (saved,) = checkpointer.list_checkpoints()
         assert (torch.load(saved.paramfiles["m"], weights_only=True)["weight"] == 2).all()
+
+    def test_storage_that_was_away_during_the_copy_is_seen_though_no_tensor_was_written_to(
+        self, tmp_path, monkeypatch
+    ):
+        """Its bytes come back as they were, but not into the copy."""
+        model = torch.nn.Linear(3000, 1500)
+        storage = model.weight.untyped_storage()
+        before, saved = model.weight.detach().clone(), storage.clone()
+        checkpointer = Checkpointer(tmp_path, {"m": model}, save_mode="overlap")
+        copy, arrived, go_on = overlap._copy_if_there, threading.Event(), threading.Event()
+
+        def slow(*arguments):
+            arrived.set()
+            assert go_on.wait(60)
+            return copy(*arguments)
+
+        monkeypatch.setattr(overlap, "_copy_if_there", slow)
+        checkpointer.save_checkpoint(name="a")
+        assert arrived.wait(60)
+        storage.resize_(0)
+        go_on.set()
+        checkpointer.saver._in_flight.late_copy.wait()
+        storage.resize_(saved.nbytes())
+        storage.copy_(saved)
+        checkpointer.before_update()
+        checkpointer.close()
+        (found,) = checkpointer.list_checkpoints()
+        state = torch.load(found.paramfiles["m"], weights_only=True)
+        assert torch.equal(state["weight"], before)
 
     def test_memory_that_is_not_mapped_is_an_error_and_not_a_crash(self):
         """The kernel says so, where it can copy for us."""
