@@ -18,12 +18,12 @@ import torch
 __all__ = [
     "bytes_of",
     "frozen",
+    "numpy_state",
     "python_dict",
     "python_tuple",
     "set_streams",
     "streams",
     "tensor_of",
-    "thawed",
     "to_bytes",
     "to_tensors",
 ]
@@ -69,7 +69,7 @@ def set_streams(states: Mapping[str, Any]) -> None:
     if "numpy" in states:
         import numpy as np
 
-        np.random.set_state(thawed(states["numpy"]))  # noqa: NPY002
+        np.random.set_state(numpy_state(states["numpy"]))  # noqa: NPY002
         _numpy_memory.forget()
 
 
@@ -242,12 +242,30 @@ def frozen(value: object) -> object:
     return value
 
 
-def thawed(value: Any) -> Any:
-    """Undo `frozen`."""
+def numpy_state(value: object) -> dict[str, Any]:
+    """Undo `frozen` for the state of a generator of numpy's.
+
+    Raises:
+        ValueError: Its position is outside of its words. Numpy does not look, and the next number
+            would be from anywhere in memory, or end the process.
+    """
+    state = cast("dict[str, Any]", _thawed(value))
+    kind = state["bit_generator"]
+    words, position = 0, 0
+    if kind == "MT19937":
+        words, position = 624, state["state"]["pos"]
+    elif kind == "Philox":
+        words, position = 4, state["buffer_pos"]
+    if not 0 <= int(position) <= words:
+        raise ValueError(f"a {kind} has no word {position!r:.40}")
+    return state
+
+
+def _thawed(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if set(value) == {"dtype", "words"}:
         import numpy as np
 
         return np.frombuffer(value["words"], dtype=value["dtype"]).copy()
-    return {key: thawed(item) for key, item in value.items()}
+    return {key: _thawed(item) for key, item in value.items()}

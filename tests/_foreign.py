@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_sbckpt._folder.manifest import MARK
+from lightning_sbckpt._disk.storage import digest
+from lightning_sbckpt._folder.manifest import MARK, Manifest, dump_manifest
 
 
 def forget_manifest(folder: Path) -> None:
@@ -13,3 +14,14 @@ def forget_manifest(folder: Path) -> None:
     meta = folder / "CKPT.yaml"
     meta.write_bytes(meta.read_bytes().replace(MARK, b""))
     (folder.parent / "HISTORY.jsonl").unlink(missing_ok=True)
+
+
+def describe(folder):
+    """Write the manifest anew, as an enemy can: it is no signature."""
+    (folder / "MANIFEST.yaml").unlink(missing_ok=True)
+    files = {
+        path.relative_to(folder).as_posix(): digest(path)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "ANNOTATIONS.yaml"
+    }
+    (folder / "MANIFEST.yaml").write_bytes(dump_manifest(Manifest(files, {})))

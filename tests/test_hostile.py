@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _foreign import forget_manifest
+from _foreign import describe, forget_manifest
 from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
@@ -96,17 +96,6 @@ def hostile(run, healthy, scale):
     (saved.path / "CKPT.yaml").write_bytes(dump_meta(LATER))
     describe(saved.path)
     return saved.path
-
-
-def describe(folder):
-    """Write the manifest anew, as an enemy can: it is no signature."""
-    (folder / "MANIFEST.yaml").unlink(missing_ok=True)
-    files = {
-        path.relative_to(folder).as_posix(): digest(path)
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "ANNOTATIONS.yaml"
-    }
-    (folder / "MANIFEST.yaml").write_bytes(dump_manifest(Manifest(files, {})))
 
 
 def look_at_everything(root):

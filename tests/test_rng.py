@@ -266,3 +266,58 @@ def test_the_streams_say_which_one_was_drawn_from():
     assert [name for name in before if before[name] != after[name]] == ["numpy"]
     set_streams({"numpy": before["numpy"]})
     assert streams() == before
+
+
+def numpy_state(kind):
+    generator = np.random.Generator(getattr(np.random, kind)(0))
+    return generator, generator_state(generator)
+
+
+@pytest.mark.parametrize("position", [-(2**30), -1, 625, 2**29, 2**60, "x", None])
+def test_position_outside_of_the_words_is_refused(position):
+    """Numpy does not look, and the next number drawn would be from anywhere in memory, or kill the process."""
+    before = np.random.get_state()[2]
+    state = capture_rng()
+    state["numpy"]["state"]["pos"] = position
+    (problem,) = restore_rng(state)
+    assert "numpy's random state could not be restored" in problem
+    assert np.random.get_state()[2] == before
+    generator, state = numpy_state("MT19937")
+    state["state"]["state"]["pos"] = position
+    with pytest.raises(MismatchError, match="cannot set the state"):
+        set_generator_state(generator, state)
+    generator, state = numpy_state("Philox")
+    state["state"]["buffer_pos"] = position
+    with pytest.raises(MismatchError, match="cannot set the state"):
+        set_generator_state(generator, state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        ["MT19937", torch.zeros(624, dtype=torch.uint8), 2**29],
+        {"bit_generator": "MT19937", "state": 5},
+        {"bit_generator": "MT19937", "state": {"key": [1, 2], "pos": 1}},
+        {"bit_generator": ["MT19937"]},
+        5,
+    ],
+)
+def test_state_of_another_shape_is_refused(state):
+    """As a hostile file may hold it."""
+    captured = {**capture_rng(), "numpy": state}
+    assert "could not be restored" in restore_rng(captured)[0]
+    for generator in (np.random.RandomState(0), np.random.Generator(np.random.PCG64(0))):
+        saved = {**generator_state(generator), "state": state}
+        with pytest.raises(MismatchError, match="cannot set the state"):
+            set_generator_state(generator, saved)
+
+
+@pytest.mark.parametrize("name", ["test", "seed", "Generator", "BitGenerator", "PCG65"])
+def test_nothing_but_a_bit_generator_is_made_by_name(name):
+    """The name stands in the file: numpy.random.test would run numpy's tests, seed would seed it."""
+    dataset = SimpleNamespace(rng=None)
+    state = {"kind": "numpy.random.Generator", "state": {"bit_generator": name}}
+    before = np.random.get_state()[1].tolist()
+    assert install_generator(dataset, "rng", state) is False
+    assert np.random.get_state()[1].tolist() == before
+    assert dataset.rng is None

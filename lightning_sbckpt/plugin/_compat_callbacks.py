@@ -1,14 +1,15 @@
-"""Callbacks of Lightning's that prepare an epoch when it starts, which a run resumed within it misses.
+"""Lightning's own callbacks: what some of them miss in a run that is resumed, and what must not reach them.
 
-An epoch that has begun is gone on with, so `on_train_epoch_start` does not run again. These two
+An epoch that has begun is gone on with, so `on_train_epoch_start` does not run again. Two callbacks
 set something up there that they find nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -83,6 +84,57 @@ def _weights_kept(module: LightningModule) -> Iterator[None]:
 def _tensors(module: LightningModule) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def without_paths_elsewhere(
+    trainer: Trainer, states: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the states of callbacks without paths of files that are not the callback's own.
+
+    `ModelCheckpoint` takes over from its state which file is its best, and removes it when there is a
+    better one: of a URL whatever stands there, a folder with all that is in it, and also what is in its
+    folder only by a `..` or a link. It loads it for `ckpt_path="best"`. So a folder from somebody else
+    would decide what is removed and loaded outside of it. (Seen in 2.4.0 to 2.6.6.)
+
+    Args:
+        trainer: Has the callbacks.
+        states: Their states by `state_key`.
+
+    Returns:
+        The states, and what was left out, a sentence each.
+    """
+    kept, notes = dict(states), []
+    for callback in callbacks_of(trainer):
+        state = states.get(callback.state_key)
+        if not isinstance(callback, ModelCheckpoint) or not isinstance(state, Mapping):
+            continue
+        paths = [state.get(key) for key in _PATHS] + [*state.get("best_k_models", ())]
+        elsewhere = [path for path in paths if path and not _is_own(path, callback.dirpath)]
+        if elsewhere:
+            # One without the others would leave it a ranking that doesn't hold together.
+            kept[callback.state_key] = {**state, **dict.fromkeys(_PATHS, ""), "best_k_models": {}}
+            notes.append(
+                f"ModelCheckpoint begins its ranking anew: its state names {str(elsewhere[0])[:200]!r}, "
+                f"outside of its folder {callback.dirpath}, which it might remove or load"
+            )
+    return kept, notes
+
+
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+
+def _is_own(path: object, dirpath: Path | str | None) -> bool:
+    """Return whether a path is below the folder of a callback, or of an earlier start of the same run."""
+    if not isinstance(path, str) or dirpath is None:
+        return False
+    root = str(dirpath).rstrip("/")
+    if root.endswith("/checkpoints"):
+        # A logger gives each start a folder: lightning_logs/version_3/checkpoints.
+        root = root.rsplit("/", 2)[0]
+    if "://" in root or "::" in root:
+        return path.startswith(f"{root}/") and ".." not in path.split("/")
+    local = Path(path)
+    return local.is_absolute() and local.resolve().is_relative_to(Path(root).resolve())
 
 
 def exception_files(trainer: Trainer) -> list[str]:

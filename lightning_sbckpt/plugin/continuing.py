@@ -14,6 +14,7 @@ from lightning_sbckpt._world import decided_by_main
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_loops, _compat_sharded
 from lightning_sbckpt.plugin._compat_ddp import Reductions
+from lightning_sbckpt.plugin._compat_loading import FolderDump
 from lightning_sbckpt.plugin.adapt import Adaptation
 from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder, is_resumable
 from lightning_sbckpt.plugin.experiment import Experiment
@@ -204,6 +205,14 @@ class Beginning:
 
     def adapt(self, dump: dict[str, Any]) -> None:
         """Change what is about to be restored to what is wanted of it."""
+        if isinstance(dump, FolderDump):
+            dump["callbacks"], notes = _compat_callbacks.without_paths_elsewhere(
+                self._trainer, dump["callbacks"]
+            )
+            for note in notes:
+                rank_zero_warn(f"SBCheckpoint: {note}")
+            if self.report is not None:
+                self.report.notes += notes
         if self._resumption is not None:
             limit = self._trainer.max_epochs
             if limit is not None and limit >= 0:

@@ -1,0 +1,94 @@
+"""A run that goes on from a folder that somebody else made: nothing outside of it is removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from _foreign import describe
+from _runs import fit, newest
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A folder of the user's that no checkpoint has anything to do with."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+WAYS = {
+    # Lightning takes any other protocol than that of files for the user's wish to have it removed.
+    "a protocol": lambda precious, _: f"local://{precious}",
+    "a chain of protocols": lambda precious, _: f"simplecache::local://{precious}",
+    "the folder above": lambda precious, inside: f"{inside}/../precious",
+    "a link": lambda _, inside: f"{inside}/link/thesis.txt",
+    "another path": lambda precious, _: f"{precious}/thesis.txt",
+    "no text": lambda *_: 5,
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Folders of runs of one epoch beside a ModelCheckpoint, by what that ranks by."""
+    root = tmp_path_factory.mktemp("begun")
+    for monitor in (None, "val_loss"):
+        beside = ModelCheckpoint(root / f"beside-{monitor}", monitor=monitor)
+        fit(root / str(monitor), callbacks=[beside], trainer={"max_epochs": 1})
+    return root
+
+
+@pytest.mark.parametrize(
+    ("way", "monitor"), [*((way, None) for way in WAYS), ("a protocol", "val_loss")]
+)
+def test_model_checkpoint_takes_over_no_path_that_leads_elsewhere(
+    tmp_path, begun, precious, way, monitor
+):
+    """It would remove what it takes for its last best file, or load it for `ckpt_path="best"`."""
+    shutil.copytree(begun / str(monitor), tmp_path / "run")
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "link").symlink_to(precious)
+    saved = newest(tmp_path / "run")
+    states = torch.load(saved.paramfiles["callbacks"], weights_only=True)
+    (state,) = (value for value in states.values() if "best_model_path" in value)
+    path = WAYS[way](precious, beside)
+    for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[key] = path
+    state["best_k_models"] = {path: torch.tensor(9.0)}
+    state["kth_value"] = state["best_model_score"] = torch.tensor(9.0)
+    del state["dirpath"]  # Without it Lightning takes over everything.
+    torch.save(states, saved.paramfiles["callbacks"])
+    describe(saved.path)
+    checkpoint = ModelCheckpoint(beside, monitor=monitor)
+    run = fit(tmp_path / "run", callbacks=[checkpoint], trainer={"max_epochs": 2})
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    assert Path(checkpoint.best_model_path).parent == beside
+    (note,) = (note for note in run.callback.resume_report.notes if "ModelCheckpoint" in note)
+    assert f"outside of its folder {beside}" in note
+
+
+def test_model_checkpoint_takes_over_its_own_files(tmp_path):
+    """With which it goes on as it would have."""
+
+    def start(epochs):
+        beside = ModelCheckpoint(
+            tmp_path / "beside", save_last=True, save_top_k=2, monitor="val_loss"
+        )
+        run = fit(tmp_path / "run", callbacks=[beside], trainer={"max_epochs": epochs})
+        return beside, run
+
+    start(2)
+    beside, run = start(3)
+    assert not [note for note in run.callback.resume_report.notes if "outside" in note]
+    assert len(beside.best_k_models) == 2
+    assert sorted(os.listdir(tmp_path / "beside")) == [
+        "epoch=1-step=8.ckpt",
+        "epoch=2-step=12.ckpt",
+        "last.ckpt",
+    ]
