@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -59,7 +60,29 @@ def warn_if_empty(state: object, kind: str, filename: str) -> None:
 
 
 def _state_dict_of(obj: Stateful) -> Mapping[str, object]:
+    if isinstance(obj, torch.nn.Module):
+        _warn_of_numbers(obj)
     return obj.state_dict()
+
+
+def _warn_of_numbers(module: torch.nn.Module) -> None:
+    """Warn once of numbers that training changes and that the `state_dict` of a module leaves out.
+
+    No error: SpeechBrain saves such a module so, and the number may be worth nothing, as that of a cache.
+    """
+    for path, part in module.named_modules():
+        if default_registry.saver(part) is not torch_save:
+            continue
+        for name in changed_numbers(part):
+            where = ".".join(filter(None, (type(module).__name__, path, name)))
+            logger.warning(
+                "%s (%s when it was added, %s now) is not in its state_dict, so a resume begins "
+                "with the value that it is made with. If that matters, keep it in a buffer or "
+                "return it from get_extra_state",
+                where,
+                _numbers[part].pop(name),
+                getattr(part, name),
+            )
 
 
 def torch_recovery(obj: Stateful, path: str | Path, end_of_epoch: bool) -> None:
@@ -344,7 +367,35 @@ def kept_apart(module: torch.nn.Module) -> list[str]:
     return [name for name, value in own if name not in _OF_TORCH and _holds_numbers(value)]
 
 
+def note_numbers(obj: object) -> None:
+    """Remember the numbers in plain attributes of a module's parts: those that stay are constants."""
+    for part in obj.modules() if isinstance(obj, torch.nn.Module) else ():
+        if part not in _numbers:
+            own = vars(part).items()
+            _numbers[part] = {name: value for name, value in own if type(value) in (int, float)}
+
+
+def changed_numbers(module: torch.nn.Module) -> list[str]:
+    """Return the attributes whose numbers have changed since `note_numbers`.
+
+    None of a class that says itself what its state is, nor of torch's own.
+
+    Args:
+        module: The module; its submodules are not looked into.
+    """
+    note_numbers(module)
+    cls = type(module)
+    if cls.__module__.startswith("torch.") or any(
+        getattr(cls, name) is not getattr(torch.nn.Module, name) for name in _SAY_STATE
+    ):
+        return []
+    known = _numbers[module].items()
+    return [name for name, value in known if repr(vars(module).get(name, value)) != repr(value)]
+
+
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
+_SAY_STATE = ("state_dict", "_save_to_state_dict", "get_extra_state")
+_numbers: WeakKeyDictionary[torch.nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 
 def _holds_numbers(value: object) -> bool:

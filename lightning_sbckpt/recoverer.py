@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_sbckpt._builtin_hooks import note_numbers
 from lightning_sbckpt._finding.loading import LoadOptions, load_into, require_sound
 from lightning_sbckpt._folder.layout import check_name, is_checkpoint, read_checkpoint
 from lightning_sbckpt.curator import Curator, FolderOptions
@@ -122,6 +123,7 @@ class Recoverer(Curator):
             self._set_hook("load", name, custom_load_hook)
         if custom_save_hook is not None:
             self._set_hook("save", name, custom_save_hook)
+        note_numbers(obj)
         self.recoverables[name] = obj
         self.optional_recoverables[name] = optional_load
 

@@ -9,25 +9,36 @@ Its wheel has no tests, so a checkout of its repository is needed:
 `units` runs what touches checkpoints with SpeechBrain's names and with ours, and prints what differs.
 `recipes` trains each recipe, interrupts it, in the middle of an epoch too, and resumes it in four
 directions: either `Checkpointer` and `EpochCounter` saves, either resumes. All must end with the losses
-with which SpeechBrain ends on its own. Recipes by name: `recipes CHECKOUT LM_RNN`, and only
-interrupted in an epoch: `--moment batch`.
+and the weights with which SpeechBrain ends on its own.
+
+    python tests/_speechbrain_suite.py recipes speechbrain LM_RNN --moment batch --utterances 2
+
+trains one recipe, with the two shortest utterances of each set, and interrupts it only in an epoch.
+`--write` puts the results into `docs/speechbrain.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import importlib
 import importlib.util
-import itertools
 import json
+import multiprocessing
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import types
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "speechbrain.md"
 SHARED = ("checkpoints", "epoch_loop", "parameter_transfer")
 UNITS = (
     "checkpoints",
@@ -53,23 +64,28 @@ EXAMPLES = (
     "processing.features",
     "alignment.aligner",
 )
-RECIPES = (
-    "ASR_CTC",
-    "ASR_Transducer",
-    "ASR_alignment_forward",
-    "ASR_alignment_viterbi",
-    "ASR_seq2seq",
-    "G2P",
-    "LM_RNN",
-    "VAD",
-    "autoencoder",
-    "enhance_GAN",
-    "separation",
-    "speaker_id",
-)
+# How many utterances of each set a recipe is trained with if not all: what aligns or searches does so in
+# Python, and takes minutes for one epoch.
+RECIPES = {
+    "ASR_CTC": 2,
+    "ASR_ConformerTransducer_streaming": 2,
+    "ASR_Transducer": 2,
+    "ASR_alignment_forward": 2,
+    "ASR_alignment_viterbi": 2,
+    "ASR_seq2seq": 2,
+    "G2P": None,
+    "LM_RNN": None,
+    "VAD": None,
+    "autoencoder": None,
+    "enhance_GAN": None,
+    "separation": None,
+    "speaker_id": None,
+}
 EPOCHS = 2
 BATCHES_TO_INTERRUPT = 1
 INTERRUPTED = 75
+MOMENTS = ("epoch", "batch")
+DIRECTIONS = [(saver, resumer) for saver in ("theirs", "ours") for resumer in ("theirs", "ours")]
 
 # As a module of this name it is loaded by every Python that starts, those of `spawn` as well.
 REPLACE = """
@@ -90,8 +106,15 @@ class Replacing(importlib.abc.MetaPathFinder):
         def exec_module(module):
             execute(module)
             import lightning_sbckpt
+            module.__test__ = {{}}  # Its own examples are tried with what replaces it.
             for shared in lightning_sbckpt.__all__:
                 if hasattr(module, shared):
+                    replaced = getattr(module, shared)
+                    own = vars(replaced) if isinstance(replaced, type) else {{}}
+                    for name, each in {{"": replaced, **own}}.items():
+                        if isinstance(getattr(each, "__doc__", None), str):
+                            where = shared + (name and "." + name)
+                            module.__test__[where] = each.__doc__
                     setattr(module, shared, getattr(lightning_sbckpt, shared))
 
         spec.loader.exec_module = exec_module
@@ -102,29 +125,44 @@ sys.meta_path.insert(0, Replacing())
 """
 
 
-def environment(folder, *, replaced=False):
-    """Return the environment of a process that can import SpeechBrain and this package."""
-    paths = [str(ROOT)]
+def stand_in(folder):
+    """Return what to import torchaudio from where its library is none for the torch in use."""
     try:
         importlib.import_module("torchaudio")
     except Exception:
-        # Nothing of it is called, and it need not exist for the torch in use.
-        (folder / "standin").mkdir(exist_ok=True)
-        (folder / "standin" / "torchaudio.py").touch()
-        paths.append(str(folder / "standin"))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        there, standin = importlib.util.find_spec("torchaudio"), folder / "standin" / "torchaudio"
+        if not standin.exists():
+            if there is not None:
+                # What SpeechBrain calls of it is written in Python, and works without the library.
+                shutil.copytree(
+                    Path(there.origin).parent, standin, ignore=shutil.ignore_patterns("lib")
+                )
+            else:
+                standin.mkdir(parents=True)
+                (standin / "__init__.py").touch()
+        return [str(standin.parent)]
+    return []
+
+
+def environment(folder, *, replaced=False):
+    """Return the environment of a process that can import SpeechBrain and this package."""
+    paths = [str(ROOT), *stand_in(folder)]
     if replaced:
         (folder / "replaced").mkdir(exist_ok=True)
         names = {f"speechbrain.utils.{name}" for name in SHARED}
         (folder / "replaced" / "sitecustomize.py").write_text(REPLACE.format(names=names))
         paths.append(str(folder / "replaced"))
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 # ---------------------------------------------------------------------- tests and examples
 
 
-def units(checkout, folder):
-    """Run SpeechBrain's tests and examples with its names and with ours; return what differs."""
+def units(checkout, folder, _):
+    """Run SpeechBrain's tests and examples with its names and with ours; yield what differs."""
     tests = folder / "tests"
     tests.mkdir()
     shutil.copy(checkout / "conftest.py", tests)
@@ -143,66 +181,136 @@ def units(checkout, folder):
             for line in done.stdout.splitlines():
                 outcome, _, name = line.partition(" ")
                 if outcome in ("PASSED", "FAILED", "ERROR"):
-                    outcomes[name.partition(" - ")[0]] = outcome
-        passed = sum(outcome == "PASSED" for outcome in outcomes.values())
-        print(f"{who}: {passed} passed of {len(outcomes)}")
+                    outcomes[name.partition(" - ")[0].replace("__test__.", "")] = outcome
         found[who] = outcomes
-    # The examples in what is replaced are not those of this module any more.
-    return [
-        f"{name}: {found['theirs'][name]} with its names, {outcome} with ours"
-        for name, outcome in found["ours"].items()
-        if outcome != found["theirs"].get(name, outcome)
-    ]
+        print(f"{who}: {passed(outcomes)}", flush=True)
+    differing = {
+        name: found["ours"].get(name, "not run")
+        for name in sorted(found["theirs"])
+        if found["ours"].get(name) != found["theirs"][name]
+    }
+    rows = {"SpeechBrain's": {"passed": passed(found["theirs"])}}
+    rows["ours"] = {
+        "passed": passed(found["ours"]),
+        "differing": ", ".join(name.rpartition("::")[2] for name in differing) or "none",
+    }
+    yield (
+        rows,
+        [
+            f"{name}: {found['theirs'][name]} with its names, {outcome} with ours"
+            for name, outcome in differing.items()
+        ],
+    )
+
+
+def passed(outcomes):
+    """Say how many of the tests passed."""
+    return f"{sum(outcome == 'PASSED' for outcome in outcomes.values())} of {len(outcomes)}"
 
 
 # ---------------------------------------------------------------------- recipes
 
 
-def recipes(checkout, folder, names, moments):
-    """Interrupt and resume recipes in four directions; return what differs."""
-    env = environment(folder)
+def recipes(checkout, folder, options):
+    """Interrupt and resume recipes in four directions; yield rows of results and what differs."""
+    sys.path[:0] = [str(ROOT), str(folder), *stand_in(folder)]
     for part in ("integration", "samples"):
         shutil.copytree(checkout / "tests" / part, folder / "tests" / part)
-    env["PYTHONPATH"] += os.pathsep + str(folder)
-    wrong = []
-    for name, moment in itertools.product(names, moments):
-        script = min((folder / "tests" / "integration" / name).glob("example_*.py"))
-        found = {}
-        for saver in ("theirs", "ours"):
-            saved = folder / f"{name}-{moment}-{saver}"
-            before = train(script, saved, env, api=saver, interrupt=moment)
-            for resumer in ("theirs", "ours"):
-                copy = folder / f"{name}-{moment}-{saver}-{resumer}"
-                shutil.copytree(saved, copy)
-                resumed = train(script, copy, env, api=resumer)
-                found[saver, resumer] = {**before, **resumed}
-        expected = found["theirs", "theirs"]
-        differing = [way for way, losses in found.items() if losses != expected]
-        says = "DIFFERENT" if differing else "the same losses in four directions"
-        print(f"{name}, interrupted after {moment}: {says}: {expected}", flush=True)
-        wrong += [
-            f"{name}, {moment}, {way}: {found[way]}, expected {expected}" for way in differing
-        ]
-    return wrong
+    # Once: each training is a process forked from here.
+    for module in ("speechbrain", "torch._dynamo"):
+        importlib.import_module(module)
+    without_numba()
+    for name in options.names:
+        rows, wrong = {}, []
+        utterances = options.utterances or RECIPES[name]
+        for script in sorted((folder / "tests" / "integration" / name).glob("example_*.py")):
+            label = f"{name}, {script.stem}" if name == "ASR_CTC" else name
+            rows[label] = {"utterances": utterances or "all"}
+            for moment in options.moments:
+                began = time.monotonic()
+                found = four_directions(
+                    script, folder / f"{script.stem}-{moment}", moment, utterances
+                )
+                expected = found["theirs", "theirs"]
+                differing = [way for way in DIRECTIONS if found[way] != expected]
+                says = "the same in four directions"
+                if differing:
+                    says = "differs: " + "; ".join(f"{a} saves, {b} resumes" for a, b in differing)
+                rows[label][moment] = says
+                seconds = time.monotonic() - began
+                print(f"{label}, after {moment}: {says}: {expected} ({seconds:.0f} s)", flush=True)
+                wrong += [
+                    f"{label}, {moment}, {way}: {found[way]}, expected {expected}"
+                    for way in differing
+                ]
+        yield rows, wrong
 
 
-def train(script, folder, env, *, api, interrupt=""):
+def four_directions(script, folder, moment, utterances):
+    """Interrupt a recipe and resume it; return what each direction ended with."""
+    found = {}
+    for saver in ("theirs", "ours"):
+        saved = folder / saver
+        before = train(script, saved, saver, moment, utterances)
+        for resumer in ("theirs", "ours"):
+            copy = folder / f"{saver}-{resumer}"
+            shutil.copytree(saved, copy)
+            found[saver, resumer] = {**before, **train(script, copy, resumer, "", utterances)}
+    return found
+
+
+def without_numba():
+    """Replace the loss of transducers, which is a kernel for CUDA alone, by a plain one."""
+    import torch
+
+    def loss(log_probs, labels, lengths, label_lengths, blank, reduction):
+        del reduction
+        losses = []
+        for probs, label, frames, symbols in zip(
+            log_probs, labels, lengths, label_lengths, strict=True
+        ):
+            row = 0.0
+            for t in range(frames):
+                if t:
+                    row = row + probs[t - 1, : symbols + 1, blank]
+                emissions = probs[t, range(symbols), label[:symbols].long()].cumsum(0)
+                sums = torch.cat([probs.new_zeros(1), emissions])
+                # log(sum over u' <= u of exp(row[u'] + emissions from u' to u)).
+                row = torch.logcumsumexp(row - sums, 0) + sums if t else sums
+            losses.append(-(row[-1] + probs[frames - 1, symbols, blank]) / frames)
+        return torch.stack(losses).mean()
+
+    module = types.ModuleType("speechbrain.integrations.numba.transducer_loss")
+    module.Transducer = types.SimpleNamespace(apply=loss)
+    sys.modules[module.__name__] = module
+    sys.modules["speechbrain.integrations.numba"] = types.ModuleType("numba")
+    sys.modules["numba"] = types.ModuleType("numba")  # The recipes ask whether there is one.
+
+
+def train(script, folder, api, interrupt, utterances):
     """Train a recipe in a process of its own, and return the losses by stage and epoch."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, __file__, "train", str(script), str(folder), api, interrupt]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != (INTERRUPTED if interrupt else 0):
-        raise RuntimeError(f"{command} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    folder.mkdir(exist_ok=True, parents=True)
+    child = multiprocessing.get_context("fork").Process(
+        target=train_here, args=(script, folder, api, interrupt, utterances)
+    )
+    child.start()
+    child.join()
+    if child.exitcode != (INTERRUPTED if interrupt else 0):
+        said = (folder / "said.txt").read_text()[-3000:]
+        raise RuntimeError(f"{script} ended with {child.exitcode}:\n{said}")
     log = folder / "losses.jsonl"
     losses = dict(json.loads(line) for line in log.read_text().splitlines())
     log.unlink()
     return losses
 
 
-def train_here(script, folder, api, interrupt):
+def train_here(script, folder, api, interrupt, utterances):
     """Train a recipe of SpeechBrain's with a checkpointer; only the import of that is changed."""
     import speechbrain as sb
 
+    with (folder / "said.txt").open("w", buffering=1) as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
     if api == "ours":
         import lightning_sbckpt as chosen
     else:
@@ -211,7 +319,8 @@ def train_here(script, folder, api, interrupt):
         chosen.EpochCounter = importlib.import_module("speechbrain.utils.epoch_loop").EpochCounter
     theirs = importlib.import_module("speechbrain.utils.checkpoints")
     log = (folder / "losses.jsonl").open("a")
-    init, fit, save_in_epoch = sb.Brain.__init__, sb.Brain.fit, sb.Brain._save_intra_epoch_ckpt
+    init, fit, evaluate = sb.Brain.__init__, sb.Brain.fit, sb.Brain.evaluate
+    save_in_epoch = sb.Brain._save_intra_epoch_ckpt
     counter = chosen.EpochCounter(EPOCHS)
 
     def new_init(self, modules=None, opt_class=None, hparams=None, run_opts=None, **options):
@@ -252,47 +361,105 @@ def train_here(script, folder, api, interrupt):
                 os._exit(INTERRUPTED)
 
         self.on_stage_end = on_stage_end
+        train_set, valid_set = (shorten(each, utterances) for each in (train_set, valid_set))
         loading = options.get("train_loader_kwargs", {})
-        if "batch_size" in loading:
-            # More than one of them in an epoch, or there would be no middle.
-            options["train_loader_kwargs"] = {
-                **loading,
-                "batch_size": min(2, max(1, len(train_set) // 2)),
-            }
-        return fit(self, counter, train_set, valid_set, **options)
+        # More than one batch in an epoch if that is possible, or there would be no middle.
+        batch_size = min(loading.get("batch_size", 1), max(1, len(train_set) // 2))
+        options["train_loader_kwargs"] = {**loading, "batch_size": batch_size}
+        fit(self, counter, train_set, valid_set, **options)
+        log.write(json.dumps(["weights", digest(self.modules)]) + "\n")
+        log.flush()
+
+    def new_evaluate(self, test_set, *args, **options):
+        return evaluate(self, shorten(test_set, utterances), *args, **options)
 
     def new_save_in_epoch(self):
         save_in_epoch(self)
         if counter.current == EPOCHS and self.step == BATCHES_TO_INTERRUPT:
             os._exit(INTERRUPTED)
 
-    sb.Brain.__init__, sb.Brain.fit = new_init, new_fit
+    sb.Brain.__init__, sb.Brain.fit, sb.Brain.evaluate = new_init, new_fit, new_evaluate
     sb.Brain._save_intra_epoch_ckpt = new_save_in_epoch
     spec = importlib.util.spec_from_file_location("recipe", script)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    try:
+    with contextlib.suppress(AssertionError):  # It would have to train for longer.
         recipe.main("cpu")
-    except AssertionError:
-        print("it would have to train for longer")  # What a recipe itself demands at its end.
+
+
+def shorten(data, utterances):
+    """Return a set of the shortest utterances of another, in the order in which they were.
+
+    What was prepared with all of them, such as the labels that a recipe counts, stays as it is.
+    """
+    from speechbrain.dataio.dataset import FilteredSortedDynamicItemDataset
+
+    if utterances is None or not hasattr(data, "data_ids"):
+        return data
+    shortest = sorted(data.data_ids, key=lambda each: float(data.data[each].get("duration", 0)))
+    kept = set(shortest[:utterances])
+    return FilteredSortedDynamicItemDataset(data, [each for each in data.data_ids if each in kept])
+
+
+def digest(module):
+    """Return a digest of all weights and buffers."""
+    found = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        found.update(name.encode() + value.cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------- the page
+
+
+def write(what, columns, rows):
+    """Write a table into the page; rows of other recipes, found there, stay."""
+    begin, end = f"<!-- {what}: begin -->\n", f"<!-- {what}: end -->"
+    head, _, rest = PAGE.read_text().partition(begin)
+    before, _, tail = rest.partition(end)
+    found = {}
+    for line in before.splitlines():
+        if line.startswith("| ") and not line.startswith(("| ---", f"| {columns[0]} |")):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            found[name] = dict(zip(columns[1:], cells, strict=True))
+    for name, row in rows.items():
+        found[name] = {**found.get(name, {}), **row}
+    versions = (f"{name} {version(name)}" for name in ("speechbrain", "torch"))
+    lines = [
+        f"With Python {platform.python_version()}, {', '.join(versions)}:",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
+    ]
+    for name, row in sorted(found.items(), key=lambda item: item[0].lower()):
+        cells = (str(row.get(column, "")) for column in columns[1:])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    PAGE.write_text("\n".join([f"{head}{begin.rstrip()}", *lines, f"{end}{tail}"]))
 
 
 def main():
     """Do what the command line says."""
-    if sys.argv[1] == "train":
-        return train_here(Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+    os.environ["OMP_NUM_THREADS"] = "1"  # Sums over several threads differ from run to run.
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("units", "recipes"))
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("names", nargs="*", default=RECIPES, help="of recipes; all by default")
-    parser.add_argument("--moment", choices=("epoch", "batch"), help="both by default")
-    chosen = parser.parse_args()
-    moments = (chosen.moment,) if chosen.moment else ("epoch", "batch")
+    parser.add_argument("names", nargs="*", help="of recipes; all by default")
+    parser.add_argument("--moment", choices=MOMENTS, help="both by default")
+    parser.add_argument("--utterances", type=int, help="of each set; by default as RECIPES says")
+    parser.add_argument("--write", action="store_true", help=f"the results into {PAGE.name}")
+    options = parser.parse_args()
+    options.names = options.names or list(RECIPES)
+    options.moments = (options.moment,) if options.moment else MOMENTS
+    columns = ["names", "passed", "differing"]
+    if options.what == "recipes":
+        columns = ["recipe", "utterances", *MOMENTS]
+    wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        if chosen.what == "units":
-            wrong = units(chosen.checkout, Path(folder))
-        else:
-            wrong = recipes(chosen.checkout, Path(folder), chosen.names, moments)
+        run = units if options.what == "units" else recipes
+        for rows, differing in run(options.checkout, Path(folder), options):
+            wrong += differing
+            if options.write:
+                write(options.what, columns, rows)
     print("\n".join(wrong) or "nothing differs")
     return int(bool(wrong))
 

@@ -382,6 +382,86 @@ class TestLostState:
         assert "empty" in caplog.text
 
 
+class TestLostNumbers:
+    """Numbers in plain attributes of a module, which no `state_dict` holds, may be state or constants."""
+
+    class Curriculum(torch.nn.Module):
+        """It counts, and has no parameter."""
+
+        def __init__(self):
+            super().__init__()
+            self.steps, self.limit, self.rate, self.nothing = 0, 10, 0.5, float("nan")
+
+    @pytest.mark.parametrize("add", ["at once", "later", "into the dictionary"])
+    def test_a_module_that_has_counted_is_refused(self, tmp_path, add):
+        """Its file would hold nothing; what has not changed is taken for a constant."""
+        module = self.Curriculum()
+        checkpointer = Checkpointer(tmp_path, {"course": module} if add == "at once" else {})
+        if add == "later":
+            checkpointer.add_recoverable("course", module)
+        elif add == "into the dictionary":
+            checkpointer.recoverables["course"] = module
+        checkpointer.save_checkpoint()  # It has not counted yet.
+        module.steps += 1
+        for _ in range(2):
+            with pytest.raises(HookError, match=r"'course' \(Curriculum\) keeps steps outside"):
+                checkpointer.save_checkpoint()
+
+    def test_a_class_that_says_what_its_state_is_is_saved(self, tmp_path):
+        """By `get_extra_state`, which torch asks."""
+
+        class Told(self.Curriculum):
+            def get_extra_state(self):
+                return self.steps
+
+            def set_extra_state(self, state):
+                self.steps = state
+
+        module, fresh = Told(), Told()
+        checkpointer = Checkpointer(tmp_path, {"course": module})
+        module.steps = 4
+        saved = checkpointer.save_checkpoint()
+        Checkpointer(tmp_path, {"course": fresh}, access="read").load_checkpoint(saved)
+        assert fresh.steps == 4
+
+    def test_it_is_refused_within_another(self, sb, tmp_path):
+        """Also where the part has hooks that the whole doesn't call."""
+        whole = torch.nn.Sequential(self.Curriculum(), torch.nn.ReLU())
+        checkpointer = Checkpointer(tmp_path / "a", {"whole": whole})
+        whole[0].steps = 3
+        with pytest.raises(HookError, match=r"'whole.0' \(Curriculum\) keeps steps"):
+            checkpointer.save_checkpoint()
+
+        @ours.register_checkpoint_hooks
+        class Hooked(self.Curriculum):
+            @ours.mark_as_saver
+            def save(self, path):
+                Path(path).write_text(str(self.steps))
+
+        model = torch.nn.Sequential(Hooked(), torch.nn.Linear(1, 1))
+        checkpointer = Checkpointer(tmp_path / "b", {"model": model})
+        model[0].steps = 3
+        with pytest.raises(HookError, match=r"'model.0' \(Hooked\) keeps steps"):
+            checkpointer.save_checkpoint()
+        checkpointer.add_recoverable("part", model[0])
+        checkpointer.save_checkpoint()
+
+    def test_beside_weights_it_is_told_once(self, sb, tmp_path, caplog):
+        """SpeechBrain saves `GlobalNorm` so, without its count; a cache would be no loss."""
+        norm = sb.processing.features.GlobalNorm(update_steps=3)
+        checkpointer = Checkpointer(tmp_path, {"norm": norm})
+        checkpointer.save_checkpoint()
+        assert not caplog.messages
+        for _ in range(2):
+            norm(torch.randn(2, 5, 3), torch.ones(2))
+            checkpointer.save_checkpoint()
+        told = [message for message in caplog.messages if "step_count" in message]
+        assert len(told) == 1
+        assert (
+            "GlobalNorm.step_count (0 when it was added, 1 now) is not in its state_dict" in told[0]
+        )
+
+
 class TestOldNames:
     """Parameters that SpeechBrain has renamed are found under their new names."""
 

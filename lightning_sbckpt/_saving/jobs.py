@@ -16,8 +16,10 @@ import torch
 
 from lightning_sbckpt._builtin_hooks import (
     STATE_OF,
+    changed_numbers,
     has_state,
     kept_apart,
+    note_numbers,
     torch_save,
     warn_if_empty,
 )
@@ -156,7 +158,8 @@ def save_jobs(
             f"state would be lost: {'; '.join(lost)}. Nothing was saved. Make such a module a "
             "recoverable of its own if its class has hooks, else give it some "
             "(register_checkpoint_hooks, or custom_save_hook and custom_load_hook), or keep its "
-            "tensors in buffers; one whose tensors are made anew each time is no recoverable"
+            "tensors in buffers and its numbers in get_extra_state; one in which these are made "
+            "anew each time is no recoverable"
         )
     if unknown:
         raise HookError(
@@ -174,8 +177,10 @@ def _lost(
     # A state that is empty is nobody's choice, if there is something to save.
     is_empty = not any(True for _ in module.parameters()) and not module.state_dict()
     saved = {id(obj) for obj in recoverables.values()}
+    note_numbers(module)  # Of one that was put into the dictionary of recoverables directly.
     for path, part in module.named_modules():
-        if (part is not module and id(part) in saved) or not (attributes := kept_apart(part)):
+        attributes = [*kept_apart(part), *changed_numbers(part)]
+        if (part is not module and id(part) in saved) or not attributes:
             continue
         # A part that has hooks of its own would be saved as a recoverable of its own.
         if part is not module and registry.was_given_saver(part):
