@@ -19,11 +19,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks import ranks
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import FileDigest, Manifest, dump_manifest
-from lightning_sbckpt._torchfile.reading import load_state
-from lightning_sbckpt.plugin import exact
-from lightning_sbckpt.plugin.collect import Part
-from lightning_sbckpt.plugin.ranks import pack, state_of_rank
+from lightning_sbckpt._format.load import load_state
+from lightning_sbckpt._layout.manifest import FileDigest, Manifest, dump_manifest
+from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.parts import Part
+from lightning_sbckpt.plugin.state.per_rank import pack, state_of_rank
 from lightning_sbckpt.rng import isolated_rng
 
 T = TypeVar("T")

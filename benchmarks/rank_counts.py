@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from benchmarks.ranks import PRELOAD
 from lightning_sbckpt import SBCheckpoint
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt.plugin.saving import Saving
 
 COLLECTIVES = ("broadcast", "gather", "all_gather", "all_reduce", "barrier")

@@ -37,12 +37,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._builtin_hooks import metric_state
-from lightning_sbckpt._saving.workshop import Save
-from lightning_sbckpt._world import TorchDistributed
-from lightning_sbckpt.plugin import exact
-from lightning_sbckpt.plugin.collect import LOADERS, METRICS, RNG, Part
-from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt._save.stage import Save
+from lightning_sbckpt._world.world import TorchDistributed
+from lightning_sbckpt.hooks.builtin import metric_state
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.parts import LOADERS, METRICS, RNG, Part
 from lightning_sbckpt.rng import capture_rng
 from lightning_sbckpt.typing import World
 

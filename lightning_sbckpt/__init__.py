@@ -11,8 +11,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from lightning_sbckpt._builtin_hooks import torch_parameter_transfer, torch_recovery, torch_save
-from lightning_sbckpt._torchfile.reading import trusting_pickle
+from lightning_sbckpt._format.load import trusting_pickle
 from lightning_sbckpt.averaging import average_checkpoints, average_state_dicts
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.epoch import EpochCounter, EpochCounterWithStopper
@@ -27,6 +26,7 @@ from lightning_sbckpt.hooks import (
     mark_as_transfer,
     register_checkpoint_hooks,
 )
+from lightning_sbckpt.hooks.builtin import torch_parameter_transfer, torch_recovery, torch_save
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.transfer import Pretrainer
 

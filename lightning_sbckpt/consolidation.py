@@ -13,21 +13,21 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 import torch
 
-from lightning_sbckpt._disk.progress import Progress, Tally
-from lightning_sbckpt._disk.regular import open_below
-from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
-from lightning_sbckpt._folder.copies import copy_paramfile
-from lightning_sbckpt._folder.layout import (
+from lightning_sbckpt._io.open_regular import open_below
+from lightning_sbckpt._io.progress import Progress, Tally
+from lightning_sbckpt._layout.copies import copy_paramfile
+from lightning_sbckpt._layout.manifest import MANIFEST_NAME, read_manifest
+from lightning_sbckpt._layout.publish import (
     CKPT_PREFIX,
     SHARDED_EXT,
     check_name,
     folder_for,
     read_checkpoint,
 )
-from lightning_sbckpt._folder.manifest import MANIFEST_NAME, read_manifest
+from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt._sharded.states import numbered
-from lightning_sbckpt._world import SingleProcess
+from lightning_sbckpt._world.world import SingleProcess
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, read_meta

@@ -16,7 +16,7 @@ from typing import Literal, SupportsFloat
 
 import yaml
 
-from lightning_sbckpt._disk.regular import open_to_read
+from lightning_sbckpt._io.open_regular import open_to_read
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError
 from lightning_sbckpt.hooks import (
     default_registry,

@@ -19,14 +19,13 @@ from typing import Any, TypeAlias
 
 import torch
 
-from lightning_sbckpt._disk.growing import growth_counted
-from lightning_sbckpt._disk.progress import Progress, Tally
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding.loading import bytes_of, bytes_to_check, require_sound
-from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._format.encode import write_torch
+from lightning_sbckpt._format.load import load_state, trusting_pickle
+from lightning_sbckpt._io.progress import Progress, Tally, growth_counted
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.publish import read_checkpoint
+from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._remote.places import here
-from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
-from lightning_sbckpt._torchfile.writing import write_torch
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MismatchError,

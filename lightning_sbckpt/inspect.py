@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lightning_sbckpt._inspect.columns import columns_of, metric_keys, printable
+from lightning_sbckpt._views.columns import columns_of, metric_keys, printable
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import Criterion, importance, newest_first, rank_checkpoints
 
@@ -47,7 +47,7 @@ def table(
         ['0.25', 'best,', 'newest']
     """
     # It imports rich, which is optional.
-    from lightning_sbckpt._inspect.grid import ENDLESS, as_text
+    from lightning_sbckpt._views.grid import ENDLESS, as_text
 
     criterion = importance(min_key=min_key, max_key=max_key)
     ckpts = newest_first(checkpoints)

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from lightning_sbckpt._disk.regular import NotRegularError, read_regular
-from lightning_sbckpt._safe_yaml import MAX_META_BYTES, TENSOR_MARK, dump_yaml, parse_yaml
-from lightning_sbckpt._torchfile.reading import open_state
+from lightning_sbckpt._format.load import open_state
+from lightning_sbckpt._format.yaml import MAX_META_BYTES, TENSOR_MARK, dump_yaml, parse_yaml
+from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
 from lightning_sbckpt.errors import MetaError, MismatchError
 
 __all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "parse_yaml", "plain_meta", "read_meta"]
@@ -90,7 +90,7 @@ class Checkpoint(NamedTuple):
 
     def _repr_html_(self) -> str:
         # Imported here: it is needed in notebooks alone.
-        from lightning_sbckpt._pictures.cards import checkpoint_card, failed_card
+        from lightning_sbckpt._views.cards import checkpoint_card, failed_card
 
         try:
             return checkpoint_card(self, parse_yaml)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._pictures.timeline import Timeline
-from lightning_sbckpt._pictures.wording import say_text
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._views.timeline import Timeline
+from lightning_sbckpt._views.wording import say_text
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MissingDependencyError,
@@ -57,7 +57,7 @@ def draw_timeline(
             `max_key` were given.
 
     Example:
-        >>> from lightning_sbckpt._pictures.timeline import build_timeline
+        >>> from lightning_sbckpt._views.timeline import build_timeline
         >>> from lightning_sbckpt.meta import Checkpoint
         >>> there = [Checkpoint(Path("CKPT+a"), {"unixtime": 1.0, "loss": 0.5}, {})]
         >>> figure = draw_timeline(build_timeline(there, []), "my run")
@@ -65,7 +65,7 @@ def draw_timeline(
         'loss'
     """
     require_matplotlib()
-    from lightning_sbckpt._pictures import drawing
+    from lightning_sbckpt._views import drawing
 
     keys, modes = chosen_keys(timeline, key, min_key=min_key, max_key=max_key)
     return drawing.draw(timeline, _title(timeline, name), keys, modes)
@@ -85,12 +85,12 @@ def svg_for_page(
         MissingDependencyError: matplotlib is not installed.
 
     Example:
-        >>> from lightning_sbckpt._pictures.timeline import build_timeline
+        >>> from lightning_sbckpt._views.timeline import build_timeline
         >>> svg_for_page(build_timeline([], []), [], {})[:4]
         '<svg'
     """
     require_matplotlib()
-    from lightning_sbckpt._pictures import drawing
+    from lightning_sbckpt._views import drawing
 
     # No other colour of the picture, and none that a name could bring in: it has to be replaced.
     ink = "#010203"
@@ -190,13 +190,13 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
     Example:
         >>> import tempfile
-        >>> from lightning_sbckpt._pictures.timeline import build_timeline
+        >>> from lightning_sbckpt._views.timeline import build_timeline
         >>> figure = draw_timeline(build_timeline([], []), "empty")
         >>> save_figure(figure, Path(tempfile.mkdtemp()) / "a.png").read_bytes()[1:4]
         b'PNG'
     """
     kind = picture_kind(path)
-    from lightning_sbckpt._pictures import drawing
+    from lightning_sbckpt._views import drawing
 
     return write_page(path, drawing.rendered(figure, kind), "picture")
 

@@ -18,16 +18,16 @@ from typing import Literal
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lightning_sbckpt._disk.progress import Progress, Tally
-from lightning_sbckpt._folder.manifest import file_damage, find_damage, read_manifest
-from lightning_sbckpt._folder.sizes import checkpoint_bytes
-from lightning_sbckpt._pictures.report_view import make_page
-from lightning_sbckpt._pictures.timeline import Timeline
-from lightning_sbckpt._pictures.wording import say_text, say_when
+from lightning_sbckpt._io.progress import Progress, Tally
+from lightning_sbckpt._layout.manifest import file_damage, find_damage, read_manifest
+from lightning_sbckpt._layout.sizes import checkpoint_bytes
 from lightning_sbckpt._remote.places import here, said
 from lightning_sbckpt._remote.urls import is_url
+from lightning_sbckpt._views.report_view import make_page
+from lightning_sbckpt._views.timeline import Timeline
+from lightning_sbckpt._views.wording import say_text, say_when
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError
-from lightning_sbckpt.finder import Finder
+from lightning_sbckpt.folder import Finder
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plotting import chosen_keys, svg_for_page, write_page
 
@@ -105,10 +105,8 @@ def report(
         sizes=sizes,
         damage={name: wrong for name, wrong in damage.items() if wrong},
     )
-    template = (files("lightning_sbckpt._pictures") / "report.html.jinja").read_text(
-        encoding="utf-8"
-    )
-    script = (files("lightning_sbckpt._pictures") / "report.js").read_text(encoding="utf-8")
+    template = (files("lightning_sbckpt._views") / "report.html.jinja").read_text(encoding="utf-8")
+    script = (files("lightning_sbckpt._views") / "report.js").read_text(encoding="utf-8")
     picture, no_picture = _picture(timeline, keys, modes)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["tidy"] = say_text

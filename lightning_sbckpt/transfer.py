@@ -16,9 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeAlias
 from uuid import uuid4
 
-from lightning_sbckpt import _speechbrain
-from lightning_sbckpt._builtin_hooks import has_state, torch_parameter_transfer, torch_recovery
-from lightning_sbckpt._folder.layout import PARAMFILE_EXT, check_name
+from lightning_sbckpt._layout.publish import PARAMFILE_EXT, check_name
 from lightning_sbckpt._remote.places import bring_file
 from lightning_sbckpt._remote.urls import local_path, normal_url
 from lightning_sbckpt.errors import (
@@ -27,7 +25,8 @@ from lightning_sbckpt.errors import (
     HookError,
     SBCheckpointError,
 )
-from lightning_sbckpt.hooks import check_signature, default_registry
+from lightning_sbckpt.hooks import check_signature, default_registry, speechbrain
+from lightning_sbckpt.hooks.builtin import has_state, torch_parameter_transfer, torch_recovery
 from lightning_sbckpt.typing import TransferHook
 
 __all__ = ["Pretrainer", "torch_parameter_transfer"]
@@ -370,7 +369,7 @@ def _is_fetch_source(source: object) -> bool:
 
 def _is_for_speechbrain(source: Any) -> bool:
     """Return whether SpeechBrain's `fetch` is there, and knows this source while we don't."""
-    if _speechbrain.loaded("fetching") is None:
+    if speechbrain.loaded("fetching") is None:
         return False
     if _is_fetch_source(source):
         return True
@@ -384,7 +383,7 @@ def _fetch_options(
     local_strategy: object, fetch_config: object, *, use_auth_token: bool
 ) -> dict[str, object]:
     """Return what SpeechBrain's `fetch` is called with beyond the places; 1.0 knows no config."""
-    fetching: Any = _speechbrain.loaded("fetching")
+    fetching: Any = speechbrain.loaded("fetching")
     options: dict[str, object] = {}
     strategies = getattr(fetching, "LocalStrategy", None)
     if strategies is not None:
@@ -403,7 +402,7 @@ def _fetch_options(
 def _fetch(
     filename: str, source: object, folder: Path | None, name: str, options: Mapping[str, object]
 ) -> Path:
-    fetching: Any = _speechbrain.loaded("fetching")
+    fetching: Any = speechbrain.loaded("fetching")
     try:
         found = fetching.fetch(
             filename=filename,

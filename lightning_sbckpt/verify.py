@@ -14,12 +14,10 @@ from typing import BinaryIO, Literal
 
 import xxhash
 
-from lightning_sbckpt._disk.absent import stored_files
-from lightning_sbckpt._disk.progress import Progress
-from lightning_sbckpt._disk.storage import FileDigest
-from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
-from lightning_sbckpt._folder.layout import CKPT_PREFIX
-from lightning_sbckpt._folder.manifest import (
+from lightning_sbckpt._io.progress import Progress
+from lightning_sbckpt._io.storage import FileDigest
+from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME, read_annotations
+from lightning_sbckpt._layout.manifest import (
     MANIFEST_NAME,
     Manifest,
     file_damage,
@@ -27,8 +25,10 @@ from lightning_sbckpt._folder.manifest import (
     lost_manifest,
     read_manifest,
 )
+from lightning_sbckpt._layout.publish import CKPT_PREFIX
 from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.places import here, mirror_at
+from lightning_sbckpt._remote.records import stored_files
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, read_meta

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._io.storage import LocalStorage
 
 _SECTOR = 512
 

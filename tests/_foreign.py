@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_sbckpt._disk.storage import digest
-from lightning_sbckpt._folder.manifest import MARK, Manifest, dump_manifest
+from lightning_sbckpt._io.storage import digest
+from lightning_sbckpt._layout.manifest import MARK, Manifest, dump_manifest
 
 
 def forget_manifest(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torchmetrics import MeanMetric
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._io.storage import LocalStorage
 
 WIDTH = 300
 """A weight of so many rows and columns is large: 360 kB, of which 256 are enough."""

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from lightning_sbckpt import Checkpointer, ckpt_recency
-from lightning_sbckpt._finding.index import INDEX_NAME
-from lightning_sbckpt._folder.history import HISTORY_NAME
-from lightning_sbckpt._folder.lock import LOCK_NAME
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._catalog.index import INDEX_NAME
+from lightning_sbckpt._layout.history import HISTORY_NAME
+from lightning_sbckpt._layout.lock import LOCK_NAME
+from lightning_sbckpt._layout.manifest import find_damage
 
 # A new save mode takes part in every test once it is in this list.
 SAVE_MODES = ["sync", "async", "overlap"]

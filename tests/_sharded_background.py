@@ -7,7 +7,7 @@ import threading
 
 from _sharded_ranks import whole
 
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._io.storage import LocalStorage
 
 
 def visible(folder):

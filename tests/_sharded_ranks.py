@@ -16,7 +16,7 @@ from _processes import context
 from torch import nn
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._io.storage import LocalStorage
 
 # A failure must reach the other rank as a message; waiting for a timeout would take longer.
 SECONDS = 60

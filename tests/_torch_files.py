@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.links import Links
-from lightning_sbckpt._saving.jobs import Contents, SaveJob
-from lightning_sbckpt._torchfile.templates import Templates
+from lightning_sbckpt._format.templates import Templates
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.links import Links
+from lightning_sbckpt._save.items import Contents, SaveJob
 
 
 def contents_of(state, templates=None, name="model.ckpt"):

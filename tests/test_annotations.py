@@ -15,9 +15,9 @@ import torch
 from _python import python
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder import annotations
-from lightning_sbckpt._folder.annotations import (
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout import annotations
+from lightning_sbckpt._layout.annotations import (
     ANNOTATIONS_NAME,
     Annotations,
     annotate,
@@ -25,8 +25,8 @@ from lightning_sbckpt._folder.annotations import (
     read_annotations,
     unpin,
 )
-from lightning_sbckpt._folder.layout import META_NAME, read_checkpoint
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._layout.publish import META_NAME, read_checkpoint
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SaveError
 
 STORAGE = LocalStorage()
@@ -54,8 +54,8 @@ class TestWhatIsSaid:
         code = """
 import sys
 from pathlib import Path
-from lightning_sbckpt._folder.annotations import annotate
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._layout.annotations import annotate
+from lightning_sbckpt._io.storage import LocalStorage
 for folder, bleu in zip(sys.argv[1:], (31.5, 30.0)):
     annotate(Path(folder), {"bleu": bleu}, storage=LocalStorage())
 """

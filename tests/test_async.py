@@ -22,10 +22,10 @@ from _in_flight import Everything, HeldUp, contents, files_of_sync_save
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.layout import read_checkpoint
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving.snapshot import Arena
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._layout.publish import read_checkpoint
+from lightning_sbckpt._save.arena import Arena
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 
 FULL = (28, "No space left on device")
@@ -200,12 +200,12 @@ print(first - before, peak() - first)
 
         waited = []
         monkeypatch.setattr(
-            "lightning_sbckpt._saving.snapshot.pin",
+            "lightning_sbckpt._save.arena.pin",
             lambda memory, devices: asked.append(len(memory)),
         )
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream(waited))
         monkeypatch.setattr(
-            "lightning_sbckpt._torchfile.image.Image.devices",
+            "lightning_sbckpt._format.image.Image.devices",
             property(lambda image: {torch.device("cuda", 0)}),
         )
         with everything.checkpointer(tmp_path / "pinned", save_mode="async") as checkpointer:
@@ -221,7 +221,7 @@ print(first - before, peak() - first)
         """A model may move to a GPU between two saves."""
         kinds = []
         monkeypatch.setattr(
-            "lightning_sbckpt._saving.snapshot.pin",
+            "lightning_sbckpt._save.arena.pin",
             lambda memory, devices: kinds.append("pinned" if devices else "plain"),
         )
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: _Stream([]))
@@ -427,9 +427,9 @@ class TestErrors:
             if where == "in a hook":
                 checkpointer.custom_save_hooks["noted"] = interrupt
             elif mode == "sync":
-                patch.setattr("lightning_sbckpt._disk.storage.write_source", interrupt)
+                patch.setattr("lightning_sbckpt._io.storage.write_source", interrupt)
             else:
-                patch.setattr("lightning_sbckpt._torchfile.image.ctypes.memmove", interrupt)
+                patch.setattr("lightning_sbckpt._format.image.ctypes.memmove", interrupt)
             # Whoever holds the exception holds what was under way, too.
             with pytest.raises(KeyboardInterrupt) as interrupted:
                 checkpointer.save_checkpoint()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sbckpt._saving import writer
-from lightning_sbckpt._saving.writer import Background
+from lightning_sbckpt._io import background as writer
+from lightning_sbckpt._io.background import Background
 
 NAME = "sbckpt-under-test"
 

@@ -26,9 +26,9 @@ import xxhash
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk import blocks
-from lightning_sbckpt._disk.blocks import ALIGNMENT, BLOCK, round_up
-from lightning_sbckpt._disk.storage import digest
+from lightning_sbckpt._io import direct_write as blocks
+from lightning_sbckpt._io.direct_write import ALIGNMENT, BLOCK, round_up
+from lightning_sbckpt._io.storage import digest
 from lightning_sbckpt.errors import SaveError
 
 

@@ -22,8 +22,8 @@ from torchmetrics.classification import (
 )
 
 from lightning_sbckpt import Checkpointer, torch_recovery, torch_save
-from lightning_sbckpt._builtin_hooks import metric_state, set_metric_state
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError
+from lightning_sbckpt.hooks.builtin import metric_state, set_metric_state
 
 
 def carry_over(tmp_path, source, target):

@@ -13,7 +13,7 @@ from _foreign import forget_manifest
 from _lives import small_run
 
 from lightning_sbckpt import Checkpoint, Checkpointer
-from lightning_sbckpt.finder import Finder
+from lightning_sbckpt.folder import Finder
 
 
 class Reader(HTMLParser):
@@ -191,8 +191,8 @@ def test_nothing_raises_whatever_goes_wrong(checkpointer, monkeypatch):
         raise RuntimeError("<b>no</b>")
 
     saved = checkpointer.save_checkpoint()
-    monkeypatch.setattr("lightning_sbckpt._pictures.cards.folder_table", fail)
-    monkeypatch.setattr("lightning_sbckpt._pictures.cards.checkpoint_card", fail)
+    monkeypatch.setattr("lightning_sbckpt._views.cards.folder_table", fail)
+    monkeypatch.setattr("lightning_sbckpt._views.cards.checkpoint_card", fail)
     for value in (checkpointer, saved):
         html = value._repr_html_()
         assert "can&#x27;t be shown: RuntimeError: &lt;b&gt;no&lt;/b&gt;" in html

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from lightning_sbckpt import Checkpointer, ckpt_recency
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import ConfigurationError, SaveError, SelectionError
 from lightning_sbckpt.retention import Best, Newest
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from _processes import context
 
-from lightning_sbckpt import _collectives
-from lightning_sbckpt._world import TorchDistributed
+from lightning_sbckpt._world import collectives
+from lightning_sbckpt._world.world import TorchDistributed
 
 ROUNDS = 60
 SECONDS = 60
@@ -16,7 +16,7 @@ SECONDS = 60
 
 def talk(rank, folder, may_hang, answers):
     """Make a group, hand objects about and end the group, many times."""
-    _collectives._MAY_HANG = may_hang
+    collectives._MAY_HANG = may_hang
     torch.set_num_threads(1)
     world = TorchDistributed()
     for turn in range(ROUNDS):
@@ -49,7 +49,7 @@ def what_ranks_get(folder, may_hang):
 
 
 # Torch's own are taken where they do no harm.
-WAYS = [True] if _collectives._MAY_HANG else [True, False]
+WAYS = [True] if collectives._MAY_HANG else [True, False]
 
 
 @pytest.mark.parametrize("may_hang", WAYS)
@@ -68,9 +68,9 @@ def test_what_is_kept_for_that_takes_no_memory(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_collectives, "_MAY_HANG", True)
+            patch.setattr(collectives, "_MAY_HANG", True)
             assert len(TorchDistributed().broadcast(b"x" * 1_000_000)) == 1_000_000
             assert len(TorchDistributed().gather(b"x" * 1_000_000)[0]) == 1_000_000
     finally:
         dist.destroy_process_group()
-    assert sum(tensor.nbytes for tensor in _collectives._KEPT) < 10_000
+    assert sum(tensor.nbytes for tensor in collectives._KEPT) < 10_000

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._torchfile.containers import containers_in, rebuild
-from lightning_sbckpt._torchfile.reading import load_state
-from lightning_sbckpt._torchfile.state import save_state
+from lightning_sbckpt._format.containers import containers_in, rebuild
+from lightning_sbckpt._format.encode import save_state
+from lightning_sbckpt._format.load import load_state
 
 
 class Odd:

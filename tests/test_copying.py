@@ -10,14 +10,14 @@ import torch
 import xxhash
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import find_damage, read_manifest
-from lightning_sbckpt._saving import copying
-from lightning_sbckpt._saving.copying import copy_hashed
-from lightning_sbckpt._saving.overlap import LateCopy
-from lightning_sbckpt._saving.snapshot import Arena
-from lightning_sbckpt._torchfile.image import LARGE, Image
+from lightning_sbckpt._format.image import LARGE, Image
+from lightning_sbckpt._layout.manifest import find_damage, read_manifest
+from lightning_sbckpt._save import hashing_copy
+from lightning_sbckpt._save.arena import Arena
+from lightning_sbckpt._save.hashing_copy import copy_hashed
+from lightning_sbckpt._save.late_copy import LateCopy
 
-BLOCK = copying._BLOCK
+BLOCK = hashing_copy._BLOCK
 
 
 class Content:
@@ -40,8 +40,8 @@ class Content:
 
 @pytest.fixture(params=[1, 2, 4])
 def threads(request, monkeypatch):
-    monkeypatch.setattr(copying, "useful_threads", lambda: request.param)
-    monkeypatch.setattr(copying, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(hashing_copy, "useful_threads", lambda: request.param)
+    monkeypatch.setattr(hashing_copy, "_WORTH_THREADS", 0)
     return request.param
 
 
@@ -75,7 +75,7 @@ def test_every_byte_is_copied_once_and_hashed(threads, sizes):
 
 def test_who_has_no_file_left_copies_for_the_others(monkeypatch):
     """Block after block in turn with the owner, so that what is hashed next was copied just now."""
-    monkeypatch.setattr(copying, "useful_threads", lambda: 2)
+    monkeypatch.setattr(hashing_copy, "useful_threads", lambda: 2)
 
     # Each block waits for one of the other thread, so none gets ahead, however busy the machine is.
     other = threading.Barrier(2, timeout=60)
@@ -97,7 +97,7 @@ def test_who_has_no_file_left_copies_for_the_others(monkeypatch):
 
 def test_small_states_start_no_thread(monkeypatch):
     """It would take longer than the copy."""
-    monkeypatch.setattr(copying, "useful_threads", lambda: 4)
+    monkeypatch.setattr(hashing_copy, "useful_threads", lambda: 4)
     source = Content(3 * BLOCK)
     copied([source])
     assert set(source.asked.values()) == {threading.current_thread().name}
@@ -120,12 +120,12 @@ def test_what_goes_wrong_in_a_thread_is_raised_and_nobody_waits(threads, bad):
 
 def test_where_no_thread_can_be_started_the_caller_copies(monkeypatch):
     """As when the interpreter is exiting."""
-    monkeypatch.setattr(copying, "useful_threads", lambda: 4)
+    monkeypatch.setattr(hashing_copy, "useful_threads", lambda: 4)
 
     def refuse(self):
         raise RuntimeError("can't create new thread at interpreter shutdown")
 
-    monkeypatch.setattr(copying.Thread, "start", refuse)
+    monkeypatch.setattr(hashing_copy.Thread, "start", refuse)
     source = Content(20 * BLOCK)
     (memory,), (checksum,) = copied([source])
     assert bytes(memory) == source.content

@@ -14,8 +14,8 @@ from _counts import count
 from _foreign import forget_manifest
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder import manifest as manifest_module
-from lightning_sbckpt._folder.manifest import _checksum_line, find_damage
+from lightning_sbckpt._layout import manifest as manifest_module
+from lightning_sbckpt._layout.manifest import _checksum_line, find_damage
 from lightning_sbckpt.errors import DamagedCheckpointError
 from lightning_sbckpt.verify import verify
 

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
-from lightning_sbckpt import Checkpointer, _collectives, average_checkpoints
+from lightning_sbckpt import Checkpointer, average_checkpoints
 from lightning_sbckpt._sharded.states import ShardedState
-from lightning_sbckpt._world import TorchDistributed
+from lightning_sbckpt._world import collectives
+from lightning_sbckpt._world.world import TorchDistributed
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.consolidation import consolidate
 from lightning_sbckpt.difference import diff
@@ -144,7 +145,7 @@ def test_pieces_are_saved_and_put_together(tmp_path, elsewhere, mode):
 @pytest.mark.parametrize("may_hang", [True, False])
 def test_objects_go_from_rank_to_rank(tmp_path, elsewhere, monkeypatch, may_hang):
     """By torch's own collectives and by ours."""
-    monkeypatch.setattr(_collectives, "_MAY_HANG", may_hang)
+    monkeypatch.setattr(collectives, "_MAY_HANG", may_hang)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     try:
         with elsewhere():

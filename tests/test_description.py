@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lightning_sbckpt import Checkpointer, SBCheckpointError
-from lightning_sbckpt._saving.description import time_after
+from lightning_sbckpt._save.request import time_after
 from lightning_sbckpt.errors import MetaError
 
 

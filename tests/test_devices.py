@@ -11,10 +11,10 @@ import torch
 from _in_flight import Everything, contents, files_of_sync_save
 from _releases import needs_torch
 
-from lightning_sbckpt._saving import snapshot
-from lightning_sbckpt._saving.snapshot import Arena
-from lightning_sbckpt._torchfile import image
-from lightning_sbckpt._torchfile.image import Image
+from lightning_sbckpt._format import image
+from lightning_sbckpt._format.image import Image
+from lightning_sbckpt._save import arena
+from lightning_sbckpt._save.arena import Arena
 
 ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -35,7 +35,7 @@ def happened(monkeypatch):
         if any(device.type == "cuda" for device in devices):
             events.append(("pinned", len(memory)))
 
-    monkeypatch.setattr(snapshot, "pin", pin)
+    monkeypatch.setattr(arena, "pin", pin)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(device))
     return events
 

@@ -14,8 +14,8 @@ from _foreign import forget_manifest
 
 from lightning_sbckpt import Checkpoint, Checkpointer, mark_as_loader, mark_as_saver
 from lightning_sbckpt import register_checkpoint_hooks as with_hooks
-from lightning_sbckpt._difference.states import _PIECE
 from lightning_sbckpt.difference import diff
+from lightning_sbckpt.difference.states import _PIECE
 from lightning_sbckpt.errors import MismatchError
 
 

@@ -11,8 +11,8 @@ import torch
 from _differences import comparer, numbers, one_change, saver
 from _releases import needs_torch
 
-from lightning_sbckpt._difference.states import _PIECE
 from lightning_sbckpt.difference import diff
+from lightning_sbckpt.difference.states import _PIECE
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_another_shape_or_type_is_told_with_both(compare):
 MEASURE = """
 import sys
 from pathlib import Path
-from lightning_sbckpt._folder.layout import read_checkpoint
+from lightning_sbckpt._layout.publish import read_checkpoint
 from lightning_sbckpt.difference import diff
 def peak():
     (line,) = [line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")]

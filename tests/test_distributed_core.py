@@ -14,8 +14,8 @@ from _processes import context
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer, register_checkpoint_hooks
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import (
     DamagedCheckpointError,
     MismatchError,

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from lightning_sbckpt import Checkpointer, SBCheckpoint
-from lightning_sbckpt._folder.manifest import find_damage, read_manifest
+from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt.errors import CheckpointNameError, SaveError
 
 

@@ -37,7 +37,7 @@ from _scenario import (
     warm_up,
 )
 
-from lightning_sbckpt._disk.storage import LocalStorage
+from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt.errors import RemovalError, SaveError
 
 # How often the scenario does what, in every mode: a new operation has to be looked at here.

@@ -17,8 +17,8 @@ import torch
 from _scenario import FURNITURE, SAVE_MODES
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import SaveError
 
 MEGABYTE = 2**20

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.history import HISTORY_NAME, read_history
+from lightning_sbckpt._layout.history import HISTORY_NAME, read_history
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.retention import (
     Best,

@@ -19,8 +19,8 @@ from _foreign import describe, forget_manifest
 from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
-from lightning_sbckpt._disk.storage import FileDigest, digest, digest_bytes
-from lightning_sbckpt._folder.manifest import Manifest, dump_manifest
+from lightning_sbckpt._io.storage import FileDigest, digest, digest_bytes
+from lightning_sbckpt._layout.manifest import Manifest, dump_manifest
 from lightning_sbckpt.errors import SBCheckpointError, UntrustedPickleError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import dump_meta

@@ -28,12 +28,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.blocks import BLOCK
-from lightning_sbckpt._saving.jobs import _by_torch
-from lightning_sbckpt._torchfile.image import LARGE, make_template, storages_of
-from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
-from lightning_sbckpt._torchfile.state import encode
-from lightning_sbckpt._torchfile.templates import describe
+from lightning_sbckpt._format.encode import encode
+from lightning_sbckpt._format.image import LARGE, make_template, storages_of
+from lightning_sbckpt._format.load import load_state, trusting_pickle
+from lightning_sbckpt._format.templates import describe
+from lightning_sbckpt._io.direct_write import BLOCK
+from lightning_sbckpt._save.items import _by_torch
 
 # Files are put together here; without, each is written by torch itself.
 needs_images = needs_torch("2.6", "torch.serialization.skip_data")
@@ -463,14 +463,14 @@ class TestOtherReleasesOfTorch:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return written_so_far[-1]
 
-        monkeypatch.setattr("lightning_sbckpt._torchfile.writing._Counted.write", write)
+        monkeypatch.setattr("lightning_sbckpt._format.encode._Counted.write", write)
         with pytest.raises(OSError, match="No space left on device"):
             _by_torch({"a": torch.zeros(1000)}, tmp_path / "model.ckpt")
 
     @pytest.mark.parametrize("wrong", ["longer", "shorter", "one less", "one more", "split"])
     def test_holes_of_other_sizes_make_torch_write(self, state, tmp_path, monkeypatch, wrong):
         """Whatever a torch to come leaves out, it is filled only if it is understood."""
-        from lightning_sbckpt._torchfile import image
+        from lightning_sbckpt._format import image
 
         class Other(image._FileWithHoles):
             def seek(self, offset, whence=0):

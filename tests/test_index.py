@@ -16,15 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lightning_sbckpt._finding.catalog as catalog_module
-import lightning_sbckpt._finding.index as index_module
-import lightning_sbckpt._folder.layout as layout_module
+import lightning_sbckpt._catalog.catalog as catalog_module
+import lightning_sbckpt._catalog.index as index_module
+import lightning_sbckpt._layout.publish as layout_module
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk import absent
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding.catalog import Catalog
-from lightning_sbckpt._finding.index import INDEX_NAME, Entry, read_index, write_index
-from lightning_sbckpt._folder.annotations import annotate
+from lightning_sbckpt._catalog.catalog import Catalog
+from lightning_sbckpt._catalog.index import INDEX_NAME, Entry, read_index, write_index
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.annotations import annotate
+from lightning_sbckpt._remote import records
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint, dump_meta
 from lightning_sbckpt.selection import importance, rank_checkpoints, shortlist
@@ -209,10 +209,10 @@ class TestAskedAgain:
         assert losses(Catalog(tmp_path)) == {"here": 1.0}
         assert asked == []
         folder = make(tmp_path, "there", 2.0, files=())
-        record = absent.record_path(folder)
+        record = records.record_path(folder)
         record.parent.mkdir()
-        stored = {"model.ckpt": absent.Stored(7)}
-        record.write_bytes(absent.dump_record(absent.identity(folder), stored))
+        stored = {"model.ckpt": records.Stored(7)}
+        record.write_bytes(records.dump_record(records.identity(folder), stored))
         found = {ckpt.path.name: [*ckpt.paramfiles] for ckpt in Catalog(tmp_path).checkpoints()}
         assert found == {"CKPT+here": ["model", "optimizer"], "CKPT+there": ["model"]}
         assert sorted(asked) == ["CKPT+here", "CKPT+there"]

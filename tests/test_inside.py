@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.inside import MOST_FOLDERS, NotRegularError, OpenFolder, open_parent
-from lightning_sbckpt._disk.regular import open_below, open_regular, open_to_read, read_regular
-from lightning_sbckpt._disk.storage import LocalStorage, digest
-from lightning_sbckpt._folder.copies import copy_paramfile
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._io.inside import MOST_FOLDERS, NotRegularError, OpenFolder, open_parent
+from lightning_sbckpt._io.open_regular import open_below, open_regular, open_to_read, read_regular
+from lightning_sbckpt._io.storage import LocalStorage, digest
+from lightning_sbckpt._layout.copies import copy_paramfile
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lightning_sbckpt"
@@ -184,7 +184,7 @@ class TestTheUsersOwnPath:
             again.custom_load_hooks["extra"] = lambda obj, path, end_of_epoch: None
             assert again.recover_if_possible()
             assert len(again.list_checkpoints()) == 1
-        from lightning_sbckpt._folder.history import read_history
+        from lightning_sbckpt._layout.history import read_history
 
         assert len(read_history(tmp_path / name)) > 2
 
@@ -292,18 +292,17 @@ OTHERS |= {"filesystem", "torch"}
 
 # Where a file is opened, made or removed by its path all the same, and why.
 ALLOWED = {
-    "_builtin_hooks.py": "hooks write where they are told to, and are sealed afterwards",
-    "_torchfile/state.py": "the same",
-    "_torchfile/writing.py": "the same",
+    "hooks/builtin.py": "hooks write where they are told to, and are sealed afterwards",
+    "_format/encode.py": "the same",
     "_sharded/writing.py": "the same, by torch.distributed.checkpoint",
     "epoch.py": "the same",
-    "_finding/index.py": "directly in the run folder, O_NOFOLLOW",
-    "_folder/history.py": "directly in the run folder, O_NOFOLLOW",
-    "_folder/lock.py": "directly in the run folder, O_NOFOLLOW",
-    "_folder/owner.py": "directly in the run folder, O_NOFOLLOW, and /proc",
+    "_catalog/index.py": "directly in the run folder, O_NOFOLLOW",
+    "_layout/history.py": "directly in the run folder, O_NOFOLLOW",
+    "_layout/lock.py": "directly in the run folder, O_NOFOLLOW",
+    "_layout/owner.py": "directly in the run folder, O_NOFOLLOW, and /proc",
     "_remote/registry.py": "the user's cache",
     "_remote/sftp.py": "a server's files",
-    "_torchfile/keys.py": "the user's own keys",
+    "_format/keys.py": "the user's own keys",
     "export.py": "where the user wants a file",
     "transfer.py": "where the user wants a file",
     "plugin/selftest.py": "a temporary folder of its own",
@@ -355,7 +354,7 @@ class TestNoOtherWay:
         for path in sorted(PACKAGE.rglob("*.py")):
             name = path.relative_to(PACKAGE).as_posix()
             calls = by_path(path.read_text())
-            if calls and not name.startswith("_disk/") and name not in ALLOWED:
+            if calls and not name.startswith("_io/") and name not in ALLOWED:
                 found[name] = calls
         assert found == {}
 

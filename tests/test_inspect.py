@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sbckpt._inspect.columns import Column, ago, freed_by
-from lightning_sbckpt._inspect.grid import as_text
-from lightning_sbckpt._pictures.wording import say_size
+from lightning_sbckpt._views.columns import Column, ago, freed_by
+from lightning_sbckpt._views.grid import as_text
+from lightning_sbckpt._views.wording import say_size
 from lightning_sbckpt.errors import MissingDependencyError, SelectionError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import Checkpoint
@@ -183,7 +183,7 @@ def test_without_rich_the_message_says_how_to_install_it(two, monkeypatch):
     """The library is optional."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "lightning_sbckpt._inspect.grid", raising=False)
+    monkeypatch.delitem(sys.modules, "lightning_sbckpt._views.grid", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(MissingDependencyError, match="pip install 'lightning-sbckpt") as caught:
         table(two)

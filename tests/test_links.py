@@ -13,10 +13,10 @@ from _python import python
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._folder.sizes import real_bytes
-from lightning_sbckpt._saving.snapshot import Frozen
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._layout.sizes import real_bytes
+from lightning_sbckpt._save.arena import Frozen
 from lightning_sbckpt.errors import SaveError
 
 # Only a file whose bytes are known before it is written can be a link instead.
@@ -356,9 +356,9 @@ def seen_samples(part, place, *, late):
     """Return what is compared first of a part, before and after one element was changed."""
     from _torch_files import contents_of
 
-    from lightning_sbckpt._saving.snapshot import Arena
-    from lightning_sbckpt._torchfile.image import Image
-    from lightning_sbckpt._torchfile.templates import Templates
+    from lightning_sbckpt._format.image import Image
+    from lightning_sbckpt._format.templates import Templates
+    from lightning_sbckpt._save.arena import Arena
 
     found = []
     for change in (0, 1):

@@ -15,14 +15,14 @@ import torch
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer, torch_parameter_transfer
-from lightning_sbckpt._builtin_hooks import torch_recovery
-from lightning_sbckpt._disk import digests
-from lightning_sbckpt._torchfile import direct, filling
-from lightning_sbckpt._torchfile.direct import live_state
-from lightning_sbckpt._torchfile.filling import read_owned
-from lightning_sbckpt._torchfile.outline import read_outline
-from lightning_sbckpt._torchfile.reading import load_state, trusting_pickle
+from lightning_sbckpt._format import load_in_place, read_tensors
+from lightning_sbckpt._format.index import read_outline
+from lightning_sbckpt._format.load import load_state, trusting_pickle
+from lightning_sbckpt._format.load_in_place import live_state
+from lightning_sbckpt._format.read_tensors import read_owned
+from lightning_sbckpt._io import digests
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
+from lightning_sbckpt.hooks.builtin import torch_recovery
 
 
 def bits(tensor):
@@ -142,7 +142,7 @@ class TestWhatIsReadFast:
 
     def test_large_tensors_are_read_in_pieces_by_threads(self, tmp_path, monkeypatch):
         """Every piece to its place, whatever their number."""
-        monkeypatch.setattr(filling, "_PIECE", 4096)
+        monkeypatch.setattr(read_tensors, "_PIECE", 4096)
         state = {str(i): torch.randint(0, 256, (n,)) for i, n in enumerate((5, 4096, 100_001))}
         (loaded,) = read_owned(saved(tmp_path, state), grouped=True)
         assert same(loaded, state)
@@ -601,7 +601,7 @@ class TestLiveOptimizers:
 
     def test_parameters_elsewhere_get_their_moments_there(self, tmp_path, monkeypatch):
         """In batches, so that the whole file is never in memory; step counts stay where they are."""
-        monkeypatch.setattr(direct, "_BATCH", 16)
+        monkeypatch.setattr(load_in_place, "_BATCH", 16)
         file = saved(tmp_path, stepped(torch.optim.Adam, torch.nn.Linear(3, 3)).state_dict())
         optimizer = torch.optim.Adam(torch.nn.Linear(3, 3, device="meta").parameters())
         state = live_state(optimizer, file)
@@ -620,14 +620,14 @@ class TestChangesWhileReading:
         if kind == "optimizer":
             file = saved(tmp_path, stepped(torch.optim.Adam, source).state_dict())
             target = torch.optim.Adam(source.parameters())
-        real = filling.identity_of
+        real = read_tensors.identity_of
 
         def cut_off(descriptor):
             found = real(descriptor)
             os.truncate(file, 5000)
             return found
 
-        monkeypatch.setattr(filling, "identity_of", cut_off)
+        monkeypatch.setattr(read_tensors, "identity_of", cut_off)
         with pytest.raises(DamagedCheckpointError) as caught:
             load_state(file) if kind == "other" else torch_recovery(target, file, True)
         message = str(caught.value)
@@ -637,13 +637,13 @@ class TestChangesWhileReading:
     def test_a_file_written_over_meanwhile_is_told(self, tmp_path, monkeypatch):
         """Although every byte could be read."""
         file = saved(tmp_path, {"a": torch.ones(2)})
-        real = filling._read_piece
+        real = read_tensors._read_piece
 
         def write_over(path, descriptor, piece):
             real(path, descriptor, piece)
             os.utime(path, ns=(0, 0))
 
-        monkeypatch.setattr(filling, "_read_piece", write_over)
+        monkeypatch.setattr(read_tensors, "_read_piece", write_over)
         with pytest.raises(DamagedCheckpointError, match="its size or time is another"):
             load_state(file)
 
@@ -654,7 +654,7 @@ class TestChangesWhileReading:
         def fail(*_):
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(filling, "_read_piece", fail)
+        monkeypatch.setattr(read_tensors, "_read_piece", fail)
         with pytest.raises(DamagedCheckpointError, match=r"can't be read: Input/output error"):
             load_state(file)
 
@@ -672,7 +672,7 @@ def digested(monkeypatch):
         return real(stream)
 
     monkeypatch.setattr(digests, "read_digest", note)
-    monkeypatch.setattr("lightning_sbckpt._folder.manifest.read_digest", note)
+    monkeypatch.setattr("lightning_sbckpt._layout.manifest.read_digest", note)
     return read
 
 
@@ -689,7 +689,7 @@ class TestReadingOnce:
 
     def test_a_checkpoint_that_was_just_found_sound_is_not_read_again(self, tmp_path, digested):
         """By whatever loads it next."""
-        from lightning_sbckpt.plugin.collect import FolderReader
+        from lightning_sbckpt.plugin.state.parts import FolderReader
 
         checkpointer = self.run(tmp_path)
         checkpointer.save_checkpoint()
@@ -797,8 +797,8 @@ class TestLookingIntoACheckpoint:
 
 MEMORY = """
 import sys, torch
-from lightning_sbckpt._builtin_hooks import torch_recovery
-from lightning_sbckpt._torchfile.reading import load_live_state
+from lightning_sbckpt.hooks.builtin import torch_recovery
+from lightning_sbckpt._format.load import load_live_state
 
 def status(name):
     for line in open("/proc/self/status"):

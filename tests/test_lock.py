@@ -24,9 +24,9 @@ from _in_flight import HeldUp
 from _processes import context
 
 from lightning_sbckpt import Checkpointer, EpochCounter
-from lightning_sbckpt._folder import lock as lock_module
-from lightning_sbckpt._folder import owner
-from lightning_sbckpt._folder.lock import LOCK_NAME, FolderLock
+from lightning_sbckpt._layout import lock as lock_module
+from lightning_sbckpt._layout import owner
+from lightning_sbckpt._layout.lock import LOCK_NAME, FolderLock
 from lightning_sbckpt.errors import FolderInUseError, SaveError
 
 
@@ -186,7 +186,7 @@ class TestTwoProcesses:
         assert pipe.recv() == "released"
         assert os.listdir(tmp_path) == []
         script = (
-            "import sys; from pathlib import Path; from lightning_sbckpt._folder.lock import FolderLock;"
+            "import sys; from pathlib import Path; from lightning_sbckpt._layout.lock import FolderLock;"
             "lock = FolderLock(Path(sys.argv[1])); lock.acquire();"
             "assert Path(sys.argv[1], '.lock').exists()"
         )

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer, trusting_pickle
-from lightning_sbckpt._disk.storage import digest
-from lightning_sbckpt._folder.manifest import MANIFEST_NAME, Manifest, dump_manifest, read_manifest
-from lightning_sbckpt._torchfile import keys as keys_module
-from lightning_sbckpt._torchfile import state as state_module
-from lightning_sbckpt._torchfile.keys import SECRET, SECRET_FILE, share_with_ranks, user_file
-from lightning_sbckpt._torchfile.marks import judge
+from lightning_sbckpt._format import encode as state_module
+from lightning_sbckpt._format import keys as keys_module
+from lightning_sbckpt._format.keys import SECRET, SECRET_FILE, share_with_ranks, user_file
+from lightning_sbckpt._format.marks import judge
+from lightning_sbckpt._io.storage import digest
+from lightning_sbckpt._layout.manifest import MANIFEST_NAME, Manifest, dump_manifest, read_manifest
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError, UntrustedPickleError
 
@@ -277,7 +277,7 @@ class TestForgery:
 
     def test_what_is_judged_is_what_is_unpickled(self, tmp_path, folder, monkeypatch):
         """A file that is replaced after it was judged is not read again."""
-        from lightning_sbckpt._torchfile import reading
+        from lightning_sbckpt._format import load as reading
 
         def judge_and_replace(*args):
             found = judge(*args)
@@ -456,7 +456,7 @@ class TestSecrets:
     def test_processes_that_begin_together_agree(self, tmp_path, home):
         """Each makes the first secret, one of them wins, and all use that one."""
         code = (
-            "import sys, time; from lightning_sbckpt._torchfile.keys import keys\n"
+            "import sys, time; from lightning_sbckpt._format.keys import keys\n"
             "print('ready', flush=True); sys.stdin.readline(); "
             "print(keys(None, create=True).marking[-1].decode(), keys(None, create=True).problem)"
         )

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sbckpt import Checkpointer, ckpt_recency
-from lightning_sbckpt._flat_yaml import parse_flat
+from lightning_sbckpt._format.flat_yaml import parse_flat
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint, dump_meta, parse_yaml, plain_meta, read_meta
 

@@ -17,14 +17,14 @@ import torch
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk import threads
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding import loading
-from lightning_sbckpt._folder import layout
-from lightning_sbckpt._folder.annotations import pin
-from lightning_sbckpt._folder.lock import LOCK_NAME
-from lightning_sbckpt._saving import overlap
-from lightning_sbckpt._saving.writer import Background
+from lightning_sbckpt._io import threads
+from lightning_sbckpt._io.background import Background
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout import publish
+from lightning_sbckpt._layout.annotations import pin
+from lightning_sbckpt._layout.lock import LOCK_NAME
+from lightning_sbckpt._load import load
+from lightning_sbckpt._save import late_copy
 from lightning_sbckpt.errors import MetaError, SaveError
 from lightning_sbckpt.meta import ckpt_recency
 
@@ -194,14 +194,14 @@ class TestOverlap:
         with torch.no_grad():
             model.weight.fill_(1)
         checkpointer = Checkpointer(tmp_path, {"m": model}, save_mode="overlap")
-        copy, arrived, go_on = overlap._copy_if_there, threading.Event(), threading.Event()
+        copy, arrived, go_on = late_copy._copy_if_there, threading.Event(), threading.Event()
 
         def slow(*arguments):
             arrived.set()
             assert go_on.wait(60)
             return copy(*arguments)
 
-        monkeypatch.setattr(overlap, "_copy_if_there", slow)
+        monkeypatch.setattr(late_copy, "_copy_if_there", slow)
         checkpointer.save_checkpoint(name="a")
         assert arrived.wait(60)
         storage = model.weight.untyped_storage()
@@ -230,14 +230,14 @@ class TestOverlap:
         storage = model.weight.untyped_storage()
         before, saved = model.weight.detach().clone(), storage.clone()
         checkpointer = Checkpointer(tmp_path, {"m": model}, save_mode="overlap")
-        copy, arrived, go_on = overlap._copy_if_there, threading.Event(), threading.Event()
+        copy, arrived, go_on = late_copy._copy_if_there, threading.Event(), threading.Event()
 
         def slow(*arguments):
             arrived.set()
             assert go_on.wait(60)
             return copy(*arguments)
 
-        monkeypatch.setattr(overlap, "_copy_if_there", slow)
+        monkeypatch.setattr(late_copy, "_copy_if_there", slow)
         checkpointer.save_checkpoint(name="a")
         assert arrived.wait(60)
         storage.resize_(0)
@@ -253,12 +253,12 @@ class TestOverlap:
 
     def test_memory_that_is_not_mapped_is_an_error_and_not_a_crash(self):
         """The kernel says so, where it can copy for us."""
-        if overlap._read_memory is None:
+        if late_copy._read_memory is None:
             pytest.skip("this system has no process_vm_readv")
         target = torch.zeros(4096, dtype=torch.uint8)
-        assert not overlap._copy_if_there(target.data_ptr(), 4096, 4096)
+        assert not late_copy._copy_if_there(target.data_ptr(), 4096, 4096)
         source = torch.ones(4096, dtype=torch.uint8)
-        assert overlap._copy_if_there(target.data_ptr(), source.data_ptr(), 4096)
+        assert late_copy._copy_if_there(target.data_ptr(), source.data_ptr(), 4096)
         assert (target == 1).all()
 
     def test_checkpointer_is_freed_while_its_optimizer_lives(self, tmp_path):
@@ -394,7 +394,7 @@ class TestReaders:
         writer.save_and_keep_only({"loss": 0.0}, name="best", min_keys=["loss"])
         writer.save_and_keep_only({"loss": 1.0}, name="second", min_keys=["loss"])
         reader = Checkpointer(tmp_path, {"m": scale(0.0)}, access="read")
-        look, moved = loading.damage_of, []
+        look, moved = load.damage_of, []
 
         def meanwhile(ckpt, names, **options):
             if ckpt.path.name == "CKPT+second" and not moved:
@@ -402,7 +402,7 @@ class TestReaders:
                 writer.save_and_keep_only({"loss": 2.0}, name="third", min_keys=["loss"])
             return look(ckpt, names, **options)
 
-        monkeypatch.setattr(loading, "damage_of", meanwhile)
+        monkeypatch.setattr(load, "damage_of", meanwhile)
         assert reader.recover_if_possible().path.name == "CKPT+third"
 
     def test_reader_comes_to_an_end_where_checkpoints_go_faster_than_it_reads(
@@ -413,14 +413,14 @@ class TestReaders:
         writer.save_and_keep_only({"loss": 0.0}, name="best", min_keys=["loss"])
         writer.save_and_keep_only({"loss": 1.0}, min_keys=["loss"])
         reader = Checkpointer(tmp_path, {"m": scale(0.0)}, access="read")
-        look = loading.damage_of
+        look = load.damage_of
 
         def meanwhile(ckpt, names, **options):
             if ckpt.path.name != "CKPT+best":
                 writer.save_and_keep_only({"loss": 2.0}, min_keys=["loss"])
             return look(ckpt, names, **options)
 
-        monkeypatch.setattr(loading, "damage_of", meanwhile)
+        monkeypatch.setattr(load, "damage_of", meanwhile)
         assert reader.recover_if_possible().path.name == "CKPT+best"
 
 
@@ -469,8 +469,8 @@ class TestSaveErrors:
             def refuse(*_):
                 raise OSError(number, "Stale file handle")
 
-            monkeypatch.setattr(layout, "folder_names", refuse)
-            monkeypatch.setattr("lightning_sbckpt._finding.catalog.folder_names", refuse)
+            monkeypatch.setattr(publish, "folder_names", refuse)
+            monkeypatch.setattr("lightning_sbckpt._catalog.catalog.folder_names", refuse)
 
         return break_it
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.history import read_history
+from lightning_sbckpt._layout.history import read_history
 from lightning_sbckpt.errors import ConfigurationError, SaveError
 
 

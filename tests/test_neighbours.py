@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
-from lightning_sbckpt._folder.history import HISTORY_NAME, read_history
+from lightning_sbckpt._layout.history import HISTORY_NAME, read_history
 from lightning_sbckpt.errors import MetaError, SelectionError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import Checkpoint, parse_yaml

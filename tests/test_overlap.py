@@ -18,9 +18,9 @@ from _in_flight import WIDTH, Everything, HeldUp, contents, files_of_sync_save
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving import overlap
-from lightning_sbckpt._saving.overlap import LateCopy
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._save import late_copy as overlap
+from lightning_sbckpt._save.late_copy import LateCopy
 from lightning_sbckpt.errors import SaveError
 
 # What is copied later has its place in a file that is put together here.

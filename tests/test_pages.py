@@ -12,9 +12,9 @@ import torch
 from _processes import context
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.pages import HUGE_PAGE, huge_pages
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving.snapshot import allocate
+from lightning_sbckpt._io.memory import HUGE_PAGE, huge_pages
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._save.arena import allocate
 
 SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -13,13 +13,14 @@ import os
 import pytest
 import torch
 
-from lightning_sbckpt import Checkpointer, _devices
-from lightning_sbckpt._disk.blocks import ALIGNMENT, round_up
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving.snapshot import Arena
+from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._format import image
+from lightning_sbckpt._format.image import Image
+from lightning_sbckpt._io import devices
+from lightning_sbckpt._io.direct_write import ALIGNMENT, round_up
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._save.arena import Arena
 from lightning_sbckpt._sharded.staging import Stager
-from lightning_sbckpt._torchfile import image
-from lightning_sbckpt._torchfile.image import Image
 
 ONE = torch.device("cuda", 1)
 
@@ -63,8 +64,8 @@ def runtime(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
-    monkeypatch.setattr(_devices, "_clear_error", made.cleared.append)
-    _devices._warn.cache_clear()
+    monkeypatch.setattr(devices, "_clear_error", made.cleared.append)
+    devices._warn.cache_clear()
     return made
 
 
@@ -164,7 +165,7 @@ def test_an_error_that_pinning_left_behind_is_taken_away(monkeypatch):
             raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "empty", lambda *size, device: (asked.append(device), Full())[1])
-    _devices._clear_error(ONE)
+    devices._clear_error(ONE)
     assert asked == [ONE, "kernel"]
 
 

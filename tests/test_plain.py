@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from lightning_sbckpt import trusting_pickle
-from lightning_sbckpt._torchfile.plain import TAG
-from lightning_sbckpt._torchfile.reading import load_state, pickled_path
-from lightning_sbckpt._torchfile.state import save_state, torch_bytes
+from lightning_sbckpt._format.encode import save_state, torch_bytes
+from lightning_sbckpt._format.load import load_state, pickled_path
+from lightning_sbckpt._format.plain import TAG
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 omegaconf = pytest.importorskip("omegaconf")

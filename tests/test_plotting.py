@@ -17,14 +17,14 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._pictures.timeline import build_timeline
+from lightning_sbckpt._views.timeline import build_timeline
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MissingDependencyError,
     SaveError,
     SelectionError,
 )
-from lightning_sbckpt.finder import Finder
+from lightning_sbckpt.folder import Finder
 from lightning_sbckpt.plotting import draw_timeline, save_figure, svg_for_page
 
 KEPT, BEST = "#0072b2", "#e69f00"

@@ -13,8 +13,8 @@ import torch
 from _foreign import forget_manifest
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.progress import Tally, announced, listening, moved
-from lightning_sbckpt._disk.threads import run_all
+from lightning_sbckpt._io.progress import Tally, announced, listening, moved
+from lightning_sbckpt._io.threads import run_all
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.consolidation import consolidate

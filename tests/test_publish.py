@@ -15,16 +15,16 @@ import pytest
 import torch
 from _processes import context
 
-import lightning_sbckpt._disk.exchange as exchange_module
-import lightning_sbckpt._disk.storage as storage_module
+import lightning_sbckpt._io.exchange as exchange_module
+import lightning_sbckpt._io.storage as storage_module
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.exchange import exchange
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding.index import INDEX_NAME
-from lightning_sbckpt._folder import layout
-from lightning_sbckpt._folder.history import HISTORY_NAME
-from lightning_sbckpt._folder.lock import LOCK_NAME
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._catalog.index import INDEX_NAME
+from lightning_sbckpt._io.exchange import exchange
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout import publish
+from lightning_sbckpt._layout.history import HISTORY_NAME
+from lightning_sbckpt._layout.lock import LOCK_NAME
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import SaveError
 
 # Children start from a server process that has torch loaded already.
@@ -494,7 +494,7 @@ class TestInterruptedSteps:
         def no_locks(descriptor, operation):
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-        monkeypatch.setattr(layout.fcntl, "flock", no_locks)
+        monkeypatch.setattr(publish.fcntl, "flock", no_locks)
         for name in ("young", "old"):
             (tmp_path / f".staging+{name}").mkdir()
         yesterday = time.time() - 25 * 3600

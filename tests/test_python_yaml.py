@@ -12,7 +12,7 @@ import yaml
 from _foreign import forget_manifest
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._safe_yaml import parse_yaml
+from lightning_sbckpt._format.yaml import parse_yaml
 from lightning_sbckpt.errors import MetaError
 
 SCALAR = "!!python/object/apply:numpy._core.multiarray.scalar"

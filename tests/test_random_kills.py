@@ -24,7 +24,7 @@ from _processes import context
 from _scenario import FURNITURE, SAVE_MODES
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._layout.manifest import find_damage
 
 KEPT = 2
 

@@ -10,8 +10,8 @@ from _counts import count
 from _processes import context
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._finding import catalog
-from lightning_sbckpt._folder.layout import folder_names
+from lightning_sbckpt._catalog import catalog
+from lightning_sbckpt._layout.publish import folder_names
 from lightning_sbckpt.verify import verify
 
 SECONDS = 4

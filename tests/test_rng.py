@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_sbckpt import _streams, rng
-from lightning_sbckpt._streams import set_streams, streams
 from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.rng import capture as rng
 from lightning_sbckpt.rng import (
     capture_rng,
     generator_state,
@@ -27,6 +26,8 @@ from lightning_sbckpt.rng import (
     restore_rng,
     set_generator_state,
 )
+from lightning_sbckpt.rng import streams as _streams
+from lightning_sbckpt.rng.streams import set_streams, streams
 
 
 def through_a_file(state):

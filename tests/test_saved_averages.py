@@ -11,7 +11,7 @@ import torch
 from _python import python
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import find_damage, read_manifest
+from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.errors import (
     ConfigurationError,

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._torchfile.outline import read_outline
-from lightning_sbckpt._torchfile.reading import load_state, open_state
-from lightning_sbckpt._torchfile.screening import ScreeningError, screen, screen_file
+from lightning_sbckpt._format.index import read_outline
+from lightning_sbckpt._format.load import load_state, open_state
+from lightning_sbckpt._format.screening import ScreeningError, screen, screen_file
 from lightning_sbckpt.errors import DamagedCheckpointError, SBCheckpointError, brief
 
 DEEP = b")" + b"\x85" * 1_000_000
@@ -68,7 +68,7 @@ def write(path, pickled, records=None):
 
 READ = """
 import pathlib, sys
-from lightning_sbckpt._torchfile.reading import load_state, open_state
+from lightning_sbckpt._format.load import load_state, open_state
 from lightning_sbckpt.errors import DamagedCheckpointError
 for read in (load_state, open_state):
     try:

@@ -15,8 +15,8 @@ from _sharded_background import states_of, visible
 from _sharded_ranks import SECONDS, make, plain_model, run, same, train, whole
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving.overlap import LateCopy
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._save.late_copy import LateCopy
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt.errors import SaveError

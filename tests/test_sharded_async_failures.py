@@ -18,7 +18,7 @@ from _releases import needs_torch
 from _sharded_background import BusyOn, full, staged, visible
 from _sharded_ranks import SECONDS, make, run, train
 
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import SaveError
 
 pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")

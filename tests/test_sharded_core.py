@@ -11,10 +11,10 @@ from _sharded_ranks import make, plain_model, run, same, sharded_model, train, w
 from torch.distributed.checkpoint import FileSystemReader
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.layout import read_checkpoint
-from lightning_sbckpt._folder.manifest import find_damage, read_manifest
+from lightning_sbckpt._layout.manifest import find_damage, read_manifest
+from lightning_sbckpt._layout.publish import read_checkpoint
 from lightning_sbckpt._sharded.states import ShardedState, optimizer_state
-from lightning_sbckpt._world import SingleProcess
+from lightning_sbckpt._world.world import SingleProcess
 from lightning_sbckpt.errors import DamagedCheckpointError
 
 pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")

@@ -11,7 +11,7 @@ from _sharded_ranks import make, plain_model, run, same, sharded_model, whole
 from test_sharded_core import save_after_training
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._world import SingleProcess
+from lightning_sbckpt._world.world import SingleProcess
 from lightning_sbckpt.errors import CheckpointNameError, MismatchError
 
 pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")

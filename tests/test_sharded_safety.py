@@ -209,9 +209,9 @@ def test_a_value_with_numpy_numbers_comes_back_as_it_was(tmp_path):
     """They are written as plain things, since tensors-only loading does not take them."""
     import numpy as np
 
-    from lightning_sbckpt._disk.storage import LocalStorage
+    from lightning_sbckpt._io.storage import LocalStorage
     from lightning_sbckpt._sharded.writing import write_sharded
-    from lightning_sbckpt._world import SingleProcess
+    from lightning_sbckpt._world.world import SingleProcess
 
     state = {"lr": np.float64(0.1), "where": Path("a/b"), "table": np.arange(4)}
     write_sharded({"model": state}, tmp_path, SingleProcess(), LocalStorage())
@@ -229,9 +229,9 @@ def test_a_value_with_numpy_numbers_comes_back_as_it_was(tmp_path):
 )
 def test_what_would_not_come_back_is_refused_when_it_is_saved(tmp_path, state, reason):
     """And not when it is needed."""
-    from lightning_sbckpt._disk.storage import LocalStorage
+    from lightning_sbckpt._io.storage import LocalStorage
     from lightning_sbckpt._sharded.writing import write_sharded
-    from lightning_sbckpt._world import SingleProcess
+    from lightning_sbckpt._world.world import SingleProcess
     from lightning_sbckpt.errors import SaveError
 
     with pytest.raises(SaveError, match=reason):

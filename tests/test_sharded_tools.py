@@ -13,8 +13,8 @@ from _releases import needs_torch
 from _sharded_ranks import make, plain_model, run, same, train, whole
 
 from lightning_sbckpt import Checkpointer, average_checkpoints
-from lightning_sbckpt._folder.layout import read_checkpoint
-from lightning_sbckpt._folder.manifest import find_damage, read_manifest
+from lightning_sbckpt._layout.manifest import find_damage, read_manifest
+from lightning_sbckpt._layout.publish import read_checkpoint
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt.consolidation import consolidate
 from lightning_sbckpt.difference import diff

@@ -12,9 +12,9 @@ import torch
 from _python import python
 
 import lightning_sbckpt as ours
-from lightning_sbckpt import Checkpointer, _speechbrain
+from lightning_sbckpt import Checkpointer
 from lightning_sbckpt.errors import HookError
-from lightning_sbckpt.hooks import HookRegistry
+from lightning_sbckpt.hooks import HookRegistry, speechbrain
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +292,7 @@ print(checkpointer.save_checkpoint().paramfiles["early"].read_text())
 
     def test_their_table_is_found_when_names_are_replaced(self, sb, theirs, tmp_path, monkeypatch):
         """A program may put our dictionaries in the place of SpeechBrain's."""
-        assert _speechbrain.tables("save")
+        assert speechbrain.tables("save")
         for name in ("DEFAULT_SAVE_HOOKS", "DEFAULT_LOAD_HOOKS", "DEFAULT_TRANSFER_HOOKS"):
             monkeypatch.setattr(theirs, name, getattr(ours, name))
         norm = sb.processing.features.InputNormalization()
@@ -592,11 +592,11 @@ def test_a_hook_that_waits_for_all_ranks_is_run_where_they_do_not(theirs):
         distributed = sys.modules["speechbrain.utils.distributed"]
         ran.append((path, distributed.MAIN_PROC_ONLY))
 
-    alone = _speechbrain.on_main_alone(save)
+    alone = speechbrain.on_main_alone(save)
     assert alone is not None
     alone(object(), "path")
     assert ran == [("path", 1)]
-    assert _speechbrain.on_main_alone(lambda obj, path: None) is None
+    assert speechbrain.on_main_alone(lambda obj, path: None) is None
 
 
 def test_speechbrain_is_not_imported_by_us():

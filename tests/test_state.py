@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lightning_sbckpt import Checkpointer, trusting_pickle
-from lightning_sbckpt._torchfile import state as state_module
-from lightning_sbckpt._torchfile.reading import load_state, pickled_path
-from lightning_sbckpt._torchfile.state import save_state
+from lightning_sbckpt._format import encode as state_module
+from lightning_sbckpt._format.encode import save_state
+from lightning_sbckpt._format.load import load_state, pickled_path
 from lightning_sbckpt.errors import (
     CheckpointNameError,
     DamagedCheckpointError,

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._torchfile import templates as templates_module
-from lightning_sbckpt._torchfile.image import Image
-from lightning_sbckpt._torchfile.templates import Templates, describe
+from lightning_sbckpt._format import templates as templates_module
+from lightning_sbckpt._format.image import Image
+from lightning_sbckpt._format.templates import Templates, describe
 
 # What a template is made with; without, each file is written by torch itself.
 needs_templates = needs_torch("2.6", "torch.serialization.skip_data")

@@ -7,7 +7,7 @@ import math
 import pytest
 from _lives import record, removed, rules, saved, small_run
 
-from lightning_sbckpt._pictures.timeline import as_number, build_timeline
+from lightning_sbckpt._views.timeline import as_number, build_timeline
 
 BEST_LOSS = "Best(key='loss', n=2, mode='min', ephemeral=False)"
 

@@ -408,29 +408,29 @@ def test_triggers_are_values():
 
 def test_the_callback_asks_a_trigger_only_where_it_may_be_due():
     """What is never due after a batch must not make every training step cost more."""
-    from lightning_sbckpt.plugin import _options
+    from lightning_sbckpt.plugin import options
 
     mine = WhenTrue(bool)
     more = [OnValidationEnd(), AtSteps([3]), mine]
-    batch, ends = _options.triggers(2, 10, None, more)
+    batch, ends = options.triggers(2, 10, None, more)
     assert batch == AnyOf([EveryNSteps(10), AtSteps([3]), mine])
     assert ends == AnyOf([EveryNEpochs(2), OnValidationEnd(), mine])
-    assert _options.triggers(None, None, None, AtSteps([3])) == (AnyOf([AtSteps([3])]), AnyOf([]))
+    assert options.triggers(None, None, None, AtSteps([3])) == (AnyOf([AtSteps([3])]), AnyOf([]))
     with pytest.raises(ConfigurationError, match="expected objects with a method due"):
-        _options.triggers(None, None, None, [5])
+        options.triggers(None, None, None, [5])
     with pytest.raises(ConfigurationError, match="due at every batch"):
-        _options.triggers(None, None, None, [AfterStep(5)])
+        options.triggers(None, None, None, [AfterStep(5)])
 
 
 def test_a_budget_alone_gives_the_callback_no_reason_to_keep_anything():
     """`num_to_keep=0` needs a rule that keeps something."""
-    from lightning_sbckpt.plugin import _options
+    from lightning_sbckpt.plugin import options
     from lightning_sbckpt.plugin.best import BestBy
     from lightning_sbckpt.retention import Budget, Newest
 
     with pytest.raises(ConfigurationError, match="num_to_keep=0 would delete every checkpoint"):
-        _options.retention_rules(BestBy(), 0, True, [Budget("1 GB")])
-    assert _options.retention_rules(BestBy(), 0, False, [Newest(5), Budget("1 GB")])
+        options.retention_rules(BestBy(), 0, True, [Budget("1 GB")])
+    assert options.retention_rules(BestBy(), 0, False, [Newest(5), Budget("1 GB")])
 
 
 @pytest.mark.parametrize(

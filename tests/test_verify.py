@@ -16,9 +16,9 @@ from click.testing import CliRunner
 
 from lightning_sbckpt import Checkpointer, cli
 from lightning_sbckpt import verify as verify_module
-from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
-from lightning_sbckpt._folder.annotations import annotate
-from lightning_sbckpt._folder.manifest import Manifest, dump_manifest
+from lightning_sbckpt._io.storage import FileDigest, LocalStorage
+from lightning_sbckpt._layout.annotations import annotate
+from lightning_sbckpt._layout.manifest import Manifest, dump_manifest
 from lightning_sbckpt.cli import _bars
 from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.verify import verify

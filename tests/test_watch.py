@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-import lightning_sbckpt._finding.catalog as catalog_module
-import lightning_sbckpt._finding.watch as watch_module
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._finding.catalog import Catalog
-from lightning_sbckpt._finding.watch import watch
-from lightning_sbckpt._folder.annotations import annotate, pin
-from lightning_sbckpt._folder.layout import folder_names
+import lightning_sbckpt._catalog.catalog as catalog_module
+import lightning_sbckpt._catalog.watch as watch_module
+from lightning_sbckpt._catalog.catalog import Catalog
+from lightning_sbckpt._catalog.watch import watch
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.annotations import annotate, pin
+from lightning_sbckpt._layout.publish import folder_names
 from lightning_sbckpt.selection import importance
 
 LOWEST = importance(min_key="loss")

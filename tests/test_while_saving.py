@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._saving import overlap
+from lightning_sbckpt._save import late_copy
 
 WIDTH = 300  # A weight of so many rows and columns is large: it is copied late.
 
@@ -28,13 +28,13 @@ def test_what_is_loaded_is_never_part_of_a_checkpoint_saved_before(tmp_path, mon
     checkpointer = Checkpointer(tmp_path, {"model": model}, save_mode="overlap")
     checkpointer.save_checkpoint(name="one")
     checkpointer.wait()
-    copy = overlap._copy_if_there
+    copy = late_copy._copy_if_there
 
     def slow(*arguments):
         time.sleep(0.3)
         return copy(*arguments)
 
-    monkeypatch.setattr(overlap, "_copy_if_there", slow)
+    monkeypatch.setattr(late_copy, "_copy_if_there", slow)
     torch.nn.init.constant_(model.weight, 2.0)
     checkpointer.save_checkpoint(name="two")
     checkpointer.load_checkpoint(tmp_path / "CKPT+one")

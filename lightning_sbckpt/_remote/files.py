@@ -9,9 +9,9 @@ from typing import TypeVar
 
 import xxhash
 
-from lightning_sbckpt._disk.inside import PRIVATE_FILE, OpenFolder
-from lightning_sbckpt._disk.progress import Told
-from lightning_sbckpt._disk.storage import FileDigest
+from lightning_sbckpt._io.inside import PRIVATE_FILE, OpenFolder
+from lightning_sbckpt._io.progress import Told
+from lightning_sbckpt._io.storage import FileDigest
 from lightning_sbckpt._remote.listing import RemoteFile
 from lightning_sbckpt._remote.retries import Retries, clean, patiently, said
 from lightning_sbckpt._remote.stores import Store

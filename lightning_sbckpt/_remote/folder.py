@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from threading import Event
 
-from lightning_sbckpt._disk.inside import OpenFolder, is_ours
-from lightning_sbckpt._disk.progress import Told
-from lightning_sbckpt._folder.layout import CKPT_PREFIX
+from lightning_sbckpt._io.inside import OpenFolder, is_ours
+from lightning_sbckpt._io.progress import Told
+from lightning_sbckpt._layout.publish import CKPT_PREFIX
 from lightning_sbckpt._remote.files import RemoteFiles
 from lightning_sbckpt._remote.listing import (
     RemoteFile,

@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import BoundedSemaphore, Event
 from typing import Any, TypeVar
 
-from lightning_sbckpt._disk.progress import Told
-from lightning_sbckpt._disk.regular import open_below
+from lightning_sbckpt._io.open_regular import open_below
+from lightning_sbckpt._io.progress import Told
 from lightning_sbckpt._remote.retries import Retries, StoppedError, clean, patiently, said
 from lightning_sbckpt._remote.stores import Store
 from lightning_sbckpt.errors import RemoteError

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_sbckpt._disk.inside import PRIVATE_FILE, PRIVATE_FOLDER, OpenFolder
+from lightning_sbckpt._io.inside import PRIVATE_FILE, PRIVATE_FOLDER, OpenFolder
 from lightning_sbckpt.errors import RemoteError
 
 _HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)

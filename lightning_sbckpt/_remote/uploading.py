@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_sbckpt._disk.absent import RECORDS_NAME, discard, stored_files
-from lightning_sbckpt._disk.inside import OpenFolder
-from lightning_sbckpt._disk.progress import announced
-from lightning_sbckpt._disk.regular import read_regular
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME
-from lightning_sbckpt._folder.history import HISTORY_NAME, MAX_BYTES
-from lightning_sbckpt._folder.layout import (
+from lightning_sbckpt._format.yaml import MAX_META_BYTES
+from lightning_sbckpt._io.inside import OpenFolder
+from lightning_sbckpt._io.open_regular import read_regular
+from lightning_sbckpt._io.progress import announced
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME
+from lightning_sbckpt._layout.history import HISTORY_NAME, MAX_BYTES
+from lightning_sbckpt._layout.manifest import read_manifest
+from lightning_sbckpt._layout.publish import (
     CKPT_PREFIX,
     folder_names,
     is_checkpoint,
@@ -28,10 +29,9 @@ from lightning_sbckpt._folder.layout import (
     read_folder,
     unpublish,
 )
-from lightning_sbckpt._folder.manifest import read_manifest
 from lightning_sbckpt._remote.folder import RemoteFile
 from lightning_sbckpt._remote.mirror import Mirror, is_small, local_files
-from lightning_sbckpt._safe_yaml import MAX_META_BYTES
+from lightning_sbckpt._remote.records import RECORDS_NAME, discard, stored_files
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SaveError
 from lightning_sbckpt.meta import usable_time
 

@@ -22,8 +22,8 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from lightning_sbckpt._disk.regular import open_regular
-from lightning_sbckpt._torchfile.screening import screen
+from lightning_sbckpt._format.screening import screen
+from lightning_sbckpt._io.open_regular import open_regular
 from lightning_sbckpt.errors import DamagedCheckpointError, UntrustedPickleError, brief
 
 METADATA_NAME = ".metadata"

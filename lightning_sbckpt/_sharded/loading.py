@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from lightning_sbckpt._format.load import open_state
 from lightning_sbckpt._sharded import fsdp1
 from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt._sharded.names import plain_name
@@ -23,7 +24,6 @@ from lightning_sbckpt._sharded.states import (
     numbered,
     owner_of,
 )
-from lightning_sbckpt._torchfile.reading import open_state
 from lightning_sbckpt.errors import MismatchError, SBCheckpointError
 
 

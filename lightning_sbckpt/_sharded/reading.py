@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from lightning_sbckpt._disk.progress import moved
-from lightning_sbckpt._disk.regular import open_regular
+from lightning_sbckpt._format.load import decoded, load_stream
+from lightning_sbckpt._io.open_regular import open_regular
+from lightning_sbckpt._io.progress import moved
 from lightning_sbckpt._sharded.contents import (
     Chunk,
     Contents,
@@ -31,7 +32,6 @@ from lightning_sbckpt._sharded.contents import (
     Stored,
     read_contents,
 )
-from lightning_sbckpt._torchfile.reading import decoded, load_stream
 from lightning_sbckpt.errors import DamagedCheckpointError, UntrustedPickleError
 
 Allocate = Callable[[str, SavedTensor], torch.Tensor]

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_sbckpt._devices import copy_by_themselves
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._saving.snapshot import allocate
+from lightning_sbckpt._io.devices import copy_by_themselves
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._save.arena import allocate
 from lightning_sbckpt._sharded.states import State
 from lightning_sbckpt._sharded.writing import Digests, Planner, write_planned
 from lightning_sbckpt.errors import SaveError

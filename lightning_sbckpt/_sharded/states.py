@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, cast
 import torch
 import torch.distributed as dist
 
-from lightning_sbckpt._disk.storage import FileDigest
+from lightning_sbckpt._io.storage import FileDigest
 from lightning_sbckpt._sharded import fsdp1
 from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt.errors import HookError, MismatchError, SaveError

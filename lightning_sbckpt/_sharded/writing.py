@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from lightning_sbckpt._disk.storage import FileDigest, LocalStorage
-from lightning_sbckpt._folder.layout import SHARDED_EXT
+from lightning_sbckpt._format.encode import encode
+from lightning_sbckpt._io.storage import FileDigest, LocalStorage
+from lightning_sbckpt._layout.publish import SHARDED_EXT
 from lightning_sbckpt._sharded.contents import METADATA_NAME
 from lightning_sbckpt._sharded.states import State, sharded_leaves
-from lightning_sbckpt._torchfile.state import encode
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.typing import World
 

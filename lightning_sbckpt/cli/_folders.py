@@ -9,22 +9,22 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from lightning_sbckpt._finding.noted_rules import best_by, run_rules
-from lightning_sbckpt._folder.layout import (
+from lightning_sbckpt._layout.manifest import lineage_of
+from lightning_sbckpt._layout.publish import (
     CKPT_PREFIX,
     folder_names,
     is_checkpoint,
     read_checkpoint,
 )
-from lightning_sbckpt._folder.manifest import lineage_of
-from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
+from lightning_sbckpt._views.columns import printable
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import NO, REFUSED, Failure, collected_warnings, echo
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.retention.noted import best_by, run_rules
 from lightning_sbckpt.selection import Criterion, newest_first, rank_checkpoints
 from lightning_sbckpt.verify import verify
 

@@ -11,10 +11,9 @@ from typing import TypeVar
 
 import click
 
-from lightning_sbckpt._finding.noted_rules import RunRules, best_by, events_of, run_rules
-from lightning_sbckpt._folder.manifest import lineage_of
-from lightning_sbckpt._folder.sizes import checkpoint_bytes
-from lightning_sbckpt._pictures.timeline import build_timeline
+from lightning_sbckpt._layout.manifest import lineage_of
+from lightning_sbckpt._layout.sizes import checkpoint_bytes
+from lightning_sbckpt._views.timeline import build_timeline
 from lightning_sbckpt.cli._folders import Folder, first_sound, of_newest_run, require_key
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression
@@ -29,6 +28,7 @@ from lightning_sbckpt.retention import (
     plan_retention,
     rules_from_keys,
 )
+from lightning_sbckpt.retention.noted import RunRules, best_by, events_of, run_rules
 from lightning_sbckpt.selection import Criterion, rank_checkpoints
 from lightning_sbckpt.typing import RetentionRule
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from lightning_sbckpt._inspect.columns import (
+from lightning_sbckpt._views.columns import (
     Column,
     ago,
     columns_of,
@@ -18,8 +18,8 @@ from lightning_sbckpt._inspect.columns import (
     place_cells,
     printable,
 )
-from lightning_sbckpt._inspect.grid import ENDLESS, as_text, draw
-from lightning_sbckpt._pictures.timeline import Life
+from lightning_sbckpt._views.grid import ENDLESS, as_text, draw
+from lightning_sbckpt._views.timeline import Life
 from lightning_sbckpt.cli._common import echo
 from lightning_sbckpt.cli._plan import in_short
 from lightning_sbckpt.meta import Checkpoint

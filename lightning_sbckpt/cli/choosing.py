@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from lightning_sbckpt._finding.noted_rules import best_by, run_rules
-from lightning_sbckpt._inspect.columns import printable
 from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._views.columns import printable
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,
@@ -25,6 +24,7 @@ from lightning_sbckpt.cli._folders import (
     require_key,
 )
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.retention.noted import best_by, run_rules
 from lightning_sbckpt.selection import Criterion, importance, rank_checkpoints
 
 __all__ = ["best"]

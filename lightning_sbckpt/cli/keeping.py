@@ -11,20 +11,20 @@ from typing import Any
 import click
 import yaml
 
-from lightning_sbckpt._disk.progress import Tally
-from lightning_sbckpt._finding.noted_rules import RunRules, best_by, run_rules
-from lightning_sbckpt._folder.history import History
-from lightning_sbckpt._inspect.columns import freed_by, metric_keys, printable
-from lightning_sbckpt._pictures.wording import say_number, say_size
+from lightning_sbckpt._io.progress import Tally
+from lightning_sbckpt._layout.history import History
 from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._views.columns import freed_by, metric_keys, printable
+from lightning_sbckpt._views.wording import say_number, say_size
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
 from lightning_sbckpt.cli._screen import listing_of
-from lightning_sbckpt.curator import Curator
+from lightning_sbckpt.folder import Curator
 from lightning_sbckpt.inspect import marks_of
 from lightning_sbckpt.retention import Decision
+from lightning_sbckpt.retention.noted import RunRules, best_by, run_rules
 from lightning_sbckpt.selection import Criterion
 
 __all__ = ["annotate", "pin", "prune", "unpin"]

@@ -10,14 +10,13 @@ from typing import Any
 
 import click
 
-from lightning_sbckpt._finding.noted_rules import events_of
-from lightning_sbckpt._inspect.columns import (
+from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._views.columns import (
     metric_keys,
     size_of,
     step_of,
 )
-from lightning_sbckpt._pictures.timeline import Life, build_timeline
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._views.timeline import Life, build_timeline
 from lightning_sbckpt.cli._common import counted, echo, json_option, print_json, printable
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
 from lightning_sbckpt.cli._plan import chosen_rules, rule_options, standing
@@ -25,6 +24,7 @@ from lightning_sbckpt.cli._screen import listing_of, listing_of_gone
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention import Decision
+from lightning_sbckpt.retention.noted import events_of
 
 __all__ = ["ls"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lightning_sbckpt._finding.noted_rules import best_by, run_rules
 from lightning_sbckpt._remote.places import said
-from lightning_sbckpt.averaging import AVERAGED_FROM, save_average
+from lightning_sbckpt.averaging import save_average
+from lightning_sbckpt.averaging.average import AVERAGED_FROM
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import (
     NO,
@@ -26,6 +26,7 @@ from lightning_sbckpt.cli._differing import lines_of
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder, require_key, resolve
 from lightning_sbckpt.difference import diff as diff_checkpoints
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.retention.noted import best_by, run_rules
 from lightning_sbckpt.selection import importance, rank_checkpoints
 
 if TYPE_CHECKING:

@@ -13,15 +13,15 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from lightning_sbckpt._finding.noted_rules import events_of, run_rules
-from lightning_sbckpt._inspect.columns import metric_keys, printable, step_of
-from lightning_sbckpt._pictures.wording import say_number
+from lightning_sbckpt._views.columns import metric_keys, printable, step_of
+from lightning_sbckpt._views.wording import say_number
 from lightning_sbckpt.cli._bars import hush
 from lightning_sbckpt.cli._common import Failure, collected_warnings, counted, echo, json_option
 from lightning_sbckpt.cli._folders import Folder, open_folder
 from lightning_sbckpt.cli._plan import standing
 from lightning_sbckpt.cli._screen import Listing, listing_of, make_console
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.retention.noted import events_of, run_rules
 from lightning_sbckpt.selection import newest_first
 
 __all__ = ["watch"]

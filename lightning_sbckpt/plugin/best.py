@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt.errors import MismatchError, SBCheckpointError
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_sharded
-from lightning_sbckpt.plugin._compat import Undo
-from lightning_sbckpt.plugin.adapt import REFUSALS, Adaptation
-from lightning_sbckpt.plugin.collect import FolderReader
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.trainer import Undo
 from lightning_sbckpt.plugin.doors import load_weights
+from lightning_sbckpt.plugin.state.adapt import REFUSALS, Adaptation
+from lightning_sbckpt.plugin.state.parts import FolderReader
 from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import ImportanceKey, World
 
@@ -140,7 +140,7 @@ def save_with_its_state(trainer: Trainer, best: Checkpoint, reader: FolderReader
         if trainer.global_step != step:
             return  # Training has gone on.
         try:
-            if _compat_sharded.shards_the_model(trainer.strategy):
+            if _private.strategies.shards_the_model(trainer.strategy):
                 raise MismatchError("each rank has pieces of it")
             saved = reader.read(best.path)
         except (SBCheckpointError, OSError) as error:
@@ -152,7 +152,7 @@ def save_with_its_state(trainer: Trainer, best: Checkpoint, reader: FolderReader
             return
         dump.update({key: saved[key] for key in _OF_A_MOMENT if key in dump and key in saved})
 
-    return _compat.complete_dumps(trainer, complete)
+    return _private.trainer.complete_dumps(trainer, complete)
 
 
 def _failed(error: Exception | None, world: World) -> bool:

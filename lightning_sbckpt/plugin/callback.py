@@ -14,32 +14,21 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sbckpt._saving.saver import SavePolicy
+from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.plugin import (
-    _compat,
-    _compat_callbacks,
-    _compat_finders,
-    _compat_loops,
-    _options,
-    exact,
-)
-from lightning_sbckpt.plugin._compat_ddp import Reductions
-from lightning_sbckpt.plugin._compat_loading import ForNewModule
-from lightning_sbckpt.plugin._compat_loggers import Artifacts
-from lightning_sbckpt.plugin.adapt import Adaptation
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin import options as _options
+from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin._private.loading import ForNewModule
+from lightning_sbckpt.plugin._private.loggers import Artifacts
 from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
-from lightning_sbckpt.plugin.collect import MODEL, FolderReader, read_to_load
 from lightning_sbckpt.plugin.continuing import Beginning
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.doors import Doors
 from lightning_sbckpt.plugin.experiment import Experiment
-from lightning_sbckpt.plugin.gather import Gatherer, Meta, Recoverables
-from lightning_sbckpt.plugin.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.io import read_folders
-from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.metrics import Metrics
-from lightning_sbckpt.plugin.names import names_of_module
 from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
 from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
@@ -53,6 +42,12 @@ from lightning_sbckpt.plugin.run_folders import (
 from lightning_sbckpt.plugin.saving import Saving
 from lightning_sbckpt.plugin.schedule import Schedule, why_ended
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
+from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.adapt import Adaptation
+from lightning_sbckpt.plugin.state.capture import Gatherer, Meta, Recoverables
+from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, check_loaded
+from lightning_sbckpt.plugin.state.names import names_of_module
+from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, read_to_load
 from lightning_sbckpt.plugin.wanted import WantedKeys
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.triggers import Trigger
@@ -276,9 +271,9 @@ class SBCheckpoint(LightningCheckpoint):
         self._reader = FolderReader(trust_pickle=self._trust_pickle)
         self._tracker: LoaderTracker | None = None
         self._reductions: Reductions | None = None
-        self._undo: list[_compat.Undo] = []
+        self._undo: list[_private.trainer.Undo] = []
         self._beginning: Beginning | None = None
-        self._unpair: _compat.Undo | None = None
+        self._unpair: _private.trainer.Undo | None = None
         self._artifacts: Artifacts | None = None
         self._schedule = Schedule(*self._triggers)
         self._wanted = WantedKeys(self._best_by, self._rules, self._ckpt_predicate)
@@ -322,12 +317,16 @@ class SBCheckpoint(LightningCheckpoint):
         self._undo.append(read_folders(strategy, self._reader))
         self._undo += attach(trainer, self._reader, self._adaptation.key_map)
         self._undo += Doors(trainer, self._reader, self._adaptation, self._resumption).open()
-        if stage != "fit" or _compat_finders.is_no_run(trainer):
+        if stage != "fit" or _private.finders.is_no_run(trainer):
             return
         if self._unpair is not None:
             self._unpair()
             self._unpair = None
-        others = [each for each in _compat.callbacks_of(trainer) if isinstance(each, SBCheckpoint)]
+        others = [
+            each
+            for each in _private.trainer.callbacks_of(trainer)
+            if isinstance(each, SBCheckpoint)
+        ]
         refuse_what_cannot_work(trainer, [each.dirpath for each in others])
         checkpointer = open_checkpointer(
             self.dirpath,
@@ -347,7 +346,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._undo.append(self._watch.stop)
         checkpointer.saver.retake = self._schedule.take_anew
         self._reader.skip = self._adaptation.skip
-        making = _compat_loops.LoaderStage(trainer)
+        making = _private.loops.LoaderStage(trainer)
         self._undo += making.undo
         self._tracker = LoaderTracker(making)
         making.begins = self._tracker.complete
@@ -390,18 +389,18 @@ class SBCheckpoint(LightningCheckpoint):
             searches=self._resume,
             went_on=partial(self._went_on, trainer),
         )
-        outside = partial(_compat_finders.outside_trials, self, trainer)
+        outside = partial(_private.finders.outside_trials, self, trainer)
         self._undo += [
             self._tracker.detach,
-            _compat.provide_resume_path(trainer, self._resume_path, beginning.adapt),
-            _compat.after_restore(trainer, beginning.settle),
-            _compat.between_batches(trainer, outside(saving.after_batch)),
-            _compat.between_epochs(trainer, outside(saving.after_epoch)),
+            _private.trainer.provide_resume_path(trainer, self._resume_path, beginning.adapt),
+            _private.trainer.after_restore(trainer, beginning.settle),
+            _private.trainer.between_batches(trainer, outside(saving.after_batch)),
+            _private.trainer.between_epochs(trainer, outside(saving.after_epoch)),
         ]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
-        if self._run is None or _compat_finders.is_no_run(trainer):
+        if self._run is None or _private.finders.is_no_run(trainer):
             return
         self._gatherer.check(trainer)
         self._gatherer.take_first_rates(trainer)
@@ -418,7 +417,7 @@ class SBCheckpoint(LightningCheckpoint):
                 *self._tracker.news(),
                 *exact.weak_points(trainer),
                 *self._reductions.weak_points(),
-                *_compat_callbacks.neighbours(trainer, self.dirpath),
+                *_private.callbacks.neighbours(trainer, self.dirpath),
                 *artifacts.warnings(),
             ]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
@@ -452,7 +451,7 @@ class SBCheckpoint(LightningCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See every checkpoint on the disk, and restore the best weights."""
-        if _compat_finders.is_no_run(trainer) or self._run is None:
+        if _private.finders.is_no_run(trainer) or self._run is None:
             return
         try:
             cast("Saving", self._saving).finish()
@@ -465,7 +464,7 @@ class SBCheckpoint(LightningCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Let the last save come to its end; restore the best weights if the user stopped."""
-        fitting = trainer.state.fn == "fit" and not _compat_finders.is_no_run(trainer)
+        fitting = trainer.state.fn == "fit" and not _private.finders.is_no_run(trainer)
         if fitting and self._run is not None:
             # Without the other ranks, which may be anywhere; and the run's own exception is what
             # the user must see.
@@ -502,7 +501,7 @@ class SBCheckpoint(LightningCheckpoint):
         )
 
     def _resume_path(self, given: object) -> object:
-        if _compat_finders.is_of_a_finder(given):
+        if _private.finders.is_of_a_finder(given):
             return given
         beginning, run = cast("Beginning", self._beginning), cast("Run", self._run)
         path = beginning.path(given)
@@ -566,7 +565,7 @@ class SBCheckpoint(LightningCheckpoint):
             self._unpair = save_with_its_state(trainer, best, self._reader)
 
 
-_compat.let_load_from_checkpoint_read(
+_private.trainer.let_load_from_checkpoint_read(
     is_readable,
     lambda path, **options: read_to_load(cast("str", checkpoint_at(path)), **options),
     check_loaded,

@@ -9,20 +9,20 @@ from typing import Any, cast
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt._folder.layout import read_checkpoint
-from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt._layout.publish import read_checkpoint
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
-from lightning_sbckpt.plugin import _compat, _compat_callbacks, _compat_loops, _compat_sharded
-from lightning_sbckpt.plugin._compat_ddp import Reductions
-from lightning_sbckpt.plugin._compat_loading import FolderDump
-from lightning_sbckpt.plugin.adapt import Adaptation
-from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder, is_resumable
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin._private.loading import FolderDump
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.experiment import Experiment
-from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.preemption import requeued_if_newer
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.run_folders import checkpoint_at
+from lightning_sbckpt.plugin.state.adapt import Adaptation
+from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder, is_resumable
 
 
 class Beginning:
@@ -85,10 +85,14 @@ class Beginning:
         world = checkpointer.world
         explicit = False
         decided_by_main(world, self._experiment.begin)
-        if self._searches and given is not None and given == _compat.hpc_checkpoint(self._trainer):
+        if (
+            self._searches
+            and given is not None
+            and given == _private.trainer.hpc_checkpoint(self._trainer)
+        ):
             ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
             given = requeued_if_newer(str(given), ours, world)
-        if self._searches and str(given) in _compat_callbacks.exception_files(self._trainer):
+        if self._searches and str(given) in _private.callbacks.exception_files(self._trainer):
             given = self._ours_rather_than(str(given))
         if given is not None and given != "":
             if self._searches:
@@ -167,7 +171,7 @@ class Beginning:
         """Load the user's recoverables, which all exist by now; refuse their names at once."""
         own = self._own()
         # Strategies that shard the model restore after this, see `adapt`.
-        if not _compat_sharded.restores_late(self._trainer.strategy):
+        if not _private.strategies.restores_late(self._trainer.strategy):
             self._load(own)
 
     def settle(self) -> None:
@@ -183,7 +187,7 @@ class Beginning:
         if complete:
             resumption.report.notes.append(complete)
             rank_zero_info(f"SBCheckpoint: {complete}")
-            _compat_callbacks.hold_averages(self._trainer)
+            _private.callbacks.hold_averages(self._trainer)
 
     def compare_data(self) -> None:
         """Say how the data differs, now that the loaders are made."""
@@ -206,7 +210,7 @@ class Beginning:
     def adapt(self, dump: dict[str, Any]) -> None:
         """Change what is about to be restored to what is wanted of it."""
         if isinstance(dump, FolderDump):
-            dump["callbacks"], notes = _compat_callbacks.without_paths_elsewhere(
+            dump["callbacks"], notes = _private.callbacks.without_paths_elsewhere(
                 self._trainer, dump["callbacks"]
             )
             for note in notes:
@@ -216,11 +220,11 @@ class Beginning:
         if self._resumption is not None:
             limit = self._trainer.max_epochs
             if limit is not None and limit >= 0:
-                _compat_loops.lower_epoch_count(dump, limit)
+                _private.loops.lower_epoch_count(dump, limit)
             if self._adaptation.skips(MODEL):
                 # Lightning wants to load one, and hooks may look at it.
                 dump["state_dict"] = dict(self._reader.own_state(self._trainer.lightning_module))
-        if _compat_sharded.restores_late(self._trainer.strategy):
+        if _private.strategies.restores_late(self._trainer.strategy):
             self._load(self._own())
 
     def _load(self, own: Mapping[str, object]) -> None:

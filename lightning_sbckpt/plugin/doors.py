@@ -12,15 +12,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sbckpt._module_state import as_it_was_if_refused
+from lightning_sbckpt._load.module_state import as_it_was_if_refused
 from lightning_sbckpt._sharded.names import plain_name
-from lightning_sbckpt.plugin._compat import Undo
-from lightning_sbckpt.plugin._compat_loading import FolderDump, load_by
-from lightning_sbckpt.plugin.adapt import Adaptation, mismatches
-from lightning_sbckpt.plugin.collect import FolderReader
-from lightning_sbckpt.plugin.names import renamed_state
+from lightning_sbckpt.plugin._private.loading import FolderDump, load_by
+from lightning_sbckpt.plugin._private.trainer import Undo
 from lightning_sbckpt.plugin.resume import Resumption
-from lightning_sbckpt.plugin.training_state import Description, restore
+from lightning_sbckpt.plugin.state.adapt import Adaptation, mismatches
+from lightning_sbckpt.plugin.state.names import renamed_state
+from lightning_sbckpt.plugin.state.parts import FolderReader
+from lightning_sbckpt.plugin.state.training_state import Description, restore
 
 
 class Doors:

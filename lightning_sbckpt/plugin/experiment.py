@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_sbckpt.errors import ConfigurationError
-from lightning_sbckpt.plugin import _compat, identity
+from lightning_sbckpt.plugin import _private, identity
 from lightning_sbckpt.plugin.identity import Change
 
 ON_CHANGE = ("warn", "raise", "restart")
@@ -80,7 +80,9 @@ class Experiment:
         self._changes: list[Change] = []
         self._earlier: _Fit | None = None
         self._explicit = False
-        self._undo = _compat.wrap(trainer.strategy, "setup_optimizers", self._note_optimizers)
+        self._undo = _private.trainer.wrap(
+            trainer.strategy, "setup_optimizers", self._note_optimizers
+        )
 
     def leave(self) -> None:
         """Leave the strategy as it was."""

@@ -8,21 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning_sbckpt._disk.progress import Progress, Tally
-from lightning_sbckpt._finding.loading import bytes_of
-from lightning_sbckpt._folder.layout import folder_for, read_checkpoint
-from lightning_sbckpt._remote.places import here
-from lightning_sbckpt._torchfile.reading import (
+from lightning_sbckpt._format.encode import write_torch
+from lightning_sbckpt._format.load import (
     load_state,
     pickle_is_trusted,
     trusting_pickle,
 )
-from lightning_sbckpt._torchfile.writing import write_torch
+from lightning_sbckpt._io.progress import Progress, Tally
+from lightning_sbckpt._layout.publish import folder_for, read_checkpoint
+from lightning_sbckpt._load.load import bytes_of
+from lightning_sbckpt._remote.places import here
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.export import Exported, Source, bytes_to_export, publish_file
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin.collect import (
+from lightning_sbckpt.plugin.state.hyperparameters import refuse_calls
+from lightning_sbckpt.plugin.state.parts import (
     GRADIENTS,
     LOADERS,
     LOOPS,
@@ -35,7 +36,6 @@ from lightning_sbckpt.plugin.collect import (
     is_reserved,
     submodules_in,
 )
-from lightning_sbckpt.plugin.hyperparameters import refuse_calls
 
 __all__ = ["from_lightning", "to_lightning"]
 

@@ -15,12 +15,12 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_sbckpt._disk.regular import NotRegularError, read_regular
-from lightning_sbckpt._safe_yaml import parse_yaml
+from lightning_sbckpt._format.yaml import parse_yaml
+from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import dump_meta
-from lightning_sbckpt.plugin import _compat
-from lightning_sbckpt.plugin._rendering import (
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.rendering import (
     class_path,
     content_digest,
     digest_of,
@@ -88,7 +88,7 @@ def describe_fit(trainer: Trainer) -> dict[str, Any]:
     Args:
         trainer: About to fit; its module and its datamodule are set up.
     """
-    module, datamodule = trainer.lightning_module, _compat.datamodule_of(trainer)
+    module, datamodule = trainer.lightning_module, _private.trainer.datamodule_of(trainer)
     shapes = {
         name.replace(_COMPILED, ""): _shape(tensor)
         for named in (module.named_parameters(), module.named_buffers())
@@ -104,7 +104,7 @@ def describe_fit(trainer: Trainer) -> dict[str, Any]:
         found[DATAMODULE] = class_path(type(datamodule))
         found[DATA_BASES] = _bases_of(datamodule)
         found[DATA_HPARAMS] = _hyperparameters(datamodule) or _plain_attributes(datamodule)
-    given = _compat.given_loaders(trainer)
+    given = _private.trainer.given_loaders(trainer)
     if given:
         found[DATA] = {name: describe_loaders(loaders) for name, loaders in given.items()}
         found[CONTENT] = {name: _content_of(loaders) for name, loaders in given.items()}
@@ -155,7 +155,7 @@ def flat_loaders(loaders: object) -> list[Any]:
 
 def datasets_of(trainer: Trainer) -> list[object]:
     """Return the datasets of the loaders that were given to `fit`."""
-    given = _compat.given_loaders(trainer).values()
+    given = _private.trainer.given_loaders(trainer).values()
     return [getattr(one, "dataset", one) for loaders in given for one in flat_loaders(loaders)]
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch.strategies import Strategy
 
-from lightning_sbckpt.plugin._compat import Undo, wrap
-from lightning_sbckpt.plugin.collect import FolderReader, is_folder
+from lightning_sbckpt.plugin._private.trainer import Undo, wrap
+from lightning_sbckpt.plugin.state.parts import FolderReader, is_folder
 
 
 def read_folders(strategy: Strategy, reader: FolderReader) -> Undo:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_sbckpt.plugin import _compat_logged
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.schedule import Place, place_of
 
 
@@ -30,12 +30,12 @@ class Metrics:
 
     def resumed(self, trainer: Trainer) -> None:
         """Tell what was restored from what the user sets from now on."""
-        self._set_by_hand = _compat_logged.set_by_hand(trainer)
+        self._set_by_hand = _private.logged.set_by_hand(trainer)
 
     def validated(self, trainer: Trainer) -> None:
         """Take the metrics of the validation that is ending."""
         self.has_validated = True
-        self._found = {**self._other(trainer), **_compat_logged.epoch_metrics(trainer)}
+        self._found = {**self._other(trainer), **_private.logged.epoch_metrics(trainer)}
         self._of = place_of(trainer)
 
     def trained(self, trainer: Trainer) -> None:
@@ -44,7 +44,7 @@ class Metrics:
         Of a name that both log the validation's value stays.
         """
         validated = self._found if self._of == place_of(trainer) else {}
-        logged = {**self._other(trainer), **_compat_logged.epoch_metrics(trainer)}
+        logged = {**self._other(trainer), **_private.logged.epoch_metrics(trainer)}
         self._found = {**validated, **logged, **validated}
         self._of = place_of(trainer)
 
@@ -52,14 +52,14 @@ class Metrics:
         """Return what was computed for the weights of this moment."""
         if self._of == place_of(trainer):
             return dict(self._found)
-        return _compat_logged.step_metrics(trainer, self._asked)
+        return _private.logged.step_metrics(trainer, self._asked)
 
     def _other(self, trainer: Trainer) -> dict[str, Any]:
         """Return the metrics of the last batch, and those that were put into `callback_metrics`."""
-        before, self._set_by_hand = self._set_by_hand, _compat_logged.set_by_hand(trainer)
+        before, self._set_by_hand = self._set_by_hand, _private.logged.set_by_hand(trainer)
         new = {
             name: value
             for name, value in self._set_by_hand.items()
             if value is not before.get(name)
         }
-        return {**_compat_logged.step_metrics(trainer, self._asked), **new}
+        return {**_private.logged.step_metrics(trainer, self._asked), **new}

@@ -8,11 +8,11 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sbckpt._saving.saver import SavePolicy
-from lightning_sbckpt._torchfile.keys import share_with_ranks
+from lightning_sbckpt._format.keys import share_with_ranks
+from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
-from lightning_sbckpt.plugin import _compat, _compat_sharded
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.typing import World
 
 
@@ -87,9 +87,9 @@ def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path | str]) -> 
             "more rules in keep=[...]"
         )
     strategy = trainer.strategy
-    if _compat_sharded.shards_the_model(strategy):
+    if _private.strategies.shards_the_model(strategy):
         return
-    if _compat.has_own_checkpoint_format(strategy):
+    if _private.trainer.has_own_checkpoint_format(strategy):
         raise ConfigurationError(
             f"{type(strategy).__name__} writes checkpoints in a format of its own, which "
             "SBCheckpoint can't divide into files. Use ModelParallelStrategy or FSDPStrategy to shard "

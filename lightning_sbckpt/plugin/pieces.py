@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_sbckpt.plugin import _compat_sharded
-from lightning_sbckpt.plugin._compat import Undo
-from lightning_sbckpt.plugin.collect import FolderReader, is_folder
-from lightning_sbckpt.plugin.sharded import Pieces
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.trainer import Undo
+from lightning_sbckpt.plugin.state.parts import FolderReader, is_folder
+from lightning_sbckpt.plugin.state.sharded import Pieces
 
 
 def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -> list[Undo]:
@@ -25,7 +25,7 @@ def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -
     Returns:
         What undoes it; nothing if the strategy holds the whole model on each rank.
     """
-    if not _compat_sharded.shards_the_model(trainer.strategy):
+    if not _private.strategies.shards_the_model(trainer.strategy):
         return []
     pieces = Pieces(trainer, key_map)
 
@@ -40,4 +40,4 @@ def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -
         reader.pieces = None
 
     reader.pieces = pieces
-    return [detach, _compat_sharded.read_folders(trainer.strategy, is_folder, read)]
+    return [detach, _private.strategies.read_folders(trainer.strategy, is_folder, read)]

@@ -24,10 +24,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
-from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.typing import World
 
@@ -204,7 +204,7 @@ class Watch:
         self._since = 0.0
         self._process = os.getpid()
         self._previous: dict[int, Any] = {}
-        self._undo: _compat.Undo | None = None
+        self._undo: _private.trainer.Undo | None = None
         self._over = threading.Event()
         self._preempted: weakref.ref[Preempted] | None = None
 
@@ -228,8 +228,8 @@ class Watch:
         self._catch()
         # Lightning puts its own in place of those when a fit begins; they speak to the other ranks
         # at once, wherever these are.
-        self._undo = _compat.after_signal_handlers(self._trainer, self._catch)
-        taken = _compat.requeue_signal(self._trainer)
+        self._undo = _private.trainer.after_signal_handlers(self._trainer, self._catch)
+        taken = _private.trainer.requeue_signal(self._trainer)
         if taken in self._previous:
             rank_zero_info(
                 f"SBCheckpoint: {signal.Signals(taken).name} saves a checkpoint and ends the run by "
@@ -269,7 +269,9 @@ class Watch:
             handler = self._previous.pop(number)
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, handler)
-            _compat.replace_remembered_handler(self._trainer, number, self._handle, handler)
+            _private.trainer.replace_remembered_handler(
+                self._trainer, number, self._handle, handler
+            )
         if not self._previous:
             atexit.unregister(self._ignore)
 
@@ -277,7 +279,7 @@ class Watch:
         """Put the handlers back, as nobody holds the `Preempted` any more: the process goes on."""
         if not self._over.is_set() or threading.current_thread() is not threading.main_thread():
             return
-        if not _compat.is_ending_process(inspect.currentframe()):
+        if not _private.trainer.is_ending_process(inspect.currentframe()):
             self._put_back()
 
     def _ignore(self) -> None:
@@ -318,7 +320,7 @@ class Watch:
                     f"{signal.Signals(self._received).name} is over: the process ends now, and the "
                     "newest checkpoint is the one before\n".encode(),
                 )
-                _compat.end_at_once(self._trainer, self._exit_code(self._received))
+                _private.trainer.end_at_once(self._trainer, self._exit_code(self._received))
 
     # ------------------------------------------------------------------ acting
 
@@ -361,7 +363,7 @@ class Watch:
         return 1 if number == signal.SIGINT else self._preemption.exit_code
 
     def _is_child(self) -> bool:
-        return _compat.is_child_of_launcher(self._trainer)
+        return _private.trainer.is_child_of_launcher(self._trainer)
 
 
 def requeued_if_newer(requeued: str, ours: Checkpoint | None, world: World) -> str | None:

@@ -12,17 +12,12 @@ from lightning.pytorch import Trainer
 
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import (
-    _compat,
-    _compat_callbacks,
-    _compat_finders,
-    _compat_logged,
-    _compat_loops,
-    exact,
-    stopping,
-)
-from lightning_sbckpt.plugin._compat_ddp import Reductions
-from lightning_sbckpt.plugin.collect import (
+from lightning_sbckpt.plugin import _private, stopping
+from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin.data.epoch_position import EpochPosition
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.parts import (
     CALLBACKS,
     GRADIENTS,
     LOADERS,
@@ -36,10 +31,8 @@ from lightning_sbckpt.plugin.collect import (
     position_in,
     submodules_in,
 )
-from lightning_sbckpt.plugin.epoch_position import EpochPosition
-from lightning_sbckpt.plugin.loaders import LoaderTracker
-from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
-from lightning_sbckpt.plugin.training_state import Description
+from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, state_of_rank
+from lightning_sbckpt.plugin.state.training_state import Description
 
 ENDED = "ended"
 """The key under which a checkpoint says why the fit that ended with it did."""
@@ -141,8 +134,8 @@ class Resumption:
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
         self.description = Description()
         self.found: Mapping[str, float] = {}
-        self._loops: _compat_loops.LoopResumption | None = None
-        self._undo: list[_compat.Undo] = []
+        self._loops: _private.loops.LoopResumption | None = None
+        self._undo: list[_private.trainer.Undo] = []
         self._state: dict[str, Any] = {}
         # Of rank zero, where other ranks have saved than there are now, and how many these were.
         self._of_others: dict[str, tuple[Any, int]] = {}
@@ -182,7 +175,7 @@ class Resumption:
         self.validated_this_epoch = bool(position.get("validated_this_epoch"))
         if LOADERS in self._state:
             tracker.load(self._state[LOADERS])
-        self._loops = _compat_loops.LoopResumption(
+        self._loops = _private.loops.LoopResumption(
             trainer,
             within_epoch=within_epoch,
             progress=loops["loops"]["fit_loop"],
@@ -193,7 +186,7 @@ class Resumption:
             before_batches=lambda: tracker.release(True),
             finish=lambda: self._finish(within_epoch, position, same_ranks=same_ranks),
         )
-        self._undo = _compat_finders.search_no_more(trainer, self.found, self.report.notes.append)
+        self._undo = _private.finders.search_no_more(trainer, self.found, self.report.notes.append)
 
     def settle(self) -> str:
         """Decide whether there is anything to train, now that all is restored; return why not.
@@ -207,7 +200,7 @@ class Resumption:
         asked_now = bool(trainer.should_stop)
         reason = self._limit_reached(loops.max_steps)
         advice = "raise max_steps" if " step" in reason else "raise max_epochs"
-        if not reason and self._ended and _compat_loops.may_stop(trainer):
+        if not reason and self._ended and _private.loops.may_stop(trainer):
             reasons = (
                 stopping.standing_reasons(trainer, self.report.meta) if self._told_to_stop else []
             )
@@ -234,7 +227,7 @@ class Resumption:
         # A run killed between its last step and the end of its epoch has that end before it.
         if 0 <= most < steps or (steps == most and (self._ended or not self.within_epoch)):
             return _of(steps, most, "step")
-        epochs, limit = _compat_loops.epochs_over(trainer), trainer.max_epochs
+        epochs, limit = _private.loops.epochs_over(trainer), trainer.max_epochs
         if limit is not None and 0 <= limit <= epochs:
             return _of(epochs, limit, "epoch")
         return ""
@@ -261,7 +254,7 @@ class Resumption:
 
     def note_callbacks(self, saved: Mapping[str, object]) -> None:
         """Compare the callbacks whose state was saved with those there are."""
-        callbacks = _compat.callbacks_of(self._trainer)
+        callbacks = _private.trainer.callbacks_of(self._trainer)
         present = {callback.state_key: callback for callback in callbacks}
         self.report.skipped += [
             f"{CALLBACKS}: {key} (not among this Trainer's callbacks)"
@@ -341,11 +334,11 @@ class Resumption:
             self._tracker.release(False)
         self._let_search()
         if within_epoch:
-            _compat_callbacks.enter_epoch(self._trainer)
+            _private.callbacks.enter_epoch(self._trainer)
         exact.restore_modes(self._trainer.lightning_module, position["modes"])
         if METRICS in self._of_others:
             # What stops a run, or steps a scheduler, wants the values of the last validation.
-            _compat_logged.restore_values(self._trainer, self._of_others[METRICS][0]["logged"])
+            _private.logged.restore_values(self._trainer, self._of_others[METRICS][0]["logged"])
         self.report.skipped += exact.restore(self._trainer, self._state)
         if same_ranks:
             self.report.notes += self._reductions.restore(position.get("reductions"))

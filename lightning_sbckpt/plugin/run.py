@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from lightning_sbckpt._folder.manifest import read_manifest
-from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt._layout.manifest import read_manifest
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin.best import BestBy
-from lightning_sbckpt.plugin.collect import is_resumable
 from lightning_sbckpt.plugin.resume import ENDED
+from lightning_sbckpt.plugin.state.parts import is_resumable
 from lightning_sbckpt.typing import CheckpointPredicate, RetentionRule
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt._finding.noted_rules import best_by, run_rules
-from lightning_sbckpt._folder.layout import folder_names
+from lightning_sbckpt._layout.publish import folder_names
 from lightning_sbckpt._remote.urls import is_url
-from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_sharded
-from lightning_sbckpt.plugin.collect import MODEL, FolderReader, is_folder
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.io import read_folders
+from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder
 from lightning_sbckpt.plugin.world import TrainerWorld
+from lightning_sbckpt.retention.noted import best_by, run_rules
 from lightning_sbckpt.selection import Criterion
 
 
@@ -77,7 +77,7 @@ def open_for_every_trainer(kind: type[Callback]) -> None:
     def reading(trainer: Trainer, given: object) -> Iterator[object]:
         fits = trainer.state.fn == "fit"
         path = decided_by_main(TrainerWorld(trainer), lambda: checkpoint_at(given, newest=fits))
-        if any(isinstance(each, kind) for each in _compat.callbacks_of(trainer)):
+        if any(isinstance(each, kind) for each in _private.trainer.callbacks_of(trainer)):
             yield path
             return
         _refuse_other_formats(trainer, path)
@@ -93,12 +93,14 @@ def open_for_every_trainer(kind: type[Callback]) -> None:
         finally:
             undo()
 
-    _compat.let_every_trainer_read(is_readable, reading)
+    _private.trainer.let_every_trainer_read(is_readable, reading)
 
 
 def _refuse_other_formats(trainer: Trainer, path: object) -> None:
     strategy = trainer.strategy
-    if _compat_sharded.shards_the_model(strategy) or _compat.has_own_checkpoint_format(strategy):
+    if _private.strategies.shards_the_model(strategy) or _private.trainer.has_own_checkpoint_format(
+        strategy
+    ):
         raise ConfigurationError(
             f"{path} is a checkpoint folder, and {type(strategy).__name__} reads a format of its own. "
             "Add SBCheckpoint(...) to the Trainer's callbacks: it reads the folder for every strategy "

@@ -9,11 +9,10 @@ from typing import cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sbckpt.plugin import _compat
-from lightning_sbckpt.plugin._compat_ddp import Reductions
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.experiment import Experiment
-from lightning_sbckpt.plugin.gather import Gatherer
-from lightning_sbckpt.plugin.loaders import LoaderTracker
 from lightning_sbckpt.plugin.metrics import Metrics
 from lightning_sbckpt.plugin.preemption import Watch
 from lightning_sbckpt.plugin.run import Run
@@ -23,6 +22,7 @@ from lightning_sbckpt.plugin.schedule import (
     step_follows,
     training_ends,
 )
+from lightning_sbckpt.plugin.state.capture import Gatherer
 from lightning_sbckpt.plugin.wanted import WantedKeys
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.rng import isolated_rng
@@ -90,7 +90,7 @@ class Saving:
         due = self.schedule.after_batch(trainer)
         asked = self.watch is not None and bool(self.watch.ask(TrainerWorld(trainer)))
         # The end of the epoch comes at once, and then its metrics are known.
-        ends = asked and not (_compat.epoch_is_over(trainer) or at_max_steps(trainer))
+        ends = asked and not (_private.trainer.epoch_is_over(trainer) or at_max_steps(trainer))
         self._save_if(due, trainer, within_epoch=True, and_end=ends)
 
     def after_epoch(self, trainer: Trainer) -> None:
@@ -170,7 +170,7 @@ class Saving:
                 **self.gatherer.documents(trainer, self.experiment.in_force),
                 **self.experiment.documents(),
             }
-            over = not within_epoch or _compat.epoch_is_over(trainer)
+            over = not within_epoch or _private.trainer.epoch_is_over(trainer)
             saver = checkpointer.saver
             if last or not step_follows(trainer, within_epoch=within_epoch):
                 saver.copy_at_once()

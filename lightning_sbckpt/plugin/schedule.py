@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_sbckpt.plugin import _compat, _compat_loops
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.triggers import AnyOf, Due, Moment, ask, together
 
 Place = tuple[int, int]
@@ -77,7 +77,7 @@ class Schedule:
         validated, self._validated = self._validated, False
         # As `at_max_steps`; to ask for the step once more takes as long as all the rest here.
         at_limit = 0 <= trainer.max_steps <= step
-        stops = trainer.should_stop and _compat_loops.may_stop(trainer)
+        stops = trainer.should_stop and _private.loops.may_stop(trainer)
         retake, self._retake = self._retake, False
         if not (validated or at_limit or stops or retake) and self._batch_triggers.quiet(
             step, previous
@@ -91,7 +91,7 @@ class Schedule:
             reasons.append(ask(self._end_triggers, moment._replace(kind="validation_end")))
         if at_limit:
             reasons.append(Due("max_steps is reached"))
-        if _compat.epoch_is_over(trainer):
+        if _private.trainer.epoch_is_over(trainer):
             # What is saved when the epoch's last hook has run repeats none of them when it resumes.
             self._deferred = reasons
             return None
@@ -124,9 +124,9 @@ class Schedule:
         done = kind == "epoch_end"
         return Moment(
             kind,
-            epoch=_compat.epochs_done(trainer) - 1 if done else trainer.current_epoch,
+            epoch=_private.trainer.epochs_done(trainer) - 1 if done else trainer.current_epoch,
             global_step=trainer.global_step,
-            batch=_compat.batches_seen(trainer),
+            batch=_private.trainer.batches_seen(trainer),
             seconds=time.monotonic() - self._started,
             previous_step=previous_step,
             last_save_seconds=self._last_save_seconds,
@@ -136,12 +136,12 @@ class Schedule:
 
 def place_of(trainer: Trainer) -> Place:
     """Return where a run is."""
-    return trainer.global_step, _compat.batches_seen(trainer)
+    return trainer.global_step, _private.trainer.batches_seen(trainer)
 
 
 def training_ends(trainer: Trainer) -> bool:
     """Return whether the epoch that is over is the last."""
-    return bool(trainer.should_stop) or _compat.epochs_done(trainer) == trainer.max_epochs
+    return bool(trainer.should_stop) or _private.trainer.epochs_done(trainer) == trainer.max_epochs
 
 
 def at_max_steps(trainer: Trainer) -> bool:
@@ -158,6 +158,6 @@ def why_ended(trainer: Trainer) -> str:
 
 def step_follows(trainer: Trainer, *, within_epoch: bool) -> bool:
     """Return whether an optimizer step is to come, until which a copy may take its time."""
-    ending = within_epoch and _compat.epoch_is_over(trainer)
-    last = _compat.epochs_done(trainer) + ending == trainer.max_epochs
+    ending = within_epoch and _private.trainer.epoch_is_over(trainer)
+    last = _private.trainer.epochs_done(trainer) + ending == trainer.max_epochs
     return not (trainer.should_stop or at_max_steps(trainer) or last)

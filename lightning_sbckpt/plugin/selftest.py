@@ -27,8 +27,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import Logger
 
 from lightning_sbckpt.errors import ConfigurationError, SBCheckpointError
-from lightning_sbckpt.plugin import _compat
-from lightning_sbckpt.plugin._comparison import (
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.callback import SBCheckpoint
+from lightning_sbckpt.plugin.comparison import (
     BY_UP_TO,
     Outcome,
     clone,
@@ -36,7 +37,6 @@ from lightning_sbckpt.plugin._comparison import (
     fingerprint,
     weights,
 )
-from lightning_sbckpt.plugin.callback import SBCheckpoint
 from lightning_sbckpt.rng import capture_rng
 
 __all__ = ["KillPoint", "SelftestReport", "assert_resume_exact", "run_selftest"]
@@ -436,7 +436,7 @@ class _Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write from where the run goes on."""
         callback = next(
-            (c for c in _compat.callbacks_of(trainer) if isinstance(c, SBCheckpoint)), None
+            (c for c in _private.trainer.callbacks_of(trainer) if isinstance(c, SBCheckpoint)), None
         )
         if callback is None:
             raise ConfigurationError(
@@ -457,7 +457,7 @@ class _Recorder(Callback):
         """Write the fingerprints of the batch, the weights and the random states."""
         self.write(
             {
-                "batch": _compat.batches_seen(trainer),
+                "batch": _private.trainer.batches_seen(trainer),
                 "epoch": trainer.current_epoch,
                 "batch_idx": batch_idx,
                 "data": fingerprint(batch),

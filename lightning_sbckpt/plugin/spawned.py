@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
-from lightning_sbckpt.plugin import _compat, _compat_spawn
+from lightning_sbckpt.plugin import _private
 
 __all__ = ["hand_back_attributes"]
 
@@ -30,7 +30,7 @@ def hand_back_attributes(kind: type[Callback]) -> None:
 
     def only(trainer: Trainer) -> Any:
         # A fit refuses a second one.
-        found = [each for each in _compat.callbacks_of(trainer) if isinstance(each, kind)]
+        found = [each for each in _private.trainer.callbacks_of(trainer) if isinstance(each, kind)]
         return found[0] if found else None
 
     def collect(trainer: Trainer) -> bytes | None:
@@ -45,4 +45,4 @@ def hand_back_attributes(kind: type[Callback]) -> None:
         for name, value in pickle.loads(collected).items():  # noqa: S301
             setattr(only(trainer), name, value)
 
-    _compat_spawn.hand_back(collect, take)
+    _private.spawn.hand_back(collect, take)

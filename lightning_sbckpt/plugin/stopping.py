@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from lightning_sbckpt.plugin import _compat
+from lightning_sbckpt.plugin import _private
 
 
 def keep_patience(trainer: Trainer, patience: Mapping[str, int]) -> list[str]:
@@ -23,7 +23,7 @@ def keep_patience(trainer: Trainer, patience: Mapping[str, int]) -> list[str]:
         A sentence for each that differed.
     """
     changed = []
-    for callback in _compat.callbacks_of(trainer):
+    for callback in _private.trainer.callbacks_of(trainer):
         asked = patience.get(callback.state_key)
         if isinstance(callback, EarlyStopping) and asked not in (None, callback.patience):
             changed.append(
@@ -38,7 +38,7 @@ def patience_of(trainer: Trainer) -> dict[str, int]:
     """Return the patience of each EarlyStopping, by the key of its state."""
     return {
         callback.state_key: callback.patience
-        for callback in _compat.callbacks_of(trainer)
+        for callback in _private.trainer.callbacks_of(trainer)
         if isinstance(callback, EarlyStopping)
     }
 
@@ -51,7 +51,7 @@ def standing_reasons(trainer: Trainer, metrics: Mapping[str, object]) -> list[st
         metrics: What was logged then.
     """
     reasons = []
-    for callback in _compat.callbacks_of(trainer):
+    for callback in _private.trainer.callbacks_of(trainer):
         if isinstance(callback, EarlyStopping):
             why = _why_early(callback, metrics.get(callback.monitor))
             if why:

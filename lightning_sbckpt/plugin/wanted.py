@@ -15,11 +15,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sbckpt._world import decided_by_main
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin import _compat, _compat_logged
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.retention import Where
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule, World
@@ -124,7 +124,7 @@ class WantedKeys:
             return
 
         def judge() -> tuple[list[int], list[str], str]:
-            known = {*meta, *_compat_logged.logged_names(trainer)}
+            known = {*meta, *_private.logged.logged_names(trainer)}
             found, said, fatal = [], [], ""
             for number, wish in enumerate(self._open):
                 missed = wish.missed(known, meta)
@@ -194,7 +194,7 @@ def _may_come(trainer: Trainer, key: str, known: Iterable[str]) -> bool:
         return False  # It has been logged, by these names.
     callbacks = [
         callback
-        for callback in _compat.callbacks_of(trainer)
+        for callback in _private.trainer.callbacks_of(trainer)
         if not isinstance(callback, LightningCheckpoint)
     ]
     return any(

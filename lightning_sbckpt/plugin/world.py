@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from lightning_sbckpt._world import TorchDistributed
+from lightning_sbckpt._world.world import TorchDistributed
 
 T = TypeVar("T")
 

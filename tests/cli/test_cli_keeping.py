@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._finding.noted_rules import run_rules
-from lightning_sbckpt._folder.history import History, read_history
+from lightning_sbckpt._layout.history import History, read_history
 from lightning_sbckpt.expressions import parse_predicate
 from lightning_sbckpt.retention import Newest
+from lightning_sbckpt.retention.noted import run_rules
 
 HOLD = """
 import sys

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.history import History
-from lightning_sbckpt._inspect import columns
+from lightning_sbckpt._layout.history import History
+from lightning_sbckpt._views import columns
 from lightning_sbckpt.retention import Newest
 
 

@@ -11,7 +11,7 @@ from _python import python
 from _releases import needs_torch
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._folder.manifest import read_manifest
+from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt.retention import Best
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 6.0}

@@ -23,7 +23,7 @@ from lightning_sbckpt.cli._bars import Bars
 SLOW = """
 import sys, time
 from lightning_sbckpt import verify
-from lightning_sbckpt._disk import progress
+from lightning_sbckpt._io import progress
 
 left = [None] * 7
 

@@ -16,18 +16,18 @@ from pathlib import Path
 import torch
 import yaml
 
-from lightning_sbckpt._disk.storage import FileDigest, digest_bytes
-from lightning_sbckpt._finding.index import INDEX_NAME, _header, read_index
-from lightning_sbckpt._flat_yaml import parse_flat
-from lightning_sbckpt._folder.annotations import ANNOTATIONS_NAME, read_annotations
-from lightning_sbckpt._folder.manifest import (
+from lightning_sbckpt._catalog.index import INDEX_NAME, _header, read_index
+from lightning_sbckpt._format.flat_yaml import parse_flat
+from lightning_sbckpt._io.storage import FileDigest, digest_bytes
+from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME, read_annotations
+from lightning_sbckpt._layout.manifest import (
     MANIFEST_NAME,
     Manifest,
     dump_manifest,
     find_damage,
     read_manifest,
 )
-from lightning_sbckpt._folder.owner import read_record, spell
+from lightning_sbckpt._layout.owner import read_record, spell
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, dump_meta, parse_yaml
 

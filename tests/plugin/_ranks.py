@@ -27,8 +27,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sbckpt import Checkpoint, Checkpointer, SBCheckpoint, ckpt_recency
-from lightning_sbckpt._folder.manifest import read_manifest
-from lightning_sbckpt.plugin import _comparison, selftest
+from lightning_sbckpt._layout.manifest import read_manifest
+from lightning_sbckpt.plugin import comparison, selftest
 
 SAMPLES, FEATURES, CLASSES, BATCH = 32, 6, 3, 4
 SEED = 11
@@ -305,18 +305,18 @@ def trace(
         (folder / f"report{rank}.txt").write_text(str(callback.resume_report))
 
 
-def outcome(folder: Path, rank: int) -> _comparison.Outcome:
+def outcome(folder: Path, rank: int) -> comparison.Outcome:
     """Return what a rank has written down by `trace`."""
     import json
 
     lines = (folder / f"trace{rank}.jsonl").read_text().splitlines()
     final = torch.load(folder / f"final{rank}.pt", weights_only=True)
-    return _comparison.Outcome([json.loads(line) for line in lines], final)
+    return comparison.Outcome([json.loads(line) for line in lines], final)
 
 
 def differences(reference: Path, resumed: Path, rank: int) -> list[str]:
     """Return what differs between a rank of two runs, in words."""
-    return _comparison.differences(outcome(reference, rank), outcome(resumed, rank))
+    return comparison.differences(outcome(reference, rank), outcome(resumed, rank))
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

@@ -10,7 +10,7 @@ from plain_run import Net, data, trainer
 from lightning_sbckpt import SBCheckpoint
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin.collect import is_resumable
+from lightning_sbckpt.plugin.state.parts import is_resumable
 
 
 @pytest.mark.parametrize("with_rest", [False, True])

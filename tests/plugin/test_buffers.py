@@ -7,10 +7,10 @@ import torch
 from _runs import At, Steps, fit, newest, raise_at
 from torch import nn
 
-from lightning_sbckpt.plugin import _compat_buffers
-from lightning_sbckpt.plugin._compat_buffers import NonPersistentBuffers
-from lightning_sbckpt.plugin.exact import NONPERSISTENT, parts_of_ranks
-from lightning_sbckpt.plugin.ranks import state_of_rank
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.buffers import NonPersistentBuffers
+from lightning_sbckpt.plugin.state.exact import NONPERSISTENT, parts_of_ranks
+from lightning_sbckpt.plugin.state.per_rank import state_of_rank
 
 
 class StoppedError(RuntimeError):
@@ -101,7 +101,7 @@ def test_restored_buffers_are_saved_again(runs, tmp_path):
     saved = first.state()
     resumed = Contrastive()
     second = NonPersistentBuffers(resumed)
-    assert _compat_buffers.restore(resumed, saved) == []
+    assert _private.buffers.restore(resumed, saved) == []
     assert second.state()["queue"]["value"].tolist() == [2.0] * 4
 
 
@@ -114,7 +114,7 @@ def test_a_bank_of_another_size_begins_anew_and_is_named():
     saved = before.state()
     other = Contrastive()
     other.queue = torch.zeros(8)
-    (problem,) = _compat_buffers.restore(other, saved)
+    (problem,) = _private.buffers.restore(other, saved)
     assert "'queue'" in problem and "(4,)" in problem and "(8,)" in problem
     assert other.queue.tolist() == [0.0] * 8
     assert other.center == 3.0
@@ -125,7 +125,7 @@ def test_a_buffer_that_is_gone_is_named():
     module = Contrastive()
     before = NonPersistentBuffers(module)
     module.queue.fill_(2.0)
-    (problem,) = _compat_buffers.restore(Steps(), before.state())
+    (problem,) = _private.buffers.restore(Steps(), before.state())
     assert "'queue'" in problem
 
 

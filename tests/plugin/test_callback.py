@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_sbckpt import Checkpointer, SBCheckpoint
-from lightning_sbckpt._folder.manifest import read_manifest
+from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt.errors import (
     CheckpointNameError,
     ConfigurationError,

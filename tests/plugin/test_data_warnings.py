@@ -11,9 +11,9 @@ import torch
 from _runs import Steps, fit, make, raise_at
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_sbckpt import _walk
-from lightning_sbckpt._walk import Walk
-from lightning_sbckpt.plugin.loaders import LoaderTracker
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.rng import walk as _walk
+from lightning_sbckpt.rng.walk import Walk
 
 
 class StoppedError(RuntimeError):

@@ -18,11 +18,11 @@ from _ranks import checkpoints, differences, make, run, traced_fit
 from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.plugin import callback as callback_module
-from lightning_sbckpt.plugin.collect import LOADERS, RNG
-from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
+from lightning_sbckpt.plugin.state.parts import LOADERS, RNG
+from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, state_of_rank
 
 EVERY_STEP = {"every_n_train_steps": 1, "num_to_keep": 99}
 SECONDS = 60

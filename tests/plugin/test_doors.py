@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin._compat import wrap
+from lightning_sbckpt.plugin._private.trainer import wrap
 
 
 class Scored(Net):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sbckpt.plugin.epoch_position import EpochPosition
+from lightning_sbckpt.plugin.data.epoch_position import EpochPosition
 
 sizes, ranks, samples = st.integers(1, 9), st.integers(1, 5), st.integers(1, 99)
 

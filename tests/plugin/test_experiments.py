@@ -22,7 +22,7 @@ from lightning_sbckpt import SBCheckpoint
 from lightning_sbckpt.cli._folders import locate
 from lightning_sbckpt.cli.choosing import best
 from lightning_sbckpt.errors import ConfigurationError
-from lightning_sbckpt.plugin._rendering import content_digest, rendered
+from lightning_sbckpt.plugin.rendering import content_digest, rendered
 
 ALL = {"num_to_keep": 99}
 CHANGED = "what is started is not quite what is in"

@@ -23,8 +23,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_sbckpt import SBCheckpoint
-from lightning_sbckpt.plugin._comparison import clone
-from lightning_sbckpt.plugin._compat_ddp import Reductions
+from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin.comparison import clone
 
 SIZE = 3
 FEATURES, CLASSES, BATCH, BATCHES = 6, 3, 4, 5

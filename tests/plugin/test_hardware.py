@@ -7,9 +7,14 @@ import torch
 from _runs import fit, newest
 from torch import nn
 
-from lightning_sbckpt.plugin import exact
-from lightning_sbckpt.plugin._compat_compiled import autotuned
-from lightning_sbckpt.plugin.hardware import changes, describe, weak_points_of, weak_points_of_parts
+from lightning_sbckpt.plugin._private.compiled import autotuned
+from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.hardware import (
+    changes,
+    describe,
+    weak_points_of,
+    weak_points_of_parts,
+)
 
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from _foreign import forget_manifest
 from _ranks import checkpoints, differences, run, traced_fit
 from torch import nn
 
-from lightning_sbckpt.plugin.ranks import state_of_rank
+from lightning_sbckpt.plugin.state.per_rank import state_of_rank
 
 WRITTEN_BEFORE = Path(__file__).with_name("lists_of_ranks")
 """A checkpoint of `little_fit`, saved after three batches by the code that wrote lists."""

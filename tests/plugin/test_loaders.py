@@ -44,11 +44,12 @@ from torch.utils.data import (
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-from lightning_sbckpt._streams import streams
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
-from lightning_sbckpt.plugin import _loader_workers, _positions, _sampling
-from lightning_sbckpt.plugin.loaders import LoaderTracker, TrackedLoader
+from lightning_sbckpt.plugin.data import position, sampling
+from lightning_sbckpt.plugin.data import workers as _loader_workers
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker, TrackedLoader
 from lightning_sbckpt.rng import capture_rng, restore_rng
+from lightning_sbckpt.rng.streams import streams
 
 BATCH = 3  # 8 batches, the last one shorter
 EPOCHS = 3
@@ -592,48 +593,48 @@ def no_op(*args: Any, **kwargs: Any) -> None:
 
 MECHANISMS = {
     "random states when the iterator is made": (
-        (_positions.LoaderPosition, "_set", no_op),
+        (position.LoaderPosition, "_set", no_op),
         LOADERS["shuffle"],
         MID,
     ),
     "random states at the first batch": (
-        (_positions.LoaderPosition, "_note_first", no_op),
+        (position.LoaderPosition, "_note_first", no_op),
         LOADERS["shuffle"],
         MID,
     ),
     "generators": (
-        (_positions.LoaderPosition, "_set_generators", lambda *a: []),
+        (position.LoaderPosition, "_set_generators", lambda *a: []),
         LOADERS["generators of the dataset"],
         BETWEEN,
     ),
     "draws at every index": (
-        (_sampling.DrawLog, "apply", no_op),
+        (sampling.DrawLog, "apply", no_op),
         LOADERS["sampler that draws every index"],
         MID,
     ),
     "counters of samplers": (
-        (_sampling, "counters", lambda samplers: {}),
+        (sampling, "counters", lambda samplers: {}),
         LOADERS["sampler that counts epochs"],
         BETWEEN,
     ),
     "states of samplers": (
-        (_sampling, "_load_states", no_op),
+        (sampling, "_load_states", no_op),
         LOADERS["sampler with a position"],
         BETWEEN,
     ),
     "going on from the state of a sampler": (
-        (_positions.LoaderPosition, "_check_order", lambda *a: False),
+        (position.LoaderPosition, "_check_order", lambda *a: False),
         LOADERS["stateful distributed sampler"],
         MID,
     ),
     "random states of workers": (
-        (_positions, "_worker_states", lambda states: {}),
+        (position, "_worker_states", lambda states: {}),
         WORKER_LOADERS["workers"],
         MID,
     ),
-    "the turn of the workers": ((_positions, "turn_to", no_op), WORKER_LOADERS["workers"], MID),
+    "the turn of the workers": ((position, "turn_to", no_op), WORKER_LOADERS["workers"], MID),
     "two questions to the sampler": (
-        (_positions, "draw_seed", no_op),
+        (position, "draw_seed", no_op),
         WORKER_LOADERS["workers, eager sampler"],
         MID,
     ),
@@ -850,7 +851,7 @@ def test_batches_in_no_order_are_told_before_anything_breaks():
 
 def test_more_draws_than_are_kept_are_told(monkeypatch):
     """Before anything breaks, and after a resume that can't be exact."""
-    monkeypatch.setattr(_sampling, "MOST_RECORDS", 2)
+    monkeypatch.setattr(sampling, "MOST_RECORDS", 2)
     seed_all(1)
     tracker = LoaderTracker(lambda: "train")
     iterator = iter(tracker.track(plain(Stream)()))

@@ -10,7 +10,7 @@ from _stopped import Net, assert_resumes_exactly, fit
 from torch import nn
 
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin.training_state import Description
+from lightning_sbckpt.plugin.state.training_state import Description
 
 
 class Matrices(Net):

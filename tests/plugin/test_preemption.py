@@ -25,7 +25,7 @@ from _ranks import (
 from _runs import At
 
 from lightning_sbckpt import Preempted, Preemption
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._layout.manifest import find_damage
 
 EACH_BATCH = Preemption(every_n_batches=1)
 SECONDS = 60

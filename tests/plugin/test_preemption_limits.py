@@ -11,8 +11,8 @@ from _ranks import Job, checkpoints, make, run, to_myself, traced_fit
 from _runs import At
 
 from lightning_sbckpt import Preemption
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
 
 SECONDS = 60
 """A job that ends early has to end within so many seconds, on a busy machine, too."""

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sbckpt._torchfile.reading import load_state
-from lightning_sbckpt._torchfile.state import save_state
+from lightning_sbckpt._format.encode import save_state
+from lightning_sbckpt._format.load import load_state
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin.ranks import number_of_ranks, pack, state_of_rank, together
+from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, pack, state_of_rank, together
 
 
 def described(value):

@@ -33,7 +33,7 @@ from torch import nn
 
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt.errors import DamagedCheckpointError
-from lightning_sbckpt.plugin import exact
+from lightning_sbckpt.plugin.state import exact
 
 ALL = {"num_to_keep": 99}
 

@@ -31,10 +31,10 @@ from _runs import (
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.layout import is_checkpoint
-from lightning_sbckpt._folder.manifest import find_damage
-from lightning_sbckpt._saving import jobs, overlap
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._layout.publish import is_checkpoint
+from lightning_sbckpt._save import items, late_copy
 from lightning_sbckpt.errors import FolderInUseError, SaveError
 
 ALL = {"num_to_keep": 99}
@@ -88,12 +88,12 @@ def copies(monkeypatch):
     """The copies that were hidden behind training."""
     made = []
 
-    class Recorded(jobs.LateCopy):
+    class Recorded(items.LateCopy):
         def __init__(self, *args):
             made.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(jobs, "LateCopy", Recorded)
+    monkeypatch.setattr(items, "LateCopy", Recorded)
     return made
 
 
@@ -252,9 +252,9 @@ class TestSameBits:
         self, tmp_path, stop, monkeypatch, caplog
     ):
         """Callbacks that put averaged weights in place do so when no step waits any more."""
-        memcpy = overlap._copy_if_there
+        memcpy = late_copy._copy_if_there
         monkeypatch.setattr(
-            overlap, "_copy_if_there", lambda *args: (time.sleep(0.1), memcpy(*args))[1]
+            late_copy, "_copy_if_there", lambda *args: (time.sleep(0.1), memcpy(*args))[1]
         )
 
         class PutsInPlace(L.Callback):

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from _ranks import free_port, run
 
-from lightning_sbckpt._world import TorchDistributed
-from lightning_sbckpt.plugin.ranks import number_of_ranks, state_of_rank
+from lightning_sbckpt._world.world import TorchDistributed
+from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, state_of_rank
 from lightning_sbckpt.rng import isolated_rng
 
 # The benchmarks are no part of what is installed.

@@ -21,8 +21,8 @@ from lightning.pytorch.strategies import (
 from torch import nn
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._disk.storage import LocalStorage
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt.consolidation import consolidate
 from lightning_sbckpt.errors import ConfigurationError

@@ -23,7 +23,7 @@ from _ranks import checkpoints, differences, make, run
 from _sharded_fits import fit_or_tell
 from lightning.pytorch.strategies import FSDPStrategy
 
-from lightning_sbckpt._folder.manifest import find_damage
+from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt.consolidation import consolidate
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from lightning_sbckpt import Checkpointer, average_checkpoints
-from lightning_sbckpt._folder.history import read_history
+from lightning_sbckpt._layout.history import read_history
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt.averaging import save_average
-from lightning_sbckpt.curator import Curator
 from lightning_sbckpt.difference import diff
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
@@ -19,6 +18,7 @@ from lightning_sbckpt.errors import (
     RemoteError,
     SaveError,
 )
+from lightning_sbckpt.folder import Curator
 from lightning_sbckpt.verify import verify
 from remote._machines import Machines, filled
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from cli._terminal import terminals
 
-from lightning_sbckpt._disk.progress import listening
+from lightning_sbckpt._io.progress import listening
 from lightning_sbckpt._remote import streams
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt._remote.retries import Retries

@@ -1,1 +1,0 @@
-"""How two checkpoints are compared; `lightning_sbckpt.difference` is where users find it."""

@@ -1,0 +1,1 @@
+"""Loading: from the sound checkpoint into live objects."""

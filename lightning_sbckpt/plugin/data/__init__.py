@@ -1,0 +1,1 @@
+"""Where the loaders of a run are, and how they get back there."""

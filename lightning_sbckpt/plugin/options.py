@@ -1,0 +1,392 @@
+"""What the arguments of `SBCheckpoint` mean, and which of them can't be meant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+from lightning_sbckpt._layout.publish import check_name
+from lightning_sbckpt._remote.urls import is_url, normal_url
+from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin.best import BestBy
+from lightning_sbckpt.plugin.experiment import ON_CHANGE
+from lightning_sbckpt.plugin.state.parts import RESERVED, is_reserved
+from lightning_sbckpt.retention import Best, Important, Newest, parse_rule
+from lightning_sbckpt.selection import function_name
+from lightning_sbckpt.triggers import (
+    AnyOf,
+    EveryInterval,
+    EveryNEpochs,
+    EveryNSteps,
+    Trigger,
+    may_be_due,
+)
+from lightning_sbckpt.typing import ImportanceKey, RetentionLimit, RetentionRule
+
+_SHOWN = 80
+
+
+def plain(given: Any) -> Any:
+    """Return plain lists, dictionaries and rules in place of OmegaConf's containers.
+
+    Hydra hands over lists and dictionaries as its own, and the dataclasses in them as dictionaries.
+
+    Example:
+        >>> plain({"exp": ["a", 1]})
+        {'exp': ['a', 1]}
+    """
+    if type(given).__module__.partition(".")[0] == "omegaconf":
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_object(given)
+    if isinstance(given, dict):
+        return {key: plain(value) for key, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(plain(value) for value in given)
+    return given
+
+
+def folder(dirpath: str | os.PathLike[str]) -> Path | str:
+    """Return the folder as an absolute path, or its URL: the working directory may change.
+
+    Raises:
+        ConfigurationError: It is no path.
+
+    Example:
+        >>> folder("runs/digits").is_absolute()
+        True
+    """
+    if not isinstance(dirpath, (str, os.PathLike)):
+        raise ConfigurationError(
+            f"dirpath is {_shown(dirpath)}, expected a path or a URL, such as 'runs/digits'"
+        )
+    # Links stay as they are: the user may move them with what they point to.
+    return normal_url(dirpath) if is_url(dirpath) else absolute(dirpath)
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return a path from the root, with `~` for the home folder of the user."""
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - Path's raises without a home
+
+
+def check_kinds(given: Mapping[str, object]) -> None:
+    """Refuse arguments of the wrong kind, all of them at once.
+
+    Args:
+        given: The arguments, by name.
+
+    Raises:
+        ConfigurationError: One is of another kind than expected.
+
+    Example:
+        >>> check_kinds({"num_to_keep": 3, "min_key": None})
+        >>> check_kinds({"num_to_keep": "3"})
+        Traceback (most recent call last):
+        lightning_sbckpt.errors.ConfigurationError: num_to_keep is '3', expected a whole number ...
+    """
+    problems = []
+    for name, value in given.items():
+        fits, expected = _KINDS[name]
+        if not fits(value):
+            problems.append(f"{name} is {_shown(value)}, expected {expected}")
+    if problems:
+        raise ConfigurationError(f"SBCheckpoint: {'; '.join(problems)}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"a {type(value).__name__}"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_time(value: object) -> bool:
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number or isinstance(value, timedelta)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_names(value: object) -> bool:
+    # One text is refused with advice of its own, see `check_lists`.
+    return isinstance(value, str) or (_is_list(value) and _all_text(value))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _all_text(value: object) -> bool:
+    return all(isinstance(each, str) for each in value)  # type: ignore[attr-defined] # a list
+
+
+def _is_rules(value: object) -> bool:
+    return _is_list(value) and all(map(_is_rule, value))  # type: ignore[call-overload] # a list
+
+
+def _is_rule(value: object) -> bool:
+    if isinstance(value, type):
+        return False
+    is_reason = all(callable(getattr(value, name, None)) for name in ("considers", "keeps"))
+    return is_reason or isinstance(value, (str, RetentionLimit))
+
+
+def _is_triggers(value: object) -> bool:
+    given = list(value) if _is_list(value) else [value]  # type: ignore[call-overload] # a list
+    return all(isinstance(each, Trigger) and not isinstance(each, type) for each in given)
+
+
+def _is_mapping(value: object) -> bool:
+    return isinstance(value, Mapping) and _all_text(value)
+
+
+def _is_mapping_of_text(value: object) -> bool:
+    return isinstance(value, Mapping) and _all_text(value) and _all_text(value.values())
+
+
+def _or_none(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _or_function(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or callable(value) or fits(value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_WHOLE = "a whole number"
+_FLAG = "True or False"
+_KEY = "the name of a metric"
+_NAMES = "a list of names"
+_FUNCTION = "a function of Trainer and module that returns one"
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "min_key": (_or_none(_is_text), _KEY),
+    "max_key": (_or_none(_is_text), _KEY),
+    "importance_key": (
+        _or_function(lambda _: False),
+        "a function of a checkpoint; for the name of a metric there are min_key and max_key",
+    ),
+    "ckpt_predicate": (_or_function(_is_text), "a function of a checkpoint, or an expression"),
+    "num_to_keep": (_is_whole, _WHOLE),
+    "keep": (
+        _is_rules,
+        "a list of rules of lightning_sbckpt.retention such as EveryNEpochs(10), or of their texts",
+    ),
+    "triggers": (
+        _is_triggers,
+        "objects with a method due(moment), such as EveryNSteps(1000)",
+    ),
+    "every_n_epochs": (_or_none(_is_whole), f"{_WHOLE}, or None"),
+    "every_n_train_steps": (_or_none(_is_whole), f"{_WHOLE}, or None"),
+    "train_time_interval": (_or_none(_is_time), "a timedelta, a number of seconds, or None"),
+    "recoverables": (_or_function(_is_mapping), f"a dictionary of objects by name, or {_FUNCTION}"),
+    "meta": (_or_function(_is_mapping), f"a dictionary, or {_FUNCTION}"),
+    "key_map": (_or_none(_is_mapping_of_text), "a dictionary of prefixes of parameter names"),
+    "storage_options": (_or_none(_is_mapping), "a dictionary"),
+    "local_dir": (
+        _or_none(lambda value: isinstance(value, (str, os.PathLike))),
+        "a path on this machine",
+    ),
+    **dict.fromkeys(("optional", "skip", "split_model"), (_is_names, _NAMES)),
+    **dict.fromkeys(
+        (
+            "keep_recent",
+            "resume",
+            "restore_best",
+            "link_unchanged",
+            "partial",
+            "keep_lr",
+            "trust_pickle",
+        ),
+        (_is_flag, _FLAG),
+    ),
+}
+
+
+def best_by(
+    importance_key: ImportanceKey | None, max_key: str | None, min_key: str | None
+) -> BestBy:
+    """Return which checkpoint is best.
+
+    Raises:
+        SelectionError: More than one key was given.
+    """
+    if importance_key is not None:
+        importance_key = _WorstWithoutMetric(importance_key)
+    return BestBy(importance_key, max_key, min_key)
+
+
+def retention_rules(
+    best: BestBy, num_to_keep: int, keep_recent: bool, keep: Sequence[RetentionRule | str]
+) -> list[RetentionRule]:
+    """Return which checkpoints stay.
+
+    Args:
+        best: Which is best.
+        num_to_keep: How many of the best, and of the newest.
+        keep_recent: Whether the newest stay.
+        keep: More rules, or their texts.
+
+    Raises:
+        ConfigurationError: None would.
+        SelectionError: A text is no rule.
+    """
+    more = [parse_rule(rule) if isinstance(rule, str) else rule for rule in keep]
+    # A limit gives no reason to keep anything.
+    if num_to_keep < 1 and all(isinstance(rule, RetentionLimit) for rule in more):
+        raise ConfigurationError(
+            f"num_to_keep={num_to_keep} would delete every checkpoint as soon as it is written: "
+            "keep at least 1, or say what to keep by rules in keep=[...]"
+        )
+    rules: list[RetentionRule] = []
+    if best.min_key is not None:
+        rules.append(Best(best.min_key, int(num_to_keep), mode="min"))
+    if best.max_key is not None:
+        rules.append(Best(best.max_key, int(num_to_keep), mode="max"))
+    if best.importance_key is not None:
+        rules.append(Important(best.importance_key, int(num_to_keep)))
+    if keep_recent:
+        rules.append(Newest(int(num_to_keep)))
+    return [*rules, *more]
+
+
+def triggers(
+    every_n_epochs: int | None,
+    every_n_train_steps: int | None,
+    train_time_interval: timedelta | float | None,
+    more: Sequence[Trigger] = (),
+) -> tuple[AnyOf, AnyOf]:
+    """Return the triggers that every batch may set off, and those of validation and epoch end.
+
+    Raises:
+        ConfigurationError: A period is none, or one of `more` is no trigger.
+    """
+    batch: list[Trigger] = []
+    if every_n_train_steps is not None:
+        batch.append(EveryNSteps(int(every_n_train_steps)))
+    if train_time_interval is not None:
+        batch.append(EveryInterval(train_time_interval))
+    ends: list[Trigger] = [] if every_n_epochs is None else [EveryNEpochs(int(every_n_epochs))]
+    if isinstance(more, Trigger):
+        more = [more]
+    for trigger in AnyOf(more).triggers:
+        # What is never due after a batch must not cost anything there.
+        if may_be_due(trigger, "batch"):
+            batch.append(trigger)
+        if may_be_due(trigger, "validation_end") or may_be_due(trigger, "epoch_end"):
+            ends.append(trigger)
+    return AnyOf(batch), AnyOf(ends)
+
+
+def check_when_in_use(given: str) -> str:
+    """Return what to do when another process writes to the folder.
+
+    Raises:
+        ConfigurationError: It is neither `"raise"` nor `"read"`.
+    """
+    if given not in ("raise", "read"):
+        raise ConfigurationError(f"when_in_use is {given!r}, expected one of 'raise', 'read'")
+    return given
+
+
+def check_on_change(given: str | None) -> str | None:
+    """Return what a resume does when the experiment has changed.
+
+    Raises:
+        ConfigurationError: It is none of `"warn"`, `"raise"`, `"restart"`.
+    """
+    if given is not None and given not in ON_CHANGE:
+        raise ConfigurationError(
+            f"on_change is {given!r}, expected one of {', '.join(map(repr, ON_CHANGE))}"
+        )
+    return given
+
+
+def check_lists(lists: Mapping[str, Sequence[str]]) -> None:
+    """Refuse one string where a list of names is expected.
+
+    Raises:
+        ConfigurationError: An argument is a string.
+    """
+    for name, given in lists.items():
+        if isinstance(given, str):
+            raise ConfigurationError(
+                f"{name} is the string {given!r}, which would be read letter by letter: expected "
+                f"a list of names. Write {name}=[{given!r}]"
+            )
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuse names of recoverables that would be files of ours, or the same file twice.
+
+    Raises:
+        ConfigurationError: A name is taken, or given twice.
+        CheckpointNameError: A name can't be that of a file.
+    """
+    taken = sorted({name for name in names if is_reserved(name)})
+    if taken:
+        raise ConfigurationError(
+            f"{where} has the names {', '.join(map(repr, taken))}, which SBCheckpoint uses for its "
+            f"own files. Those are: {', '.join(sorted(RESERVED))}, and optimizers and schedulers "
+            "with a number"
+        )
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ConfigurationError(
+            f"{where} has the names {', '.join(map(repr, twice))} twice; every recoverable needs "
+            "one of its own"
+        )
+    for name in names:
+        check_name(name, "recoverable")
+
+
+def check_disjoint(submodules: Sequence[str]) -> None:
+    """Refuse submodules inside one another.
+
+    Raises:
+        ConfigurationError: One is.
+    """
+    inside = [
+        f"{inner!r} is inside {outer!r}"
+        for outer in submodules
+        for inner in submodules
+        if inner.startswith(f"{outer}.")
+    ]
+    if inside:
+        raise ConfigurationError(
+            f"split_model names submodules of which {', '.join(inside)}: each has a file with its "
+            "whole state_dict, so name one of them"
+        )
+
+
+@dataclass(frozen=True)
+class _WorstWithoutMetric:
+    """A key for which a checkpoint without the metric it asks for is the worst, like NaN.
+
+    An object and no function inside a function, which could not be pickled.
+    """
+
+    key: ImportanceKey
+
+    @property
+    def __name__(self) -> str:
+        """The name of the function."""
+        return function_name(self.key)
+
+    def __call__(self, checkpoint: Checkpoint) -> float:
+        try:
+            return self.key(checkpoint)
+        except KeyError:
+            return float("nan")

@@ -1,0 +1,198 @@
+"""What goes into a checkpoint of a Lightning run: its recoverables, and its meta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_sbckpt._sharded import fsdp1
+from lightning_sbckpt._sharded.states import (
+    ShardedState,
+    is_fsdp1,
+    module_state,
+    take_back_to_pieces,
+)
+from lightning_sbckpt.errors import MetaError
+from lightning_sbckpt.meta import dump_meta, plain_meta
+from lightning_sbckpt.plugin import _private, options
+from lightning_sbckpt.plugin._private.buffers import NonPersistentBuffers
+from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.gradients import take_gradients
+from lightning_sbckpt.plugin.state.parts import (
+    GRADIENTS,
+    NONPERSISTENT,
+    RANK_BUFFERS,
+    divide,
+    divide_model,
+)
+from lightning_sbckpt.plugin.state.training_state import Description, first_rates
+from lightning_sbckpt.triggers import Due
+from lightning_sbckpt.typing import World
+
+HPARAMS_YAML = "hparams.yaml"
+
+Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+
+
+class Gatherer:
+    """Gathers the recoverables and the meta of a run.
+
+    Args:
+        recoverables: Of the user, see `SBCheckpoint`.
+        meta: Of the user, see `SBCheckpoint`.
+        split_model: Submodules that get files of their own.
+
+    Raises:
+        ConfigurationError: A name can't name a file, or two are the same.
+    """
+
+    def __init__(
+        self, recoverables: Recoverables | None, meta: Meta | None, split_model: tuple[str, ...]
+    ) -> None:
+        self._recoverables = recoverables
+        self._meta = meta
+        self._buffers: NonPersistentBuffers | None = None
+        self._first_rates: list[list[float]] = []
+        self.split_model = split_model
+        options.check_names([*split_model], "split_model")
+        options.check_disjoint(split_model)
+        if isinstance(recoverables, Mapping):
+            options.check_names([*split_model, *recoverables], "recoverables")
+
+    def begin(self, module: LightningModule) -> None:
+        """Note what the module is like before its first batch; it is where it is trained."""
+        self._buffers = NonPersistentBuffers(module)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is configured: no copy goes on with the fit of another."""
+        return {**vars(self), "_buffers": None}
+
+    def check(self, trainer: Trainer) -> None:
+        """Refuse at once what no checkpoint could be made of; all ranks call this.
+
+        Raises:
+            ConfigurationError: A submodule that is to have a file has no state, or the pieces of
+                the model can't be had.
+        """
+        module = _private.strategies.module_in_pieces(trainer.strategy)
+        if is_fsdp1(module):
+            fsdp1.refuse_what_is_mixed(module)
+        if self.split_model:
+            own = module_state(module) if is_fsdp1(module) else module.state_dict()
+            divide_model(own, self.split_model)
+
+    def take_first_rates(self, trainer: Trainer) -> None:
+        """Take the learning rates that this run begins with; nothing has been restored yet."""
+        self._first_rates = first_rates(trainer)
+
+    def meta(
+        self, trainer: Trainer, metrics: Mapping[str, object], due: Due, *, within_epoch: bool
+    ) -> dict[str, object]:
+        """Return the meta of a checkpoint of this moment.
+
+        Args:
+            trainer: Whose checkpoint it is.
+            metrics: What was computed for the weights of this moment.
+            due: Why it is saved.
+            within_epoch: Whether more batches of the epoch follow.
+        """
+        meta: dict[str, object] = dict(metrics)
+        extra = self._meta
+        meta.update(
+            extra(trainer, trainer.lightning_module) if callable(extra) else dict(extra or {})
+        )
+        done = _private.trainer.epochs_done(trainer)
+        meta["epoch"] = trainer.current_epoch if within_epoch else done - 1
+        meta["global_step"] = trainer.global_step
+        if due.ephemeral:
+            meta["ephemeral"] = True
+        return meta
+
+    def recoverables(
+        self,
+        trainer: Trainer,
+        tracker: LoaderTracker,
+        reductions: Reductions,
+        world: World,
+        *,
+        within_epoch: bool,
+        validated_this_epoch: bool,
+    ) -> dict[str, object]:
+        """Return all that a checkpoint of this moment holds, by the names of its files."""
+        in_pieces = _private.strategies.shards_the_model(trainer.strategy)
+        if in_pieces:
+            take_back_to_pieces(trainer.lightning_module)
+        state = exact.capture(trainer, tracker)
+        buffers = exact.own_buffers(trainer, world, reductions.broadcast_buffers())
+        if buffers:
+            state[RANK_BUFFERS] = buffers
+        position = {
+            "within_epoch": within_epoch,
+            "loops": _private.loops.loop_state(trainer),
+            "validated_this_epoch": validated_this_epoch,
+            "modes": exact.modes(trainer.lightning_module),
+            **Description.of(trainer, self._first_rates).as_record(),
+            "found": _private.finders.found_values(trainer),
+            "ranks": world.size,
+            "reductions": reductions.state(),
+        }
+        with _private.strategies.states_in_pieces(trainer) if in_pieces else nullcontext():
+            dump = _private.trainer.dump_checkpoint(trainer)
+        found = divide(dump, trainer, self.split_model, position, in_pieces=in_pieces)
+        # After the state of the model, with which FSDP takes its parameters back to pieces.
+        gradients = take_gradients(trainer) if within_epoch else {}
+        if gradients and in_pieces:
+            found[GRADIENTS] = ShardedState(gradients)
+        elif gradients:
+            state[GRADIENTS] = gradients
+        if self._buffers:
+            state[NONPERSISTENT] = self._buffers.state()
+        return {**found, **exact.parts_of_ranks(state, world), **self.of_user(trainer)}
+
+    def documents(self, trainer: Trainer, in_force: Mapping[str, object]) -> dict[str, str]:
+        """Return the hyperparameters of module and datamodule as a file that people read.
+
+        Args:
+            trainer: The Trainer.
+            in_force: Values of hyperparameters that are not what was asked for.
+        """
+        owners = (_private.trainer.datamodule_of(trainer), trainer.lightning_module)
+        found: dict[str, object] = {}
+        for owner in owners:
+            for key, value in getattr(owner, "hparams", {}).items():
+                try:
+                    found.update(plain_meta({str(key): value}))
+                except MetaError:
+                    # For people; what is read back is in the file of the hyperparameters.
+                    found[str(key)] = repr(value)
+        asked = {key: found[key] for key in in_force if key in found}
+        text = dump_meta({**found, **in_force}).decode()
+        text += "".join(
+            f"# {key}: {value!r} was asked for, and is not in force\n"
+            for key, value in asked.items()
+        )
+        return {HPARAMS_YAML: text} if found else {}
+
+    def of_user(self, trainer: Trainer) -> dict[str, object]:
+        """Return the recoverables that the user, the module and the datamodule offer.
+
+        Raises:
+            ConfigurationError: Two have one name, or a name can't name a file.
+        """
+        found: dict[str, object] = {}
+        module = trainer.lightning_module
+        given = self._recoverables
+        sources = [given(trainer, module) if callable(given) else given or {}]
+        for owner in (module, _private.trainer.datamodule_of(trainer)):
+            configure = getattr(owner, "configure_recoverables", None)
+            if configure is not None:
+                sources.append(configure())
+        for source in sources:
+            options.check_names([*self.split_model, *found, *source], "recoverables")
+            found.update(source)
+        return found

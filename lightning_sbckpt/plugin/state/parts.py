@@ -1,0 +1,397 @@
+"""From a Trainer to named recoverables, and from a checkpoint folder back to Lightning's dictionary.
+
+Lightning gathers its checkpoint in one dictionary, and its strategies, plugins and hooks all have
+their say in it. So that dictionary is what is divided here into one file per object, and
+what is put together again when Lightning restores.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lightning_sbckpt._format.load import (
+    load_own_state,
+    load_state,
+    pickle_is_trusted,
+    refuse_untrusted,
+    trusting_pickle,
+)
+from lightning_sbckpt._layout.manifest import find_damage
+from lightning_sbckpt._layout.publish import (
+    CKPT_PREFIX,
+    PARAMFILE_EXT,
+    SHARDED_EXT,
+    is_checkpoint,
+    read_checkpoint,
+)
+from lightning_sbckpt._load.module_state import versions_below, versions_in, with_versions
+from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._remote.urls import is_url
+from lightning_sbckpt._sharded.states import ShardedState
+from lightning_sbckpt._sharded.states import numbered as in_numbers
+from lightning_sbckpt.averaging.average import AVERAGED_FROM
+from lightning_sbckpt.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    DamagedCheckpointError,
+    MismatchError,
+    UntrustedPickleError,
+)
+from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.loading import FolderDump
+from lightning_sbckpt.plugin.state.gradients import read_gradients
+from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, names_calls
+from lightning_sbckpt.plugin.state.sharded import Pieces
+
+MODEL = "model"
+OPTIMIZER = "optimizer"
+SCHEDULER = "lr_scheduler"
+LOOPS = "loops"
+CALLBACKS = "callbacks"
+PRECISION = "precision"
+DATAMODULE = "datamodule"
+HPARAMS = "hparams"
+EXTRAS = "extras"
+RNG = "rng"
+LOADERS = "loaders"
+METRICS = "metrics"
+GRADIENTS = "gradients"
+NONPERSISTENT = "nonpersistent"
+RANK_BUFFERS = "rank_buffers"
+
+RESERVED = frozenset(
+    {MODEL, OPTIMIZER, SCHEDULER, LOOPS, CALLBACKS, PRECISION, DATAMODULE, HPARAMS, EXTRAS}
+    | {RNG, LOADERS, METRICS, GRADIENTS, NONPERSISTENT, RANK_BUFFERS}
+)
+"""The names that recoverables of the user can't have; nor those that `_numbered` makes."""
+
+_PROGRESS_KEYS = ("epoch", "global_step", "pytorch-lightning_version", "loops")
+_HPARAMS_KEYS = tuple(
+    key
+    for cls in (LightningModule, LightningDataModule)
+    for key in (
+        cls.CHECKPOINT_HYPER_PARAMS_NAME,
+        cls.CHECKPOINT_HYPER_PARAMS_KEY,
+        cls.CHECKPOINT_HYPER_PARAMS_TYPE,
+    )
+)
+_OURS = "lightning_sbckpt"
+
+
+class Part:
+    """One piece of Lightning's dictionary, as a recoverable.
+
+    Args:
+        state: The piece.
+        volatile: Whether it may change before the next optimizer step, as gradients do.
+        authenticated: Whether its file is to be known as one of this user's own.
+    """
+
+    def __init__(
+        self, state: Mapping[str, object], *, volatile: bool = False, authenticated: bool = False
+    ) -> None:
+        self._state = state
+        self.volatile = volatile
+        self.authenticated = authenticated
+
+    def state_dict(self) -> Mapping[str, object]:
+        """Return the piece."""
+        return self._state
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        """Refuse: pieces go back through Lightning, see `read_folder`."""
+        raise MismatchError(
+            "this state belongs to a Lightning run: resume it by SBCheckpoint, or read its file"
+        )
+
+
+def divide(
+    dump: Mapping[str, Any],
+    trainer: Trainer | None,
+    submodules: Iterable[str],
+    position: object,
+    *,
+    in_pieces: bool = False,
+) -> dict[str, Part | ShardedState]:
+    """Divide Lightning's dictionary into parts, by the name of their file.
+
+    Args:
+        dump: What Lightning's `dump_checkpoint` returned.
+        trainer: Whose checkpoint it is; None if that is not known.
+        submodules: Dotted names of submodules that get a file of their own.
+        position: What is needed to go on at this very place; goes with the loops.
+        in_pieces: Whether each rank has its own pieces of the model and the optimizers.
+    """
+    rest = dict(dump)
+    parts: dict[str, Mapping[str, object]] = {}
+    submodules = tuple(submodules)
+    parts.update(divide_model(rest.pop("state_dict"), submodules))
+    for name, states in (
+        (OPTIMIZER, rest.pop("optimizer_states", [])),
+        (SCHEDULER, rest.pop("lr_schedulers", [])),
+    ):
+        for index, state in enumerate(states):
+            parts[numbered(name, index)] = state
+    sharded = {name for name in parts if in_pieces and not name.startswith(SCHEDULER)}
+    progress = {key: rest.pop(key) for key in _PROGRESS_KEYS if key in rest}
+    parts[LOOPS] = {**progress, _OURS: {"position": position, "submodules": list(submodules)}}
+    parts[CALLBACKS] = rest.pop("callbacks", {})
+    parts[HPARAMS] = {key: rest.pop(key) for key in _HPARAMS_KEYS if key in rest}
+    # Lightning files these under the name of their class, which an `on_save_checkpoint` may use.
+    owners: dict[str, object] = {}
+    if trainer is not None:
+        owners[PRECISION] = trainer.precision_plugin
+        owners[DATAMODULE] = _private.trainer.datamodule_of(trainer)
+    for name, owner in owners.items():
+        key = type(owner).__qualname__
+        if owner is not None and key in rest:
+            parts[name] = {key: rest.pop(key)}
+    parts[EXTRAS] = rest
+    # Those of a live run only: what was read from elsewhere is not ours.
+    ours = {HPARAMS} if trainer is not None and names_calls(parts[HPARAMS]) else set()
+    return {
+        name: ShardedState(state) if name in sharded else Part(state, authenticated=name in ours)
+        for name, state in parts.items()
+        if state or name == MODEL
+    }
+
+
+def divide_model(
+    state: Mapping[str, object], submodules: tuple[str, ...]
+) -> dict[str, Mapping[str, object]]:
+    """Divide a module's state into those of submodules, by their name, and the rest.
+
+    Raises:
+        ConfigurationError: There is nothing under the name of a submodule.
+    """
+    parts: dict[str, OrderedDict[str, object]] = {name: OrderedDict() for name in submodules}
+    parts[MODEL] = OrderedDict()
+    versions = versions_in(state)
+    if versions is not None:
+        for name, part in parts.items():
+            with_versions(part, versions if name == MODEL else versions_below(versions, name))
+    for key, value in state.items():
+        owner = next((name for name in submodules if key.startswith(f"{name}.")), None)
+        if owner is None:
+            parts[MODEL][key] = value
+        else:
+            # Without the prefix: the file is the submodule's own state_dict.
+            parts[owner][key[len(owner) + 1 :]] = value
+    empty = [name for name in submodules if not parts[name]]
+    if empty:
+        raise ConfigurationError(
+            f"split_model names {', '.join(map(repr, empty))}, but the module has no parameters "
+            f"or buffers under {'that name' if len(empty) == 1 else 'those names'}. Its top "
+            f"level has: {', '.join(sorted({key.partition('.')[0] for key in state}))}"
+        )
+    return dict(parts)
+
+
+def numbered(name: str, index: int) -> str:
+    """Return the name of the file of one of several optimizers or schedulers."""
+    return name if index == 0 else f"{name}_{index}"
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a part of the run has, or in another run may have, this name."""
+    base, _, number = name.rpartition("_")
+    return name in RESERVED or (base in (OPTIMIZER, SCHEDULER) and number.isdecimal())
+
+
+def is_folder(path: object) -> bool:
+    """Return whether a path is a checkpoint folder, ours or SpeechBrain's."""
+    if not isinstance(path, (str, Path)):
+        return False
+    if is_url(path):
+        # Any other URL is one for Lightning, and no store is asked about it.
+        name = str(path).rpartition("/")[2]
+        ours = name.startswith(CKPT_PREFIX) and not name.endswith(PARAMFILE_EXT)
+        return ours and is_checkpoint(here(path))
+    return is_checkpoint(Path(path))
+
+
+def is_resumable(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint was written by a fit, so that a fit can go on from it.
+
+    An average may have the files of a fit, but its optimizer is that of other weights.
+    """
+    averaged = AVERAGED_FROM in checkpoint.meta
+    return LOOPS in checkpoint.paramfiles and MODEL in checkpoint.paramfiles and not averaged
+
+
+class FolderReader:
+    """Reads checkpoint folders into Lightning's dictionary.
+
+    Args:
+        trust_pickle: Read what only pickle can hold, whoever wrote it.
+        left_out: If given, what is not trusted is left out of what is read, and named in this list;
+            otherwise a folder that has it is refused.
+
+    Attributes:
+        own_hyperparameters: The keys of the last folder read whose values this user's own runs wrote.
+        skip: Names of files to leave out. (The model and the optimizers are not left out here:
+            Lightning wants to find something for each.)
+        pieces: Reads the model and the optimizers where each rank has its own pieces of them.
+    """
+
+    def __init__(self, *, trust_pickle: bool = False, left_out: list[str] | None = None) -> None:
+        self._trust_pickle = trust_pickle
+        self.left_out = left_out
+        self.own_hyperparameters: frozenset[str] = frozenset()
+        self.skip: Collection[str] = ()
+        self.pieces: Pieces | None = None
+
+    def read(self, folder: str | Path, *, weights_only: bool | None = None) -> FolderDump:
+        """Return Lightning's dictionary from a folder.
+
+        Args:
+            folder: The checkpoint folder, or its URL.
+            weights_only: Lightning's argument; False is the user's word that pickle is trusted.
+
+        Raises:
+            CheckpointNotFoundError: There is no checkpoint, or none that a fit has written.
+            DamagedCheckpointError: A file is not the one that was written.
+        """
+        folder = here(folder)
+        checkpoint = read_checkpoint(folder)
+        if MODEL not in checkpoint.paramfiles:
+            found = ", ".join(checkpoint.paramfiles) or "nothing"
+            raise CheckpointNotFoundError(
+                f"{folder} has no {MODEL}{PARAMFILE_EXT}, so it is not from SBCheckpoint; it has "
+                f"{found}. Load it with lightning_sbckpt.Checkpointer"
+            )
+        # The search has read them all a moment ago, if there was one.
+        problems = find_damage(folder, self._read_in_full(checkpoint), recent=True)
+        if problems:
+            raise DamagedCheckpointError(
+                f"{folder} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
+                "Use another checkpoint of the run"
+            )
+        with trusting_pickle(self._trust_pickle or weights_only is False):
+            try:
+                return FolderDump(self._assemble(checkpoint), checkpoint.path)
+            except UntrustedPickleError:
+                # Name what is in all files, not in the first one alone.
+                wanted = checkpoint.paramfiles.items()
+                refuse_untrusted(path for name, path in wanted if name not in self.skip)
+                raise
+
+    def part(self, checkpoint: Checkpoint, name: str) -> Any:
+        """Return one part of a checkpoint, or None if it has no such file."""
+        path = checkpoint.paramfiles.get(name)
+        if path is None:
+            return None
+        with trusting_pickle(self._trust_pickle):
+            if name == GRADIENTS:
+                return read_gradients(path, self.pieces)
+            return load_state(path, left_out=self.left_out)
+
+    def own_state(self, module: LightningModule) -> dict[str, Any]:
+        """Return the state of a live module as it is compared with a saved one."""
+        return module.state_dict() if self.pieces is None else self.pieces.own_state()
+
+    def _read_in_full(self, checkpoint: Checkpoint) -> Collection[str] | None:
+        if self.pieces is None or self.pieces.reads_every_byte:
+            return None
+        # What all ranks wrote one rank compares, and the others read what is theirs.
+        names = [path.name for path in checkpoint.paramfiles.values()]
+        return [name for name in names if not name.endswith(SHARDED_EXT)]
+
+    def _model(self, path: Path, prefix: str) -> dict[str, Any]:
+        if self.pieces is not None:
+            return self.pieces.model(path, prefix)
+        if path.suffix == SHARDED_EXT:
+            from lightning_sbckpt._sharded.reading import SavedShards
+
+            return SavedShards(path).state()
+        return cast("dict[str, Any]", load_state(path, left_out=self.left_out))
+
+    def _optimizer(self, path: Path, index: int) -> object:
+        if self.pieces is not None:
+            return self.pieces.optimizer(path, index)
+        if path.suffix == SHARDED_EXT:
+            from lightning_sbckpt._sharded.reading import SavedShards
+
+            return in_numbers(SavedShards(path).state())
+        # What becomes an optimizer's state is dropped with it.
+        return load_state(path, left_out=self.left_out, grouped=True)
+
+    def _assemble(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        def read(name: str) -> dict[str, Any]:
+            left_out = name in self.skip and name not in (MODEL, LOOPS)
+            path = None if left_out else checkpoint.paramfiles.get(name)
+            state = {} if path is None else load_state(path, left_out=self.left_out)
+            return cast("dict[str, Any]", state)
+
+        # Of weights alone, an average, say. Without these Lightning would take them for those of one
+        # of its first releases.
+        nowhere = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
+        dump = dict(read(LOOPS) or nowhere)
+        submodules = submodules_in(dump)
+        dump.pop(_OURS, None)
+        state = self._model(checkpoint.paramfiles[MODEL], "")
+        for submodule in submodules:
+            path = None if submodule in self.skip else checkpoint.paramfiles.get(submodule)
+            own = {} if path is None else self._model(path, f"{submodule}.")
+            state.update({f"{submodule}.{key}": value for key, value in own.items()})
+        dump["state_dict"] = state
+        dump["optimizer_states"] = self._numbered(checkpoint, OPTIMIZER)
+        dump["lr_schedulers"] = self._numbered(checkpoint, SCHEDULER)
+        dump["callbacks"] = read(CALLBACKS)
+        for name in (PRECISION, DATAMODULE, EXTRAS):
+            dump.update(read(name))
+        # Last, so that what is known to be ours is not replaced by what may not be.
+        dump.update(self._hyperparameters(checkpoint))
+        return dump
+
+    def _hyperparameters(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        self.own_hyperparameters = frozenset()
+        path = checkpoint.paramfiles.get(HPARAMS)
+        if path is None or HPARAMS in self.skip:
+            return {}
+        state, own = load_own_state(path, left_out=self.left_out)
+        found = cast("Mapping[str, Any]", state)
+        if own:
+            self.own_hyperparameters = frozenset(found)
+        return found
+
+    def _numbered(self, checkpoint: Checkpoint, name: str) -> list[Any]:
+        states: list[Any] = []
+        while (key := numbered(name, len(states))) in checkpoint.paramfiles:
+            path = checkpoint.paramfiles[key]
+            states.append(
+                self._optimizer(path, len(states))
+                if name == OPTIMIZER
+                else load_state(path, left_out=self.left_out, grouped=True)
+            )
+        return states
+
+
+def read_to_load(folder: str | Path, *, weights_only: bool | None = None) -> LoadedFolder:
+    """Return Lightning's dictionary from a folder for `load_from_checkpoint`.
+
+    Args:
+        folder: The checkpoint folder, or its URL.
+        weights_only: See `FolderReader.read`.
+    """
+    trusted = weights_only is False or pickle_is_trusted()
+    reader = FolderReader(trust_pickle=trusted)
+    dump = reader.read(folder)
+    return LoadedFolder(dump, dump if trusted else reader.own_hyperparameters)
+
+
+def position_in(loops: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the exact place that was saved with the loops, or None."""
+    return cast("dict[str, Any] | None", loops.get(_OURS, {}).get("position"))
+
+
+def submodules_in(loops: Mapping[str, Any]) -> list[str]:
+    """Return the names of the submodules that have files of their own, saved with the loops."""
+    return cast("list[str]", loops.get(_OURS, {}).get("submodules", []))
