@@ -28,8 +28,9 @@ from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._save.items import SaveJob, save_jobs
 from lightning_sbckpt._save.request import Description, meta_of_new, time_after
 from lightning_sbckpt._save.saver import SavePolicy
-from lightning_sbckpt._world.world import decided_by_main
+from lightning_sbckpt._world.world import decided_by_main, decided_unless_failed
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
+from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.folder import Curator, FolderOptions
 from lightning_sbckpt.hooks import HookRegistry, check_signature, default_registry
 from lightning_sbckpt.hooks.builtin import note_numbers
@@ -428,29 +429,35 @@ class Checkpointer(Recoverer):
             >>> checkpointer.save_checkpoint({"loss": 0.5}, name="first").path.name
             'CKPT+first'
         """
+        return self._save(meta, end_of_epoch, name, verbosity, lambda: then)
+
+    def _save(
+        self,
+        meta: Mapping[str, object] | None,
+        end_of_epoch: bool,
+        name: str | None,
+        verbosity: int,
+        followed_by: Callable[[], Callable[[], object] | None],
+    ) -> Checkpoint | None:
         self._require_writable()
-        # What can't be saved on one rank is no reason for it to leave the others alone: it goes
-        # with them to the next place where all ranks learn of every failure.
+        # What can't be saved on one rank can't be saved on any: all learn of it before the first hook
+        # runs, which may hold a collective.
         failure: Exception | None = None
-        jobs: dict[str, SaveJob] = {}
-        description: Description | None = None
         try:
             jobs = self._save_jobs()
+            then = followed_by()
             description = self._describe(meta or {}, bool(end_of_epoch), name, verbosity)
         except Exception as error:
             failure = error
         try:
-            decided_by_main(self.world, lambda: self._begin_here(failure))
+            decided_unless_failed(self.world, failure, self._claim_here)
         except SBCheckpointError as error:
-            self.saver.fail(
-                failure if isinstance(failure, SBCheckpointError) else error, self.world
-            )
+            self.saver.fail(error, self.world)
             return None
         self._watch_optimizers()
-        saved = self.saver.save(jobs, description or failure, self.world, then)
-        if description is not None:
-            unixtime = float(str(description.meta["unixtime"]))
-            self._newest_saved = max(self._newest_saved, usable_time(unixtime))
+        saved = self.saver.save(jobs, description, self.world, then)
+        unixtime = float(str(description.meta["unixtime"]))
+        self._newest_saved = max(self._newest_saved, usable_time(unixtime))
         return saved
 
     def _describe(
@@ -469,11 +476,6 @@ class Checkpointer(Recoverer):
             ) from error
         described = meta_of_new(meta, unixtime=unixtime, end_of_epoch=end_of_epoch)
         return Description(described, name, dict(self.lineage), verbosity, dict(self.documents))
-
-    def _begin_here(self, failure: Exception | None) -> None:
-        if failure is not None:
-            raise failure
-        self._claim_here()
 
     def _watch_optimizers(self) -> None:
         if self.saver.policy.mode != "overlap":
@@ -559,20 +561,19 @@ class Checkpointer(Recoverer):
             [0.1, 0.2]
         """
         recent = [ckpt_recency] if keep_recent else []
-        # Before the save: arguments that can't be meant must not cost one.
-        rules = rules_from_keys(
-            num_to_keep=num_to_keep,
-            min_keys=min_keys,
-            max_keys=max_keys,
-            importance_keys=[*importance_keys, *recent],
-        )
-        self.save_checkpoint(
-            meta,
-            end_of_epoch,
-            name,
-            verbosity,
-            then=lambda: self.prune_here(rules, ckpt_predicate=ckpt_predicate, verbosity=verbosity),
-        )
+
+        def prune() -> Callable[[], object]:
+            rules = rules_from_keys(
+                num_to_keep=num_to_keep,
+                min_keys=min_keys,
+                max_keys=max_keys,
+                importance_keys=[*importance_keys, *recent],
+            )
+            may_go = as_predicate(ckpt_predicate)
+            return lambda: self.prune_here(rules, ckpt_predicate=may_go, verbosity=verbosity)
+
+        # The arguments are looked at before the save: those that can't be meant must not cost one.
+        self._save(meta, end_of_epoch, name, verbosity, prune)
 
     def _save_jobs(self) -> dict[str, SaveJob]:
         for name in self.recoverables:

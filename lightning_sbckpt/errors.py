@@ -48,7 +48,13 @@ __all__ = [
 
 
 class SBCheckpointError(Exception):
-    """Base of every exception raised by this package."""
+    """Base of every exception raised by this package.
+
+    Attributes:
+        failed_on_rank: The rank that it comes from, if that is another one.
+    """
+
+    failed_on_rank: int | None = None
 
 
 class HookError(SBCheckpointError, RuntimeError):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from lightning_sbckpt._catalog.catalog import Catalog
 from lightning_sbckpt._io.storage import LocalStorage
@@ -295,11 +295,11 @@ class Finder:
             >>> Finder(tempfile.mkdtemp()).find_sound_checkpoint() is None
             True
         """
-        # A key that no checkpoint has is no error here: a run that is started again before its
-        # first validation begins anew.
-        predicate = as_predicate(ckpt_predicate)
 
         def look() -> Checkpoint | None:
+            # A key that no checkpoint has is no error here: a run that is started again before its
+            # first validation begins anew. And the arguments of rank zero count.
+            predicate = as_predicate(ckpt_predicate)
             root = self.url or self.checkpoints_dir
             attempt = 0
             while True:
@@ -797,14 +797,16 @@ class Curator(Annotator):
             keep   CKPT+b: among the newest 1
             remove CKPT+a: older than the newest 1
         """
-        rules = rules_from_keys(
-            num_to_keep=num_to_keep,
-            min_keys=min_keys or (),
-            max_keys=max_keys or (),
-            importance_keys=importance_keys,
-        )
-        return self.apply_retention(
-            rules, ckpt_predicate=ckpt_predicate, verbosity=verbosity, dry_run=dry_run
+        return self._retain(
+            lambda: rules_from_keys(
+                num_to_keep=num_to_keep,
+                min_keys=min_keys or (),
+                max_keys=max_keys or (),
+                importance_keys=importance_keys,
+            ),
+            ckpt_predicate=ckpt_predicate,
+            verbosity=verbosity,
+            dry_run=dry_run,
         )
 
     def apply_retention(
@@ -838,18 +840,21 @@ class Curator(Annotator):
             >>> [decision.keep for decision in checkpointer.apply_retention([Newest(2)])]
             [True, True, False]
         """
-        self.wait()
-        # The others wait: until the folder is as it will be, no rank may save or look.
-        return decided_by_main(
-            self.world,
-            lambda: self.prune_here(
-                rules,
-                ckpt_predicate=ckpt_predicate,
-                protected=protected,
-                verbosity=verbosity,
-                dry_run=dry_run,
-            ),
+        return self._retain(
+            lambda: rules,
+            ckpt_predicate=ckpt_predicate,
+            protected=protected,
+            verbosity=verbosity,
+            dry_run=dry_run,
         )
+
+    def _retain(
+        self, rules: Callable[[], Sequence[RetentionRule]], **options: Any
+    ) -> list[Decision]:
+        self.wait()
+        # The others wait: until the folder is as it will be, no rank may save or look. And the arguments
+        # of rank zero count.
+        return decided_by_main(self.world, lambda: self.prune_here(rules(), **options))
 
     def prune_here(
         self,

@@ -288,9 +288,14 @@ class OpenFolder:
         os.replace(name, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
     def flush(self) -> None:
-        """Make the names in this folder durable."""
+        """Make the names in this folder durable, as far as its filesystem can."""
         with self._listed() as descriptor:
-            os.fsync(descriptor)
+            try:
+                os.fsync(descriptor)
+            except OSError as error:
+                # Some FUSE and network filesystems don't know of flushing a folder.
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                    raise
 
 
 def _files_below(folder: OpenFolder, above: str) -> Iterator[tuple[str, os.stat_result]]:

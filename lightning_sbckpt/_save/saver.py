@@ -123,7 +123,7 @@ class Saver:
     def save(
         self,
         jobs: Mapping[str, SaveJob],
-        description: Description | Exception | None,
+        description: Description,
         world: World,
         then: Callable[[], object] | None = None,
     ) -> Checkpoint | None:
@@ -131,8 +131,7 @@ class Saver:
 
         Args:
             jobs: What to save, by name.
-            description: What the checkpoint says about itself; or, on ranks other than zero, why
-                this rank can't save, which all ranks are told.
+            description: What the checkpoint says about itself.
             world: The ranks that save together.
             then: What to do on rank zero when the checkpoint is durable.
 
@@ -166,7 +165,7 @@ class Saver:
     def _save(
         self,
         jobs: Mapping[str, SaveJob],
-        description: Description | Exception | None,
+        description: Description,
         world: World,
         then: Callable[[], object] | None,
     ) -> Checkpoint | None:

@@ -104,8 +104,7 @@ class Save:
 
     Args:
         workshop: What is kept from save to save.
-        description: What the checkpoint says about itself; or why this rank, which is not rank
-            zero, can't save.
+        description: What the checkpoint says about itself.
         remove: Takes away a folder that is no checkpoint any more; an error in it is no error of the
             save.
 
@@ -118,11 +117,11 @@ class Save:
     def __init__(
         self,
         workshop: Workshop,
-        description: Description | Exception | None,
+        description: Description,
         remove: Callable[[Path], object],
     ) -> None:
         self._workshop = workshop
-        self._given = description
+        self._description = description
         self._remove = remove
         self._started = time.perf_counter()
         self._staging = ExitStack()
@@ -172,24 +171,30 @@ class Save:
             failure = error
         except Exception as error:
             failure = self._failure("can't take the state for the checkpoint", error)
-        taken = world.gather(
-            (
-                portable_error(failure, world.rank) if world.size > 1 and not main else failure,
-                self.pieces.names,
-                self.pieces.lack_a_group,
+        if failure is not None and world.size > 1:
+            # Before this rank waits: the others may still be in a collective of a hook that failed here.
+            logger.warning("rank %d fails the save: %s", world.rank, failure)
+        try:
+            taken = world.gather(
+                (
+                    portable_error(failure, world.rank) if world.size > 1 and not main else failure,
+                    self.pieces.names,
+                    self.pieces.lack_a_group,
+                )
             )
-        )
 
-        # 3. Every rank learns the end of it.
-        first = next((error for error, *_ in taken or () if error is not None), None)
-        if first is None and taken is not None:
-            first = differing_names([names for _, names, _ in taken])
-        shared, make_group = world.broadcast(
-            (
-                portable_error(first) if world.size > 1 else first,
-                any(lacking for *_, lacking in taken or ()),
+            # 3. Every rank learns the end of it.
+            first = next((error for error, *_ in taken or () if error is not None), None)
+            if first is None and taken is not None:
+                first = differing_names([names for _, names, _ in taken])
+            shared, make_group = world.broadcast(
+                (
+                    portable_error(first) if world.size > 1 else first,
+                    any(lacking for *_, lacking in taken or ()),
+                )
             )
-        )
+        except Exception as error:
+            raise failure or error from error
         # A rank that failed itself raises its own exception, with its traceback.
         outcome = failure or (first if main else shared)
         if outcome is not None:
@@ -202,11 +207,6 @@ class Save:
             if copy == "no":
                 self._written = pieces.write()
 
-    @property
-    def _description(self) -> Description:
-        assert isinstance(self._given, Description)
-        return self._given
-
     def _make_folder(self) -> Path:
         workshop = self._workshop
         self._staged = self._staging.enter_context(staging(workshop.root, workshop.storage))
@@ -216,7 +216,7 @@ class Save:
         self, jobs: Mapping[str, SaveJob], staged: Path, *, main: bool, copy: Copying
     ) -> None:
         workshop = self._workshop
-        failures = [self._given] if isinstance(self._given, Exception) else []
+        failures: list[Exception] = []
         # First what may hold a collective, whatever fails on this rank, since the others would wait
         # in it: the states of which every rank has a piece, and then the hooks that every rank runs.
         self.pieces.take(jobs, failures)

@@ -89,13 +89,45 @@ def decided_by_main(world: World, decide: Callable[[], T]) -> T:
     return cast("T", told)
 
 
+def decided_unless_failed(world: World, failure: Exception | None, decide: Callable[[], T]) -> T:
+    """Return what `decided_by_main` does, unless something has failed on some rank by now.
+
+    For what can fail on one rank alone before the first collective, where the others would wait for it.
+
+    Args:
+        world: The ranks, all of which call this.
+        failure: What has failed on this rank, if something has.
+        decide: See `decided_by_main`.
+
+    Raises:
+        Exception: What has failed: on its own rank itself, on the others as `portable_error`.
+    """
+    failures = world.gather(portable_error(failure, world.rank) if world.size > 1 else failure)
+    first = next((each for each in failures or () if each is not None), None)
+
+    def decide_unless_failed() -> T:
+        if first is not None:
+            raise first
+        return decide()
+
+    try:
+        return decided_by_main(world, decide_unless_failed)
+    except Exception as error:
+        raised = error
+    raise failure or raised
+
+
 def portable_error(result: T, rank: int = 0) -> T | SBCheckpointError:
     """Return what can go to the other ranks: an exception may hold what can't be pickled.
 
     One of this package keeps its type, so that every rank can handle it alike.
     """
+    if isinstance(result, SBCheckpointError) and result.failed_on_rank is not None:
+        return result  # It has come from another rank.
     if isinstance(result, Exception):
         ours = type(result).__module__ == SBCheckpointError.__module__
         kind = cast("type[SBCheckpointError]", type(result)) if ours else SBCheckpointError
-        return kind(f"failed on rank {rank}: {type(result).__name__}: {result}")
+        told = kind(f"failed on rank {rank}: {type(result).__name__}: {result}")
+        told.failed_on_rank = rank
+        return told
     return result

@@ -455,8 +455,9 @@ class SBCheckpoint(LightningCheckpoint):
             return
         try:
             cast("Saving", self._saving).finish()
-            self._upload(trainer, ends=True)
             self._run.note_end(trainer.global_step, why_ended(trainer))
+            # Last, as it is rank zero's alone: whatever fails there, the ranks stay in step.
+            self._upload(trainer, ends=True)
         finally:
             self._restore_best_weights(trainer, pl_module)
 

@@ -9,6 +9,8 @@ from typing import cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sbckpt._world.world import decided_unless_failed
+from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
@@ -87,7 +89,7 @@ class Saving:
         # With several ranks it has to wait for a place where all of them are.
         if self._unannounced and checkpointer.world.size == 1 and not checkpointer.saver.busy:
             self._announce()
-        due = self.schedule.after_batch(trainer)
+        due = self.schedule.after_batch(trainer, checkpointer.world)
         asked = self.watch is not None and bool(self.watch.ask(TrainerWorld(trainer)))
         # The end of the epoch comes at once, and then its metrics are known.
         ends = asked and not (_private.trainer.epoch_is_over(trainer) or at_max_steps(trainer))
@@ -105,7 +107,7 @@ class Saving:
             # No step comes any more, but callbacks that put averaged weights in place may.
             checkpointer.before_update()
         failed = checkpointer.saver.failed > self._failed
-        due = self.schedule.after_epoch(trainer, last_failed=failed)
+        due = self.schedule.after_epoch(trainer, checkpointer.world, last_failed=failed)
         asked = self.watch is not None and bool(self.watch.agreed)
         ends = asked and not (training_ends(trainer) or at_max_steps(trainer))
         self._save_if(due, trainer, within_epoch=False, and_end=ends)
@@ -155,36 +157,27 @@ class Saving:
         checkpointer = self.run.checkpointer
         if checkpointer.access == "read":
             return {}
+        saver = checkpointer.saver
         # Hooks of the user may draw random numbers: a run with saves must equal one without.
         with isolated_rng():
-            checkpointer.recoverables = self.gatherer.recoverables(
-                trainer,
-                self.tracker,
-                self.reductions,
-                checkpointer.world,
-                within_epoch=within_epoch,
-                validated_this_epoch=self.schedule.validated_this_epoch,
-            )
-            checkpointer.lineage = self.run.lineage(due.reason)
-            checkpointer.documents = {
-                **self.gatherer.documents(trainer, self.experiment.in_force),
-                **self.experiment.documents(),
-            }
             over = not within_epoch or _private.trainer.epoch_is_over(trainer)
-            saver = checkpointer.saver
             if last or not step_follows(trainer, within_epoch=within_epoch):
                 saver.copy_at_once()
                 # The last one is not skipped: nothing comes after it that would hold the same.
                 saver.wait(checkpointer.world)
             self._failed, skipped = saver.failed, saver.skipped
-            metrics = self.metrics.at(trainer)
-            meta = self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch)
-            checkpointer.save_checkpoint(
-                meta,
-                end_of_epoch=over,
-                # What a run is to be started again from stays, whatever the rules say of it.
-                then=None if last else self.run.prune,
-            )
+            meta: Mapping[str, object] = self.metrics.at(trainer)
+            try:
+                meta = self._take(trainer, due, meta, within_epoch=within_epoch)
+            except SBCheckpointError as error:
+                saver.fail(error, checkpointer.world)
+            else:
+                checkpointer.save_checkpoint(
+                    meta,
+                    end_of_epoch=over,
+                    # What a run is to be started again from stays, whatever the rules say of it.
+                    then=None if last else self.run.prune,
+                )
             self.schedule.saved(trainer, within_epoch=within_epoch, skipped=saver.skipped > skipped)
             # They would keep the whole state of this moment in memory.
             checkpointer.recoverables = {}
@@ -195,6 +188,40 @@ class Saving:
             # In the background it is the one before that is durable by now.
             self._announce()
         self._unannounced = not is_sync
+        return meta
+
+    def _take(
+        self, trainer: Trainer, due: Due, metrics: Mapping[str, object], *, within_epoch: bool
+    ) -> Mapping[str, object]:
+        """Give the checkpointer what it is to save, and return the meta; every rank calls this."""
+        checkpointer, failure = self.run.checkpointer, None
+        try:
+            own, rest = self.gatherer.take(
+                trainer,
+                self.tracker,
+                self.reductions,
+                within_epoch=within_epoch,
+                validated_this_epoch=self.schedule.validated_this_epoch,
+            )
+            meta = self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch)
+            checkpointer.lineage = self.run.lineage(due.reason)
+            checkpointer.documents = {
+                **self.gatherer.documents(trainer, self.experiment.in_force),
+                **self.experiment.documents(),
+            }
+        except Exception as error:
+            failure = error
+            if checkpointer.saver.policy.on_error == "warn" and not isinstance(
+                error, SBCheckpointError
+            ):
+                failure = SaveError(
+                    f"the state for a checkpoint can't be taken: {type(error).__name__}: {error}. "
+                    "Nothing was written; earlier checkpoints are whole"
+                )
+        world = checkpointer.world
+        decided_unless_failed(world, failure, lambda: None)
+        of_ranks = self.gatherer.of_ranks(trainer, own, self.reductions, world)
+        checkpointer.recoverables = {**rest, **of_ranks}
         return meta
 
     def _announce(self) -> None:

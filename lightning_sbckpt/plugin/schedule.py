@@ -7,8 +7,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.triggers import AnyOf, Due, Moment, ask, together
+from lightning_sbckpt.typing import World
 
 Place = tuple[int, int]
 """Where a run is: the optimizer steps taken and the batches seen."""
@@ -70,8 +72,12 @@ class Schedule:
 
     # ------------------------------------------------------------------ what is due
 
-    def after_batch(self, trainer: Trainer) -> Due | None:
-        """Return why a checkpoint is due between two batches, or None."""
+    def after_batch(self, trainer: Trainer, world: World) -> Due | None:
+        """Return why a checkpoint is due between two batches, or None; the same on every rank.
+
+        Rank zero asks the triggers: clocks differ from rank to rank, and a rank that saves alone would
+        wait for the others for ever.
+        """
         step = trainer.global_step
         previous, self._previous_step = self._previous_step, step
         validated, self._validated = self._validated, False
@@ -84,11 +90,16 @@ class Schedule:
         ):
             return None
         moment = self._moment(trainer, "batch", previous)
-        reasons = [ask(self._batch_triggers, moment)]
+
+        def ask_triggers() -> list[Due | None]:
+            found = [ask(self._batch_triggers, moment)]
+            if validated:
+                found.append(ask(self._end_triggers, moment._replace(kind="validation_end")))
+            return found
+
+        reasons = decided_by_main(world, ask_triggers)
         if retake:
             reasons.append(Due("the last one was dropped"))
-        if validated:
-            reasons.append(ask(self._end_triggers, moment._replace(kind="validation_end")))
         if at_limit:
             reasons.append(Due("max_steps is reached"))
         if _private.trainer.epoch_is_over(trainer):
@@ -100,11 +111,12 @@ class Schedule:
             reasons.append(Due("training was told to stop"))
         return together(reasons)
 
-    def after_epoch(self, trainer: Trainer, *, last_failed: bool) -> Due | None:
-        """Return why a checkpoint is due between two epochs, or None.
+    def after_epoch(self, trainer: Trainer, world: World, *, last_failed: bool) -> Due | None:
+        """Return why a checkpoint is due between two epochs, or None; the same on every rank.
 
         Args:
             trainer: The Trainer.
+            world: Its ranks.
             last_failed: Whether the last save could not be written.
         """
         deferred, self._deferred = self._deferred, []
@@ -116,7 +128,8 @@ class Schedule:
         is_saved = self._last_save == place_of(trainer) and (cut or not self._last_within_epoch)
         if is_saved and not (retake or last_failed):
             return None
-        due = ask(self._end_triggers, self._moment(trainer, "epoch_end", self._previous_step))
+        moment = self._moment(trainer, "epoch_end", self._previous_step)
+        due = decided_by_main(world, lambda: ask(self._end_triggers, moment))
         ends = Due("training ends") if training_ends(trainer) else None
         return together([*deferred, due, ends])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -26,6 +27,7 @@ from lightning_sbckpt.plugin.state.parts import (
     GRADIENTS,
     NONPERSISTENT,
     RANK_BUFFERS,
+    Part,
     divide,
     divide_model,
 )
@@ -113,24 +115,24 @@ class Gatherer:
             meta["ephemeral"] = True
         return meta
 
-    def recoverables(
+    def take(
         self,
         trainer: Trainer,
         tracker: LoaderTracker,
         reductions: Reductions,
-        world: World,
         *,
         within_epoch: bool,
         validated_this_epoch: bool,
-    ) -> dict[str, object]:
-        """Return all that a checkpoint of this moment holds, by the names of its files."""
+    ) -> tuple[dict[str, Any], dict[str, object]]:
+        """Return what of a checkpoint of this moment is each rank's own, and the rest of it.
+
+        Hooks of the user are called here, and may fail on one rank alone: there is no collective here but
+        those of the strategy and of the hooks.
+        """
         in_pieces = _private.strategies.shards_the_model(trainer.strategy)
         if in_pieces:
             take_back_to_pieces(trainer.lightning_module)
         state = exact.capture(trainer, tracker)
-        buffers = exact.own_buffers(trainer, world, reductions.broadcast_buffers())
-        if buffers:
-            state[RANK_BUFFERS] = buffers
         position = {
             "within_epoch": within_epoch,
             "loops": _private.loops.loop_state(trainer),
@@ -138,7 +140,7 @@ class Gatherer:
             "modes": exact.modes(trainer.lightning_module),
             **Description.of(trainer, self._first_rates).as_record(),
             "found": _private.finders.found_values(trainer),
-            "ranks": world.size,
+            "ranks": trainer.world_size,
             "reductions": reductions.state(),
         }
         with _private.strategies.states_in_pieces(trainer) if in_pieces else nullcontext():
@@ -152,7 +154,17 @@ class Gatherer:
             state[GRADIENTS] = gradients
         if self._buffers:
             state[NONPERSISTENT] = self._buffers.state()
-        return {**found, **exact.parts_of_ranks(state, world), **self.of_user(trainer)}
+        return state, {**found, **self.of_user(trainer)}
+
+    @staticmethod
+    def of_ranks(
+        trainer: Trainer, state: Mapping[str, Any], reductions: Reductions, world: World
+    ) -> dict[str, Part]:
+        """Return the parts that hold each rank's own, by the names of their files; all ranks call this."""
+        buffers = exact.own_buffers(trainer, world, reductions.broadcast_buffers())
+        return exact.parts_of_ranks(
+            {**state, **({RANK_BUFFERS: buffers} if buffers else {})}, world
+        )
 
     def documents(self, trainer: Trainer, in_force: Mapping[str, object]) -> dict[str, str]:
         """Return the hyperparameters of module and datamodule as a file that people read.
