@@ -156,7 +156,7 @@ def judge(
     command += ["--checkpoint-glob", contract, "--step-regex", r"resumed from step (\d+)"]
     # A time is written with more digits at one time than at another. By the names of its files alone
     # more counts as a checkpoint that must not be lost: one that is torn, too.
-    command += ["--ckpt-ignore-size", "--result-file", "{out}/final.txt", "--timeout", "300"]
+    command += ["--ckpt-ignore-size", "--result-file", "{out}/final.txt", "--timeout", "900"]
     command += ["--fail-on", "HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL"]
     command += ["--max-points", str(points), "--jobs", str(jobs), "--ranks", str(ranks)]
     command += ["--", sys.executable, "-S", "-E", str(HERE / "_chaos_command.py"), job, "{out}"]
