@@ -271,13 +271,6 @@ JOBS: dict[str, Callable[[Path], None]] = {
 # ---------------------------------------------------------------------- without a safety measure
 
 
-def publish_early() -> None:
-    """Write a checkpoint where it is visible, and don't verify any."""
-    from lightning_sbckpt._layout import publish
-
-    publish._STAGING = "CKPT+0+"
-
-
 def no_flush() -> None:
     """Flush nothing."""
     os.fsync = lambda descriptor: None
@@ -296,7 +289,7 @@ def prune_first() -> None:
     Checkpointer.save_and_keep_only = call
 
 
-BREAKS = {function.__name__: function for function in (publish_early, no_flush, prune_first)}
+BREAKS = {function.__name__: function for function in (no_flush, prune_first)}
 
 
 def main(job: str, out: str, *broken: str) -> None:

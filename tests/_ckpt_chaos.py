@@ -326,11 +326,6 @@ ROWS = {
         "loop",
         {"modes": "unsynced", "broken": "no_flush", "points": 12},
     ),
-    "publish-early": Row(
-        "ours **written where it is visible, and not verified**",
-        "loop",
-        {"broken": "publish_early", "points": 12},
-    ),
     "prune-first": Row(
         "ours **removing the old before the new is there**",
         "loop-prune",
