@@ -70,10 +70,12 @@ def _warn_of_numbers(module: torch.nn.Module) -> None:
 
     No error: SpeechBrain saves such a module so, and the number may be worth nothing, as that of a cache.
     """
+    note_numbers(module)
     for path, part in module.named_modules():
-        if default_registry.saver(part) is not torch_save:
+        changed = changed_numbers(part)
+        if changed and default_registry.saver(part) is not torch_save:
             continue
-        for name in changed_numbers(part):
+        for name in changed:
             where = ".".join(filter(None, (type(module).__name__, path, name)))
             logger.warning(
                 "%s (%s when it was added, %s now) is not in its state_dict, so a resume begins "
@@ -383,13 +385,12 @@ def changed_numbers(module: torch.nn.Module) -> list[str]:
     Args:
         module: The module; its submodules are not looked into.
     """
-    note_numbers(module)
     cls = type(module)
     if cls.__module__.startswith("torch.") or any(
         getattr(cls, name) is not getattr(torch.nn.Module, name) for name in _SAY_STATE
     ):
         return []
-    known = _numbers[module].items()
+    known = _numbers.get(module, {}).items()
     return [name for name, value in known if repr(vars(module).get(name, value)) != repr(value)]
 
 
