@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from _foreign import describe
-from _runs import fit, newest
+from _runs import Steps, fit, newest
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_sbckpt.errors import MismatchError
 
 
 @pytest.fixture
@@ -92,3 +94,17 @@ def test_model_checkpoint_takes_over_its_own_files(tmp_path):
         "epoch=2-step=12.ckpt",
         "last.ckpt",
     ]
+
+
+@pytest.mark.parametrize("part", ["model", "loops", "callbacks", "hparams"])
+@pytest.mark.parametrize("content", [None, [1], "text"], ids=repr)
+def test_file_that_holds_no_state_is_refused_by_its_name(tmp_path, begun, part, content):
+    """By a fit and by `load_from_checkpoint`."""
+    shutil.copytree(begun / "None", tmp_path / "run")
+    saved = newest(tmp_path / "run")
+    torch.save(content, saved.path / f"{part}.ckpt")
+    describe(saved.path)
+    with pytest.raises(MismatchError, match=rf"{part}\.ckpt holds a"):
+        Steps.load_from_checkpoint(saved.path)
+    with pytest.raises(MismatchError, match=rf"{part}\.ckpt holds a"):
+        fit(tmp_path / "run", trainer={"max_epochs": 2})

@@ -311,7 +311,16 @@ class FolderReader:
             from lightning_sbckpt._sharded.reading import SavedShards
 
             return SavedShards(path).state()
-        return cast("dict[str, Any]", load_state(path, left_out=self.left_out))
+        return self._mapping(path)
+
+    def _mapping(self, path: Path) -> dict[str, Any]:
+        state = load_state(path, left_out=self.left_out)
+        if not isinstance(state, dict):
+            raise MismatchError(
+                f"{path} holds a {type(state).__name__}, expected a state: a dictionary. It was not "
+                "written by SBCheckpoint; use another checkpoint"
+            )
+        return state
 
     def _optimizer(self, path: Path, index: int) -> object:
         if self.pieces is not None:
@@ -327,8 +336,7 @@ class FolderReader:
         def read(name: str) -> dict[str, Any]:
             left_out = name in self.skip and name not in (MODEL, LOOPS)
             path = None if left_out else checkpoint.paramfiles.get(name)
-            state = {} if path is None else load_state(path, left_out=self.left_out)
-            return cast("dict[str, Any]", state)
+            return {} if path is None else self._mapping(path)
 
         # Of weights alone, an average, say. Without these Lightning would take them for those of one
         # of its first releases.
@@ -356,8 +364,9 @@ class FolderReader:
         path = checkpoint.paramfiles.get(HPARAMS)
         if path is None or HPARAMS in self.skip:
             return {}
-        state, own = load_own_state(path, left_out=self.left_out)
-        found = cast("Mapping[str, Any]", state)
+        found, own = load_own_state(path, left_out=self.left_out)
+        if not isinstance(found, Mapping):
+            raise MismatchError(f"{path} holds a {type(found).__name__}, expected hyperparameters")
         if own:
             self.own_hyperparameters = frozenset(found)
         return found
