@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ OPERATIONS = {
 }
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EACCES)
+# What network filesystems say, and a system that is short of something.
+OTHERS = (
+    errno.ESTALE,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.ETIMEDOUT,
+    errno.ENOTEMPTY,
+    errno.EBUSY,
+    errno.EMFILE,
+    errno.ENOMEM,
+)
 
 # Which share of the operations the tests that are not marked slow go through: one of so many.
 SHARE = {mode: 2 if mode == "sync" else 5 for mode in SAVE_MODES}
@@ -292,8 +304,21 @@ class TestErrors:
         self, memory, states, mode, part
     ):
         """A seeded half of the operations, a fifth in the other modes; the errors take turns."""
+        errors = ERRORS + OTHERS
         for at in some_of(count_part(states, part, mode, memory), mode):
-            fail_once(memory / f"{at}", states, mode, part, at, ERRORS[at % 3], at % 5 == 0)
+            code = errors[at % len(errors)]
+            fail_once(memory / f"{at}", states, mode, part, at, code, at % 5 == 0)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("turn", range(len(OTHERS)))
+    @parts
+    @modes
+    def test_other_errors_at_every_operation(self, memory, states, mode, part, turn):
+        """Each of them at a share of the operations, other ones in each mode; all operations have one."""
+        shift = SAVE_MODES.index(mode)
+        for at in range(1 + turn, count_part(states, part, mode, memory) + 1, len(OTHERS)):
+            code = OTHERS[(at + shift + part) % len(OTHERS)]
+            fail_once(memory / f"{at}", states, mode, part, at, code, at % 2 == 0)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("persistent", [False, True], ids=["once", "from then on"])
@@ -306,13 +331,14 @@ class TestErrors:
             fail_once(memory / f"{at}", states, mode, part, at, code, persistent)
 
 
+def fail_with(code):
+    """Fail as the system does."""
+    raise OSError(code, os.strerror(code))
+
+
 def fail_once(root, states, mode, part, at, code, persistent):
     """Let one operation of a part fail, and look."""
-
-    def fail():
-        raise OSError(code, os.strerror(code))
-
-    storage = Numbered(fail, at, persistent)
+    storage = Numbered(partial(fail_with, code), at, persistent)
     copy_before(states, part, mode, root)
     error = None
     try:
@@ -349,21 +375,24 @@ def fail_once(root, states, mode, part, at, code, persistent):
 class TestGoingOn:
     """The process that saw the error does not end."""
 
+    @pytest.mark.parametrize("policy", ["raise", "warn"])
     @modes
-    def test_the_next_save_of_the_same_process_works(self, memory, states, mode):
-        """After an error at some operation of the saving and pruning step."""
+    def test_the_next_save_of_the_same_process_works(self, memory, states, mode, policy):
+        """After an error at some operation of the saving and pruning step, which `warn` never raises."""
         part = 5
+        errors = ERRORS + OTHERS
+        expected = (SaveError, OSError) if policy == "raise" else ()
         for at in range(1, count_part(states, part, mode, memory) + 1, 4):
             root = memory / f"{at}"
             copy_before(states, part, mode, root)
 
-            def fail():
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            storage = Numbered(fail, at)
-            checkpointer = checkpointer_of(root, save_mode=mode, storage=storage)
+            code = errors[at % len(errors)]
+            storage = Numbered(partial(fail_with, code), at)
+            checkpointer = checkpointer_of(
+                root, save_mode=mode, storage=storage, on_save_error=policy
+            )
             storage.armed = True
-            with contextlib.suppress(SaveError, OSError):
+            with contextlib.suppress(*expected):
                 STEPS[part].run(checkpointer)
             assert storage.fired
             storage.armed = False

@@ -633,6 +633,27 @@ def test_any_other_error_of_the_disk_is_one(tmp_path, monkeypatch, code):
     assert not isinstance(caught.value, FolderInUseError)
 
 
+def test_lock_whose_release_a_signal_interrupts_is_taken_again(tmp_path, monkeypatch):
+    """Right after its file was closed, before that is noted."""
+
+    class Interrupted(lock_module.FileIO):
+        def close(self):
+            super().close()
+            raise KeyboardInterrupt
+
+    lock = FolderLock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(lock_module, "FileIO", Interrupted)
+        lock.acquire()
+        with pytest.raises(KeyboardInterrupt):
+            lock.release()
+    lock.release()
+    lock.acquire()
+    assert (tmp_path / LOCK_NAME).exists()
+    lock.release()
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
 def test_making_sure_of_it_costs_microseconds(tmp_path):
     """Since every save does."""
     lock = FolderLock(Path(tmp_path))

@@ -147,6 +147,7 @@ class _Claim:
     def take(self, *, shared: bool) -> None:
         """Take the lock, take it again, or turn a shared one into one that is not."""
         self._me = self._me or describe_me()
+        self._forget_closed()
         if self._by_record:
             self._check_record()
             return
@@ -192,6 +193,7 @@ class _Claim:
     def drop(self) -> None:
         """Give up, leaving no file, unless others share it."""
         path = self.root / LOCK_NAME
+        self._forget_closed()
         if self._by_record:
             with suppress(OSError):
                 if is_same_process(read_record_at(path), self._me):
@@ -205,6 +207,11 @@ class _Claim:
             self._file.close()
         self._file = None
         self._alone = self._by_record = False
+
+    def _forget_closed(self) -> None:
+        # An exception of a signal handler may come right after it was closed in `drop`.
+        if self._file is not None and self._file.closed:
+            self._file, self._alone = None, False
 
     def _open(self) -> FileIO:
         # Not through a link, and not waiting for somebody at the other end of a pipe.

@@ -309,30 +309,26 @@ class Saver:
             CheckpointNotFoundError: There is none.
             RemovalError: The disk refused.
         """
-        storage = self._workshop.storage
         try:
-            removed = unpublish(folder, storage)
-            size = _size(removed)
-            if size < _WORTH_A_THREAD:
-                storage.remove_tree(removed)
-                moved(size)
-                return
+            removed = unpublish(folder, self._workshop.storage)
         except CheckpointNotFoundError:
             raise
         except OSError as error:
             raise RemovalError(
                 f"{folder} could not be removed: {error.strerror or error}. Every other checkpoint "
-                "is whole. Make its folder writable; what is left of it is cleared at the next start"
+                "is whole. Make its folder writable"
             ) from error
-        # Whoever counts the bytes here counts them there, too.
-        self._remover.submit(partial(copy_context().run, self._remove_files, removed, size))
+        self._take_away(removed)
 
-    def _take_away(self, replaced: Path) -> None:
-        size = _size(replaced)
+    def _take_away(self, removed: Path) -> None:
+        # It is no checkpoint any more, so what can't be removed is no error: a file that somebody has
+        # open keeps its folder on a network filesystem.
+        size = _size(removed)
         if size < _WORTH_A_THREAD:
-            self._remove_files(replaced, size)
+            self._remove_files(removed, size)
         else:
-            self._remover.submit(lambda: self._remove_files(replaced, size))
+            # Whoever counts the bytes here counts them there, too.
+            self._remover.submit(partial(copy_context().run, self._remove_files, removed, size))
 
     def _remove_files(self, removed: Path, size: int) -> None:
         try:
