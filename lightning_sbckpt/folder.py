@@ -405,7 +405,7 @@ class Finder:
             return self._catalog.checkpoints(), self._catalog.unreadable
 
     def _repr_html_(self) -> str:
-        from lightning_sbckpt._views.cards import failed_card
+        from lightning_sbckpt._display.cards import failed_card
         from lightning_sbckpt._views.folder_view import folder_card
 
         title = type(self).__name__

@@ -90,7 +90,7 @@ class Checkpoint(NamedTuple):
 
     def _repr_html_(self) -> str:
         # Imported here: it is needed in notebooks alone.
-        from lightning_sbckpt._views.cards import checkpoint_card, failed_card
+        from lightning_sbckpt._display.cards import checkpoint_card, failed_card
 
         try:
             return checkpoint_card(self, parse_yaml)

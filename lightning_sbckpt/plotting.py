@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from lightning_sbckpt._display.wording import say_text
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._views.timeline import Timeline
-from lightning_sbckpt._views.wording import say_text
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MissingDependencyError,

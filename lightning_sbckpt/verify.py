@@ -15,6 +15,7 @@ from typing import BinaryIO, Literal
 import xxhash
 
 from lightning_sbckpt._io.progress import Progress
+from lightning_sbckpt._io.records import stored_files
 from lightning_sbckpt._io.storage import FileDigest
 from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME, read_annotations
 from lightning_sbckpt._layout.manifest import (
@@ -28,7 +29,6 @@ from lightning_sbckpt._layout.manifest import (
 from lightning_sbckpt._layout.publish import CKPT_PREFIX
 from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.places import here, mirror_at
-from lightning_sbckpt._remote.records import stored_files
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, read_meta

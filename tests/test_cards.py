@@ -191,8 +191,8 @@ def test_nothing_raises_whatever_goes_wrong(checkpointer, monkeypatch):
         raise RuntimeError("<b>no</b>")
 
     saved = checkpointer.save_checkpoint()
-    monkeypatch.setattr("lightning_sbckpt._views.cards.folder_table", fail)
-    monkeypatch.setattr("lightning_sbckpt._views.cards.checkpoint_card", fail)
+    monkeypatch.setattr("lightning_sbckpt._display.cards.folder_table", fail)
+    monkeypatch.setattr("lightning_sbckpt._display.cards.checkpoint_card", fail)
     for value in (checkpointer, saved):
         html = value._repr_html_()
         assert "can&#x27;t be shown: RuntimeError: &lt;b&gt;no&lt;/b&gt;" in html

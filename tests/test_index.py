@@ -22,9 +22,9 @@ import lightning_sbckpt._layout.publish as layout_module
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._catalog.catalog import Catalog
 from lightning_sbckpt._catalog.index import INDEX_NAME, Entry, read_index, write_index
+from lightning_sbckpt._io import records
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.annotations import annotate
-from lightning_sbckpt._remote import records
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint, dump_meta
 from lightning_sbckpt.selection import importance, rank_checkpoints, shortlist

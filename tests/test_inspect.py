@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_sbckpt._display.wording import say_size
 from lightning_sbckpt._views.columns import Column, ago, freed_by
 from lightning_sbckpt._views.grid import as_text
-from lightning_sbckpt._views.wording import say_size
 from lightning_sbckpt.errors import MissingDependencyError, SelectionError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import Checkpoint

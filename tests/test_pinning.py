@@ -20,7 +20,7 @@ from lightning_sbckpt._io import devices
 from lightning_sbckpt._io.direct_write import ALIGNMENT, round_up
 from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt._save.arena import Arena
-from lightning_sbckpt._sharded.staging import Stager
+from lightning_sbckpt._save.sharded_staging import Stager
 
 ONE = torch.device("cuda", 1)
 

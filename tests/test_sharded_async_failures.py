@@ -141,7 +141,7 @@ def test_a_rank_that_is_killed_in_the_background_leaves_nothing_visible_and_the_
 
 
 def die_before_meeting(folder, rank, dying):
-    from lightning_sbckpt._sharded import staging
+    from lightning_sbckpt._save import sharded_staging as staging
 
     staging._MEETING = timedelta(seconds=3)
     checkpointer, _, _ = make(folder, save_mode="async")
@@ -175,7 +175,7 @@ def test_a_rank_that_is_killed_as_the_group_for_the_background_is_made_ends_the_
 
 
 def write_for_long(folder, rank):
-    from lightning_sbckpt._sharded import staging
+    from lightning_sbckpt._save import sharded_staging as staging
 
     staging._MEETING = timedelta(seconds=2)
     checkpointer, _, _ = make(folder, save_mode="async")
@@ -196,7 +196,7 @@ def test_a_rank_may_write_for_longer_than_ranks_may_take_to_meet(tmp_path):
 
 
 def save_without_memory(folder, rank):
-    from lightning_sbckpt._sharded import staging
+    from lightning_sbckpt._save import sharded_staging as staging
 
     checkpointer, _, _ = make(folder, save_mode="async")
     usual = staging.allocate

@@ -13,7 +13,7 @@ from _sharded_background import visible
 from torch.distributed.checkpoint import filesystem
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._sharded.staging import Stager
+from lightning_sbckpt._save.sharded_staging import Stager
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt.errors import SaveError
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from lightning_sbckpt._catalog.index import Entry, Identity, Row, read_index, write_index
 from lightning_sbckpt._catalog.watch import Watch, watch
+from lightning_sbckpt._io.records import RECORDS_NAME
 from lightning_sbckpt._layout.publish import (
     folder_names,
     is_replacing,
     paramfiles,
     read_folder,
 )
-from lightning_sbckpt._remote.records import RECORDS_NAME
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.selection import Criterion, rank_checkpoints, shortlist

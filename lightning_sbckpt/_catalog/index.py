@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_sbckpt._io.open_regular import read_regular
+from lightning_sbckpt._io.records import file_mode
 from lightning_sbckpt._io.storage import digest_bytes
-from lightning_sbckpt._remote.records import file_mode
 
 logger = logging.getLogger("lightning_sbckpt")
 

@@ -25,7 +25,7 @@ from lightning_sbckpt._format.plain import from_plain
 from lightning_sbckpt._format.read_tensors import read_owned
 from lightning_sbckpt._format.screening import screen_file
 from lightning_sbckpt._io.open_regular import NotRegularError, open_to_read
-from lightning_sbckpt._remote.records import bring_file
+from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
 
 PICKLED_SUFFIX = "+pickled"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning_sbckpt._io.open_regular import read_regular
-from lightning_sbckpt._remote.records import file_mode
+from lightning_sbckpt._io.records import file_mode
 from lightning_sbckpt.meta import END_OF_TIME, Checkpoint
 
 logger = logging.getLogger("lightning_sbckpt")

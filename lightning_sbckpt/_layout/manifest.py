@@ -24,10 +24,10 @@ import yaml
 from lightning_sbckpt._format.yaml import MAX_META_BYTES, parse_yaml
 from lightning_sbckpt._io.digests import read_digest, recent_digest
 from lightning_sbckpt._io.open_regular import NotRegularError, open_below, read_regular
+from lightning_sbckpt._io.records import bring, discard, stored_files
 from lightning_sbckpt._io.storage import FileDigest, digest_bytes
 from lightning_sbckpt._io.threads import run_all
 from lightning_sbckpt._layout.history import HISTORY_NAME, read_history
-from lightning_sbckpt._remote.records import bring, discard, stored_files
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import META_NAME, Checkpoint
 

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from lightning_sbckpt._format.load import MARKED_SUFFIX, PICKLED_SUFFIX
 from lightning_sbckpt._io.inside import PRIVATE_FOLDER, open_folder
+from lightning_sbckpt._io.records import RECORDS_NAME, stored_files
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME, annotated
-from lightning_sbckpt._remote.records import RECORDS_NAME, stored_files
 from lightning_sbckpt.errors import CheckpointNameError, CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, read_meta
 

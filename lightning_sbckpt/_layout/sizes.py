@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from stat import S_ISREG
 
-from lightning_sbckpt._remote.records import absent_files
+from lightning_sbckpt._io.records import absent_files
 from lightning_sbckpt.meta import Checkpoint
 
 _BLOCK = 512  # What st_blocks counts in, whatever the blocks of the file system are.

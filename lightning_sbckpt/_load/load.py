@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_sbckpt._format.load import marked_path, pickled_path, trusting_pickle
+from lightning_sbckpt._io.records import bring, stored_files
 from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT, is_checkpoint
-from lightning_sbckpt._remote.records import bring, stored_files
 from lightning_sbckpt._sharded.states import is_sharded
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,

@@ -2,7 +2,7 @@
 
 A save goes to the mirror first, as to any folder, and is uploaded then. A checkpoint of the store
 has its small files here from the first look on, and large ones as soon as somebody reads them. What
-is here and has no record (`_remote/records.py`) is still to be uploaded.
+is here and has no record (`_io/records.py`) is still to be uploaded.
 
 Whoever changes the mirror by what the store says holds a lock, for two processes may look at once.
 """
@@ -22,6 +22,14 @@ from stat import S_ISREG
 from lightning_sbckpt._io.inside import PRIVATE_FOLDER, NotRegularError, OpenFolder, is_ours
 from lightning_sbckpt._io.open_regular import read_regular
 from lightning_sbckpt._io.progress import Told, announced
+from lightning_sbckpt._io.records import (
+    RECORDS_NAME,
+    Stored,
+    dump_record,
+    identity,
+    record_path,
+    stored_files,
+)
 from lightning_sbckpt._io.storage import FileDigest, LocalStorage
 from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME
 from lightning_sbckpt._layout.history import HISTORY_NAME
@@ -34,14 +42,6 @@ from lightning_sbckpt._layout.publish import (
     unpublish,
 )
 from lightning_sbckpt._remote.folder import RemoteFile, RemoteFolder
-from lightning_sbckpt._remote.records import (
-    RECORDS_NAME,
-    Stored,
-    dump_record,
-    identity,
-    record_path,
-    stored_files,
-)
 from lightning_sbckpt._remote.registry import cache_folder, put, register
 from lightning_sbckpt._remote.turns import turn
 from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError, SBCheckpointError

@@ -8,10 +8,10 @@ import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from lightning_sbckpt._io.records import RECORDS_NAME, fetch_by
 from lightning_sbckpt._layout.publish import CKPT_PREFIX, folder_names
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt._remote.mirror import Mirror
-from lightning_sbckpt._remote.records import RECORDS_NAME, fetch_by
 from lightning_sbckpt._remote.registry import cache_folder, mirrored_url, noted_url, register
 from lightning_sbckpt._remote.urls import local_path, normal_url, without_secret
 from lightning_sbckpt.errors import ConfigurationError

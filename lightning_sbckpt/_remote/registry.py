@@ -21,7 +21,7 @@ from pathlib import Path
 from lightning_sbckpt._format.yaml import parse_yaml
 from lightning_sbckpt._io.inside import PRIVATE_FILE, PRIVATE_FOLDER, OpenFolder
 from lightning_sbckpt._io.open_regular import read_regular
-from lightning_sbckpt._remote.records import RECORDS_NAME
+from lightning_sbckpt._io.records import RECORDS_NAME
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import MetaError
 

@@ -17,6 +17,7 @@ from lightning_sbckpt._format.yaml import MAX_META_BYTES
 from lightning_sbckpt._io.inside import OpenFolder
 from lightning_sbckpt._io.open_regular import read_regular
 from lightning_sbckpt._io.progress import announced
+from lightning_sbckpt._io.records import RECORDS_NAME, discard, stored_files
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.annotations import ANNOTATIONS_NAME
 from lightning_sbckpt._layout.history import HISTORY_NAME, MAX_BYTES
@@ -31,7 +32,6 @@ from lightning_sbckpt._layout.publish import (
 )
 from lightning_sbckpt._remote.folder import RemoteFile
 from lightning_sbckpt._remote.mirror import Mirror, is_small, local_files
-from lightning_sbckpt._remote.records import RECORDS_NAME, discard, stored_files
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, SaveError
 from lightning_sbckpt.meta import usable_time
 

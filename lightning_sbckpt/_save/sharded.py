@@ -16,12 +16,12 @@ from lightning_sbckpt._save.items import SaveJob
 from lightning_sbckpt.typing import World
 
 if TYPE_CHECKING:
-    from lightning_sbckpt._sharded.staging import Frozen, Stager
+    from lightning_sbckpt._save.sharded_staging import Frozen, Stager
 
 
 def new_stager() -> Stager:
     """Return what copies the pieces of a rank, and keeps the memory for the next time."""
-    from lightning_sbckpt._sharded.staging import Stager
+    from lightning_sbckpt._save.sharded_staging import Stager
 
     return Stager()
 

@@ -47,7 +47,7 @@ from lightning_sbckpt.meta import META_NAME, Checkpoint, dump_meta
 from lightning_sbckpt.typing import World
 
 if TYPE_CHECKING:
-    from lightning_sbckpt._sharded.staging import Stager
+    from lightning_sbckpt._save.sharded_staging import Stager
 
 logger = logging.getLogger("lightning_sbckpt")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
-from lightning_sbckpt._remote.records import absent_files
-from lightning_sbckpt._views.wording import say_duration, say_number, say_size, say_when
+from lightning_sbckpt._display.wording import say_duration, say_number, say_size, say_when
+from lightning_sbckpt._io.records import absent_files
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
 _NO_METRICS = {"unixtime", "end-of-epoch", "epoch", "step", "global_step"}

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lightning_sbckpt._display.wording import say_text
 from lightning_sbckpt._views.timeline import Life, Resume, Timeline
-from lightning_sbckpt._views.wording import say_text
 
 # Told apart by people who see colours differently, after Okabe and Ito.
 KEPT, _BEST, _PINNED, _RESUME, _TROUBLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"

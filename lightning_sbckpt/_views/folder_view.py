@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from lightning_sbckpt._display import cards
 from lightning_sbckpt._layout.history import read_history
 from lightning_sbckpt._layout.manifest import lineage_of
-from lightning_sbckpt._views import cards
 from lightning_sbckpt._views.timeline import Timeline, build_timeline
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import newest_first

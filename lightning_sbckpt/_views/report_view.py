@@ -8,15 +8,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_sbckpt._views.bars import Chart, chart
-from lightning_sbckpt._views.timeline import Life, State, Timeline
-from lightning_sbckpt._views.wording import (
+from lightning_sbckpt._display.wording import (
     say_duration,
     say_number,
     say_size,
     say_text,
     say_when,
 )
+from lightning_sbckpt._views.bars import Chart, chart
+from lightning_sbckpt._views.timeline import Life, State, Timeline
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.retention import parse_rule, plan_retention

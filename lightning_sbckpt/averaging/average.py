@@ -12,11 +12,11 @@ from typing import TypeAlias, TypeVar, overload
 
 from lightning_sbckpt._format.load import load_state, open_state, pickled_path
 from lightning_sbckpt._io.progress import Progress, Tally
+from lightning_sbckpt._io.records import bring, bring_file
 from lightning_sbckpt._layout.copies import copy_paramfile
 from lightning_sbckpt._layout.publish import PARAMFILE_EXT, folder_for, read_checkpoint
 from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._remote.places import here
-from lightning_sbckpt._remote.records import bring, bring_file
 from lightning_sbckpt._world.world import SingleProcess
 from lightning_sbckpt.averaging.sums import StateDict, average, numbered
 from lightning_sbckpt.checkpointer import Checkpointer

@@ -10,8 +10,8 @@ from typing import cast
 
 from lightning_sbckpt._format.load import pickled_path
 from lightning_sbckpt._io.progress import Progress
+from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt._layout.manifest import Manifest, read_manifest
-from lightning_sbckpt._remote.records import bring_file
 from lightning_sbckpt.difference.files import (
     FileDifference,
     Selected,

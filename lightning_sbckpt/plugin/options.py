@@ -10,13 +10,11 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from lightning_sbckpt._layout.publish import check_name
 from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.experiment import ON_CHANGE
-from lightning_sbckpt.plugin.state.parts import RESERVED, is_reserved
 from lightning_sbckpt.retention import Best, Important, Newest, parse_rule
 from lightning_sbckpt.selection import function_name
 from lightning_sbckpt.triggers import (
@@ -326,49 +324,6 @@ def check_lists(lists: Mapping[str, Sequence[str]]) -> None:
                 f"{name} is the string {given!r}, which would be read letter by letter: expected "
                 f"a list of names. Write {name}=[{given!r}]"
             )
-
-
-def check_names(names: Sequence[str], where: str) -> None:
-    """Refuse names of recoverables that would be files of ours, or the same file twice.
-
-    Raises:
-        ConfigurationError: A name is taken, or given twice.
-        CheckpointNameError: A name can't be that of a file.
-    """
-    taken = sorted({name for name in names if is_reserved(name)})
-    if taken:
-        raise ConfigurationError(
-            f"{where} has the names {', '.join(map(repr, taken))}, which SBCheckpoint uses for its "
-            f"own files. Those are: {', '.join(sorted(RESERVED))}, and optimizers and schedulers "
-            "with a number"
-        )
-    twice = sorted({name for name in names if list(names).count(name) > 1})
-    if twice:
-        raise ConfigurationError(
-            f"{where} has the names {', '.join(map(repr, twice))} twice; every recoverable needs "
-            "one of its own"
-        )
-    for name in names:
-        check_name(name, "recoverable")
-
-
-def check_disjoint(submodules: Sequence[str]) -> None:
-    """Refuse submodules inside one another.
-
-    Raises:
-        ConfigurationError: One is.
-    """
-    inside = [
-        f"{inner!r} is inside {outer!r}"
-        for outer in submodules
-        for inner in submodules
-        if inner.startswith(f"{outer}.")
-    ]
-    if inside:
-        raise ConfigurationError(
-            f"split_model names submodules of which {', '.join(inside)}: each has a file with its "
-            "whole state_dict, so name one of them"
-        )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from lightning_sbckpt import Checkpointer
+from lightning_sbckpt._io.records import stored_files
 from lightning_sbckpt._remote.folder import RemoteFolder
-from lightning_sbckpt._remote.records import stored_files
 from lightning_sbckpt._remote.streams import Sender
 from lightning_sbckpt.errors import RemoteError, SaveError
 from lightning_sbckpt.verify import verify

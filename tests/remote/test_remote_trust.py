@@ -20,9 +20,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_sbckpt import Checkpointer, cli
 from lightning_sbckpt._io.inside import NotRegularError, OpenFolder
+from lightning_sbckpt._io.records import absent_files
 from lightning_sbckpt._remote import mirror, registry, retries
 from lightning_sbckpt._remote.folder import RemoteFolder
-from lightning_sbckpt._remote.records import absent_files
 from lightning_sbckpt._remote.urls import normal_url
 from lightning_sbckpt.errors import ConfigurationError, DamagedCheckpointError, RemoteError
 from lightning_sbckpt.verify import verify

@@ -17,7 +17,7 @@ from lightning_sbckpt._sharded.states import (
 )
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import dump_meta, plain_meta
-from lightning_sbckpt.plugin import _private, options
+from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.buffers import NonPersistentBuffers
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
@@ -28,6 +28,8 @@ from lightning_sbckpt.plugin.state.parts import (
     NONPERSISTENT,
     RANK_BUFFERS,
     Part,
+    check_disjoint,
+    check_names,
     divide,
     divide_model,
 )
@@ -61,10 +63,10 @@ class Gatherer:
         self._buffers: NonPersistentBuffers | None = None
         self._first_rates: list[list[float]] = []
         self.split_model = split_model
-        options.check_names([*split_model], "split_model")
-        options.check_disjoint(split_model)
+        check_names([*split_model], "split_model")
+        check_disjoint(split_model)
         if isinstance(recoverables, Mapping):
-            options.check_names([*split_model, *recoverables], "recoverables")
+            check_names([*split_model, *recoverables], "recoverables")
 
     def begin(self, module: LightningModule) -> None:
         """Note what the module is like before its first batch; it is where it is trained."""
@@ -205,6 +207,6 @@ class Gatherer:
             if configure is not None:
                 sources.append(configure())
         for source in sources:
-            options.check_names([*self.split_model, *found, *source], "recoverables")
+            check_names([*self.split_model, *found, *source], "recoverables")
             found.update(source)
         return found

@@ -8,7 +8,7 @@ what is put together again when Lightning restores.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from lightning_sbckpt._layout.publish import (
     CKPT_PREFIX,
     PARAMFILE_EXT,
     SHARDED_EXT,
+    check_name,
     is_checkpoint,
     read_checkpoint,
 )
@@ -404,3 +405,46 @@ def position_in(loops: Mapping[str, Any]) -> dict[str, Any] | None:
 def submodules_in(loops: Mapping[str, Any]) -> list[str]:
     """Return the names of the submodules that have files of their own, saved with the loops."""
     return cast("list[str]", loops.get(_OURS, {}).get("submodules", []))
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Refuse names of recoverables that would be files of ours, or the same file twice.
+
+    Raises:
+        ConfigurationError: A name is taken, or given twice.
+        CheckpointNameError: A name can't be that of a file.
+    """
+    taken = sorted({name for name in names if is_reserved(name)})
+    if taken:
+        raise ConfigurationError(
+            f"{where} has the names {', '.join(map(repr, taken))}, which SBCheckpoint uses for its "
+            f"own files. Those are: {', '.join(sorted(RESERVED))}, and optimizers and schedulers "
+            "with a number"
+        )
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ConfigurationError(
+            f"{where} has the names {', '.join(map(repr, twice))} twice; every recoverable needs "
+            "one of its own"
+        )
+    for name in names:
+        check_name(name, "recoverable")
+
+
+def check_disjoint(submodules: Sequence[str]) -> None:
+    """Refuse submodules inside one another.
+
+    Raises:
+        ConfigurationError: One is.
+    """
+    inside = [
+        f"{inner!r} is inside {outer!r}"
+        for outer in submodules
+        for inner in submodules
+        if inner.startswith(f"{outer}.")
+    ]
+    if inside:
+        raise ConfigurationError(
+            f"split_model names submodules of which {', '.join(inside)}: each has a file with its "
+            "whole state_dict, so name one of them"
+        )

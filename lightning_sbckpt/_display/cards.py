@@ -13,15 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_sbckpt._io.open_regular import read_regular
-from lightning_sbckpt._remote.records import absent_files
-from lightning_sbckpt._views.wording import (
+from lightning_sbckpt._display.wording import (
     say_duration,
     say_number,
     say_size,
     say_text,
     say_when,
 )
+from lightning_sbckpt._io.open_regular import read_regular
+from lightning_sbckpt._io.records import absent_files
 
 if TYPE_CHECKING:
     from lightning_sbckpt.meta import Checkpoint

@@ -1,0 +1,1 @@
+"""Numbers, sizes and times in words, and a checkpoint as HTML; knows neither folders nor meta."""
