@@ -6,7 +6,8 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,233 +20,26 @@ PACKAGE = ROOT / "lightning_sbckpt"
 # which torchmetrics needs; it is not meant here.
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 
-# From the ground up: a module may import those before it, never one after it.
-ORDER = (
-    "errors",
-    "typing",
-    "_world.collectives",
-    "_world",
-    "_world.world",
-    "_io",
-    "_io.progress",
-    "_io.memory",
-    "_io.direct_write",
-    "_io.exchange",
-    "_io.inside",
-    "_io.storage",
-    "_io.open_regular",
-    "_io.records",
-    "_io.threads",
-    "_io.digests",
-    "_format",
-    "_format.screening",
-    "_format.index",
-    "_format.read_tensors",
-    "_format.load_in_place",
-    "_format.containers",
-    "_format.omega",
-    "_format.plain",
-    "_format.keys",
-    "_format.marks",
-    "_format.load",
-    "_format.encode",
-    "_format.image",
-    "_format.templates",
-    "_format.flat_yaml",
-    "_format.python_yaml",
-    "_format.yaml",
-    "_views",
-    "_display",
-    "_display.wording",
-    "_display.cards",
-    "meta",
-    "_layout",
-    "_layout.annotations",
-    "_layout.history",
-    "_layout.owner",
-    "_layout.lock",
-    "_layout.manifest",
-    "_layout.publish",
-    "_layout.copies",
-    "_layout.sizes",
-    "_layout.links",
-    "_remote",
-    "_remote.urls",
-    "_remote.retries",
-    "_remote.sftp",
-    "_remote.stores",
-    "_remote.listing",
-    "_remote.streams",
-    "_remote.files",
-    "_remote.folder",
-    "_remote.turns",
-    "_remote.registry",
-    "_remote.mirror",
-    "_remote.uploading",
-    "_remote.places",
-    "hooks.speechbrain",
-    "hooks.registry",
-    "hooks",
-    "hooks.builtin",
-    "rng.streams",
-    "rng.walk",
-    "rng.generators",
-    "rng.capture",
-    "rng",
-    "epoch",
-    "expressions.nodes",
-    "expressions.grammar",
-    "expressions.predicate",
-    "expressions",
-    "selection",
-    "retention.quantities",
-    "retention.ranked",
-    "retention.spaced",
-    "retention.where",
-    "retention.budget",
-    "retention.text",
-    "retention.plan",
-    "retention",
-    "triggers.moment",
-    "triggers.combined",
-    "triggers.basic",
-    "triggers",
-    "_load",
-    "_load.module_state",
-    "_io.devices",
-    "_sharded",
-    "_sharded.names",
-    "_sharded.fsdp1",
-    "_sharded.fsdp1_gradients",
-    "_sharded.states",
-    "_sharded.contents",
-    "_sharded.writing",
-    "_sharded.reading",
-    "_sharded.loading",
-    "_save",
-    "_save.request",
-    "_save.hashing_copy",
-    "_save.arena",
-    "_save.sharded_staging",
-    "_save.late_copy",
-    "_io.background",
-    "_save.items",
-    "_save.sharded",
-    "_save.stage",
-    "_save.saver",
-    "_catalog",
-    "_load.load",
-    "_catalog.index",
-    "_catalog.watch",
-    "_catalog.catalog",
-    "retention.noted",
-    "_views.timeline",
-    "_views.folder_view",
-    "_views.drawing",
-    "plotting",
-    "_views.bars",
-    "_views.report_view",
-    "folder",
-    "report",
-    "checkpointer",
-    "transfer",
-    "averaging.sums",
-    "averaging.average",
-    "averaging",
-    "difference.numbers",
-    "difference.states",
-    "difference.files",
-    "difference.compare",
-    "difference",
-    "consolidation",
-    "export",
-    "_views.columns",
-    "_views.grid",
-    "inspect",
-    "verify",
-    "plugin._private.trainer",
-    "plugin._private.buffers",
-    "plugin._private.callbacks",
-    "plugin._private.compiled",
-    "plugin._private.ddp",
-    "plugin._private.finders",
-    "plugin._private.logged",
-    "plugin._private.loggers",
-    "plugin._private.loops",
-    "plugin._private.spawn",
-    "plugin._private.loading",
-    "plugin._private.strategies",
-    "plugin._private",
-    "plugin.state",
-    "plugin.data",
-    "plugin.spawned",
-    "plugin.state.per_rank",
-    "plugin.world",
-    "plugin.preemption",
-    "plugin.data.epoch_position",
-    "plugin.data.objects",
-    "plugin.data.workers",
-    "plugin.data.sampling",
-    "plugin.data.iteration",
-    "plugin.data.handle",
-    "plugin.data.position",
-    "plugin.data.tracker",
-    "plugin.state.names",
-    "plugin.state.sharded",
-    "plugin.state.gradients",
-    "plugin.state.hyperparameters",
-    "plugin.state.parts",
-    "plugin.pieces",
-    "plugin.export",
-    "plugin.io",
-    "plugin.run_folders",
-    "plugin.state.adapt",
-    "plugin.state.by_name",
-    "plugin.state.rates",
-    "plugin.state.training_state",
-    "plugin.state.hardware",
-    "plugin.state.exact",
-    "plugin.rendering",
-    "plugin.identity",
-    "plugin.experiment",
-    "plugin.stopping",
-    "plugin.resume",
-    "plugin.doors",
-    "plugin.best",
-    "plugin.run",
-    "plugin.continuing",
-    "plugin.schedule",
-    "plugin.options",
-    "plugin.state.capture",
-    "plugin.metrics",
-    "plugin.wanted",
-    "plugin.opening",
-    "plugin.saving",
-    "plugin.callback",
-    "plugin.comparison",
-    "plugin.selftest",
-    # The command line stands on top of everything.
-    "cli._bars",
-    "cli._common",
-    "cli._folders",
-    "cli._plan",
-    "cli._screen",
-    "cli.checking",
-    "cli.listing",
-    "cli.showing",
-    "cli.choosing",
-    "cli.keeping",
-    "cli._differing",
-    "cli.making",
-    "cli.consolidating",
-    "cli.watching",
-    "cli.drawing",
-    "cli.completing",
-    "cli",
-    "cli.__main__",
-    "plugin",  # plugin/__init__.py
-    "__init__",
-)
+# From the ground up: what is in a folder, or is a file beside the folders, may import what stands in
+# a line above its own, and what is in its own folder. No two of one line import each other.
+LAYERS = """
+    errors typing _io
+    _format _display _world rng
+    meta hooks
+    _layout expressions epoch
+    _remote _sharded selection
+    _save _load _catalog retention triggers
+    _views
+    plotting inspect verify
+    folder
+    checkpointer report
+    averaging consolidation difference export transfer plugin._private
+    plugin.data
+    plugin.state
+    plugin
+    cli __init__
+"""
+FLOORS = {name: floor for floor, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
 # Where private names of others may be touched: Lightning's in the files that are named so, and those
 # of torch's DataLoader in some more, which don't know Lightning.
@@ -361,22 +155,50 @@ def private_touches(source: str) -> list[str]:
     return found
 
 
-def upward_imports(module: str, source: str) -> list[str]:
-    """Give the imports of a module that do not point to the ground."""
-    place = ORDER.index(module)
-    found = []
+def targets(module: str, source: str) -> Iterator[str]:
+    """Give the modules of the package that a module imports."""
     for name in imported(source, module):
         if name.split(".")[0] != "lightning_sbckpt":
             continue
         parts = name.split(".")[1:]
         # `from lightning_sbckpt.meta import Checkpoint` names a thing in a module: the module is
         # the longest beginning that is one.
-        while parts and ".".join(parts) not in ORDER:
+        while parts and not is_module(".".join(parts)):
             parts.pop()
         target = ".".join(parts) or "__init__"
-        if target != module and ORDER.index(target) > place:
-            found.append(f"{module} imports {name}")
-    return found
+        if target != module:
+            yield target
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def folder_of(module: str) -> str:
+    """Return the longest beginning of a module's name that has a floor; the first part, if none has."""
+    parts = module.split(".")
+    return next((n for n in (".".join(parts[:2]), parts[0]) if n in FLOORS), parts[0])
+
+
+def upward_imports(module: str, source: str) -> list[str]:
+    """Give the imports of a module that lead to another folder which is not below its own."""
+    home = folder_of(module)
+    return [
+        f"{module} imports {target}"
+        for target in targets(module, source)
+        if folder_of(target) != home and FLOORS[folder_of(target)] >= FLOORS[home]
+    ]
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Return modules of which each imports the next, and the last is the first; none if there are none."""
+    graph = {module: {*targets(module, source)} for module, source in sources.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def test_nothing_outside_the_plugin_imports_lightning():
@@ -504,21 +326,19 @@ def test_ones_own_private_names_are_no_offence():
     )
 
 
-def test_every_module_has_its_place_in_the_order():
-    """A new module is placed in the order before anything can be said about its imports."""
-    unplaced = {module for module, _ in modules()} - set(ORDER)
-    assert unplaced == set()
+def test_every_folder_has_its_floor():
+    """A new folder, or a file beside the folders, is given one before anything is said of imports."""
+    assert {folder_of(module) for module, _ in modules()} == set(FLOORS)
 
 
-def test_imports_point_to_the_ground():
-    """No module imports one that stands above it, at the top of the file or nested."""
-    offences = [
-        offence
-        for module, source in modules()
-        if module in ORDER
-        for offence in upward_imports(module, source)
-    ]
-    assert offences == []
+def test_no_folder_imports_one_that_is_not_below_it():
+    """At the top of a file or nested."""
+    assert [each for module, source in modules() for each in upward_imports(module, source)] == []
+
+
+def test_no_file_imports_itself_through_others():
+    """Neither within a folder nor across folders, at the top of a file or nested."""
+    assert circle(dict(modules())) == []
 
 
 @pytest.mark.parametrize(
@@ -529,13 +349,25 @@ def test_imports_point_to_the_ground():
         ("meta", "import lightning_sbckpt._layout.publish"),
         ("checkpointer", "from lightning_sbckpt.plugin.callback import SBCheckpoint"),
         ("checkpointer", "from lightning_sbckpt import Checkpoint"),
-        ("plugin.io", "from .callback import SBCheckpoint"),
-        ("plugin.io", "from ..plugin import callback"),
+        ("_load.load", "from lightning_sbckpt._save import saver"),
+        ("plugin.state.exact", "from ..callback import SBCheckpoint"),
+        ("plugin.state.exact", "from .. import callback"),
     ],
 )
 def test_an_import_that_points_up_is_found(module, offence):
     """The check above can fail: absolute, relative and nested imports, and the package itself."""
     assert upward_imports(module, offence)
+
+
+@pytest.mark.parametrize("nested", ["", "def f():\n    "])
+def test_a_circle_is_found(nested):
+    """The check above can fail, and it names the files."""
+    sources = {
+        "plugin.io": "from lightning_sbckpt.plugin.run import Run",
+        "plugin.run": f"{nested}from lightning_sbckpt.plugin.callback import SBCheckpoint",
+        "plugin.callback": "from lightning_sbckpt.plugin import io",
+    }
+    assert set(circle(sources)) == set(sources)
 
 
 def test_an_import_for_type_checkers_may_point_up():
