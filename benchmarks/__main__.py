@@ -50,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parse(arguments)
     quiet()
     end_in_order()
+    if given.device:
+        return _on_device(given)
     names = [name for name in GROUPS if not given.only or name in given.only]
     minutes = given.minutes or (0.6 if given.quick else 12.0)
     # Those that run share the time of those that don't, up to a point.
@@ -81,6 +83,16 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
+def _on_device(given: argparse.Namespace) -> int:
+    # Not above: it needs what not every build of torch has.
+    from benchmarks import gpu
+
+    with tempfile.TemporaryDirectory(prefix="benchmarks-", dir=given.dir) as folder:
+        rows = gpu.run(Path(folder), given.sizes[-1], given.device, rounds=2 if given.quick else 5)
+    gpu.write(rows, gpu.name_of(given.device), given.out)
+    return 0
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", type=_names, help=f"groups, of {','.join(GROUPS)}")
@@ -89,7 +101,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="about how long to measure in all")
     parser.add_argument("--dir", type=Path, help="where to write while measuring: on a real disk")
     parser.add_argument("--out", type=Path, help="the report; drawings go beside it")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        help="what a GPU's saves cost; cpu is a dry run of that",
+    )
     given = parser.parse_args(arguments)
+    if given.device:
+        given.sizes = given.sizes or ((100,) if given.quick else (9000,))
+        given.out = given.out or _HERE / "partial/GPU.md"
     is_whole = not (given.quick or given.only or given.sizes or given.minutes)
     given.sizes = given.sizes or ((10, 100) if given.quick else (10, 100, 500, 1500))
     # A part of the figures must not replace the whole.

@@ -68,6 +68,7 @@ class Scattered:
     """A source whose bytes have to be asked for."""
 
     checksum = None
+    devices = ()
 
     def __init__(self, size=LARGE):
         self.size = size

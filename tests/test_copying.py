@@ -150,7 +150,8 @@ def test_the_hash_of_a_copy_is_that_of_the_file(late):
     assert bool(left) == late
     if late:
         assert [file.checksum for file in frozen.values()] == [None] * 3
-        LateCopy(left, tensors, frozen.values()).wait()
+        parts = [part for each in left for part in each.addresses()]
+        LateCopy(parts, tensors, frozen.values()).wait()
     for name, image in images.items():
         expected = bytearray(image.size)
         image.fill(0, memoryview(expected))

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+
+# What `torch.load(..., weights_only=True)` reads a pickle with; seen in torch 2.4 to 2.13.
+from torch._weights_only_unpickler import Unpickler
 
 from lightning_sbckpt._format.containers import (
     CONTAINERS,
@@ -25,10 +29,12 @@ from lightning_sbckpt._format.containers import (
     rebuild,
     where_is,
 )
+from lightning_sbckpt._format.image import pickled_without_bytes
 from lightning_sbckpt._format.keys import SECRET, SECRET_FILE, keys
 from lightning_sbckpt._format.load import load_stream, pickled_path
 from lightning_sbckpt._format.marks import mark, root_of
 from lightning_sbckpt._format.plain import to_plain
+from lightning_sbckpt._format.screening import ScreeningError, screen
 from lightning_sbckpt._io.progress import moved
 from lightning_sbckpt.errors import SaveError
 
@@ -126,12 +132,34 @@ def _why_not(value: object) -> str | None:
 
 
 def _is_plain(value: object) -> bool:
-    """Ask those who will read it, since what torch takes differs from release to release."""
+    """Ask those who will read it, since what torch takes differs from release to release.
+
+    They get storages without bytes: those of a quantized tensor, say, would have to come from a GPU.
+    """
     try:
-        load_stream(io.BytesIO(torch_bytes(value)))
-    except Exception:
+        pickled = pickled_without_bytes(value)
+        screen(pickled, longest=len(pickled))
+        unpickler: Any = Unpickler(io.BytesIO(pickled), encoding="utf-8")
+        unpickler.persistent_load = _empty_storage
+        unpickler.load()
+    except (ScreeningError, pickle.UnpicklingError):
         return False
+    except Exception:
+        # It looks at its bytes, or it can't be pickled at all.
+        try:
+            load_stream(io.BytesIO(torch_bytes(value)))
+        except Exception:
+            return False
     return True
+
+
+def _empty_storage(reference: tuple[str, torch.dtype, int]) -> torch.storage.TypedStorage:
+    _, dtype, nbytes = reference
+    storage: Any = torch.UntypedStorage(nbytes, device="meta")  # type: ignore[no-untyped-call]
+    typed: Any = torch.storage.TypedStorage
+    return cast(
+        "torch.storage.TypedStorage", typed(wrap_storage=storage, dtype=dtype, _internal=True)
+    )
 
 
 def encode(state: object) -> tuple[object, dict[Where, object]]:

@@ -30,9 +30,12 @@ import struct
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import xxhash
+
+from lightning_sbckpt._io.devices import GAP, Begun, Part, begin_copies, bytes_of, device_of
 
 # Bytes from which on copying by several threads, and without the interpreter's lock, pays.
 LARGE = 2**18
@@ -59,6 +62,37 @@ class Template:
     holes: Sequence[tuple[int, int]]
 
 
+@dataclass
+class Left:
+    """What is still to be done until a file is whole in memory.
+
+    Attributes:
+        out: The memory.
+        host: Storages of the processor that nobody copies yet, each with where in the file it belongs.
+        hidden: Storages that devices copy, and that must not change meanwhile.
+        begun: What devices copy.
+        between: Bytes to put in place when they have, and where.
+    """
+
+    out: memoryview
+    host: Sequence[tuple[torch.UntypedStorage, int]]
+    hidden: Sequence[torch.UntypedStorage]
+    begun: Sequence[Begun]
+    between: Sequence[tuple[int, bytes]]
+
+    def addresses(self) -> list[tuple[torch.UntypedStorage, int]]:
+        """Return the storages that nobody copies yet, each with the address that it is copied to."""
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.out))
+        return [(storage, start + place) for storage, place in self.host]
+
+    def finish(self) -> None:
+        """Wait for the devices, and put in place what lies between."""
+        for begun in self.begun:
+            begun.wait()
+        for begin, data in self.between:
+            self.out[begin : begin + len(data)] = data
+
+
 class Image:
     """The bytes of a torch file, in parts that lie wherever they are.
 
@@ -81,10 +115,17 @@ class Image:
         stop = start + len(out)
         target = ctypes.addressof(ctypes.c_char.from_buffer(out)) - start
         done = start
-        index = max(0, bisect.bisect_right(self._starts, start) - 1)
-        for begin, end, address, part in itertools.islice(self._parts, index, None):
-            if begin >= stop:
-                break
+        low = max(0, bisect.bisect_right(self._starts, start) - 1)
+        parts = self._parts[low : bisect.bisect_left(self._starts, stop)]
+        if self.devices:
+            elsewhere = [
+                Part(part, max(start - begin, 0), max(begin - start, 0), min(end, stop) - start)
+                for begin, end, address, part in parts
+                if not address and not isinstance(part, bytes) and end > start
+            ]
+            # First, since they overwrite what lies between them.
+            begin_copies(elsewhere, out).wait()
+        for begin, end, address, part in parts:
             first, last = max(begin, start), min(end, stop)
             if first >= last:
                 continue
@@ -95,30 +136,45 @@ class Image:
                 ctypes.memmove(target + first, address + first - begin, last - first)
             elif isinstance(part, bytes):
                 out[first - start : last - start] = part[first - begin : last - begin]
-            else:
-                _copy_here(part, first - begin, out[first - start : last - start])
             done = last
         if done < stop:
             out[done - start :] = bytes(stop - done)
 
-    def fill_small(self, out: memoryview) -> list[tuple[torch.UntypedStorage, int]]:
-        """Put everything into `out` but large storages of the processor's memory.
+    def begin(self, out: memoryview, *, hide: bool) -> Left:
+        """Put into `out` what no device has; from devices begin to copy.
 
-        Returns:
-            Those storages, each with where in the file it belongs.
+        Args:
+            out: As many bytes as there are.
+            hide: Whether large storages don't change before somebody waits for their copies.
         """
-        left = []
+        large, others, host, between = [], [], [], []
         target = ctypes.addressof(ctypes.c_char.from_buffer(out))
+        have_devices = bool(self.devices)
         for begin, end, address, part in self._parts:
-            if isinstance(part, bytes):
+            size = end - begin
+            if not isinstance(part, bytes) and hide and size >= LARGE:
+                if address:
+                    host.append((part, begin))
+                else:
+                    large.append(Part(part, 0, begin, end))
+            elif not address and not isinstance(part, bytes):
+                others.append(Part(part, 0, begin, end))
+            elif have_devices and size <= GAP:
+                # Copies from a device would overwrite it.
+                data = part if isinstance(part, bytes) else ctypes.string_at(address, size)
+                between.append((begin, data))
+            elif isinstance(part, bytes):
                 out[begin:end] = part
-            elif not address:
-                _copy_here(part, 0, out[begin:end])
-            elif end - begin >= LARGE:
-                left.append((part, begin))
             else:
-                ctypes.memmove(target + begin, address, end - begin)
-        return left
+                ctypes.memmove(target + begin, address, size)
+        # Those that may change are copied in the order in which the device does its work.
+        begun = [begin_copies(others, out)]
+        try:
+            begun.append(begin_copies(large, out, aside=True))
+        except BaseException:
+            begun[0].wait()
+            raise
+        return Left(out, host, [part.storage for part in large], begun, between)
 
     def view(self) -> memoryview | None:
         """Return None: the parts don't lie together."""
@@ -141,14 +197,14 @@ class Image:
             elif asked < _QUESTIONS:
                 # Each takes a wait for the GPU.
                 asked += 1
-                hasher.update(bytes(_bytes_of(part)[:_SAMPLE].tolist()))
+                hasher.update(bytes(bytes_of(part)[:_SAMPLE].tolist()))
         return hasher.digest()
 
-    @property
+    @cached_property
     def devices(self) -> set[torch.device]:
         """The devices on which storages lie, but for the processor."""
         return {
-            part.device
+            device_of(part)
             for _, _, address, part in self._parts
             if not address and not isinstance(part, bytes)
         }
@@ -162,15 +218,6 @@ def _placed(
         return start, start + len(part), 0, part
     address = part.data_ptr() if part.device == _CPU else 0
     return start, start + part.nbytes(), address, part
-
-
-def _copy_here(storage: torch.UntypedStorage, start: int, out: memoryview) -> None:
-    """Copy bytes of a storage that is not in the memory of this processor."""
-    source = _bytes_of(storage)[start : start + len(out)]
-    target = torch.frombuffer(out, dtype=torch.uint8)
-    # Into pinned memory a GPU copies by itself; whoever pinned it waits for the end.
-    waits = not target.is_pinned() if source.is_cuda else True
-    target.copy_(source, non_blocking=not waits)
 
 
 def make_template(state: object) -> tuple[Template, list[torch.UntypedStorage]] | None:
@@ -256,11 +303,6 @@ class _FileWithHoles:
         return [(start, bytes(data)) for start, data in pieces]
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """Return a storage as a one-dimensional tensor of bytes that shares its memory."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
 def image_of(template: Template, storages: Iterable[torch.UntypedStorage]) -> Image:
     """Return the image of a file."""
     offsets = (offset for offset, _ in template.holes)
@@ -272,19 +314,21 @@ class _StorageRecorder(pickle.Pickler):
     """Notes the storages of a state in the order in which pickling meets them."""
 
     def __init__(self) -> None:
-        super().__init__(io.BytesIO(), protocol=2)
+        self.file = io.BytesIO()
+        super().__init__(self.file, protocol=2)
         self.storages: dict[int, torch.UntypedStorage] = {}
 
     def persistent_id(self, obj: object) -> object:
         """Note a storage; its bytes are not pickled."""
+        dtype = torch.uint8
         if isinstance(obj, torch.storage.TypedStorage):
-            storage = obj._untyped_storage  # noqa: SLF001 - the accessor that doesn't warn
+            storage, dtype = obj._untyped_storage, obj.dtype  # noqa: SLF001 - it doesn't warn
         elif isinstance(obj, torch.UntypedStorage):
             storage = obj
         else:
             return None
         self.storages.setdefault(storage._cdata, storage)  # noqa: SLF001 - as torch tells them apart
-        return ("storage",)
+        return ("storage", dtype, storage.nbytes())
 
 
 def storages_of(state: object) -> list[torch.UntypedStorage]:
@@ -292,3 +336,10 @@ def storages_of(state: object) -> list[torch.UntypedStorage]:
     recorder = _StorageRecorder()
     recorder.dump(state)
     return list(recorder.storages.values())
+
+
+def pickled_without_bytes(state: object) -> bytes:
+    """Return a state pickled as torch does, with the type and size of each storage in its place."""
+    recorder = _StorageRecorder()
+    recorder.dump(state)
+    return recorder.file.getvalue()

@@ -2,9 +2,9 @@
 
 The bytes are read into the live tensors, and then torch's own `load_state_dict` is called with a
 state that has those very tensors in it: it checks names and shapes, minds versions and calls its
-hooks, and what it would copy is there already. What can't be read into directly (another device,
-type or memory layout) is read and copied in small batches. Moments that a new optimizer does not
-have yet get ordinary memory of their own, each.
+hooks, and what it would copy is there already. Those on a device get their bytes through two small
+buffers. What can't be read into directly (another type or memory layout) is read and copied in small
+batches. Moments that a new optimizer does not have yet get ordinary memory of their own, each.
 
 This is done only where nothing but torch's code sees the state. A `load_state_dict` or a hook of
 somebody else's might keep what it is given, or count on the live tensors being as they were; those
@@ -22,7 +22,14 @@ from typing import Any, TypeVar, cast
 import torch
 
 from lightning_sbckpt._format.index import Identity, Stored, read_outline, span
-from lightning_sbckpt._format.read_tensors import Wanted, read_into, read_tensors
+from lightning_sbckpt._format.read_tensors import (
+    Sent,
+    Wanted,
+    read_into,
+    read_tensors,
+    read_to_devices,
+)
+from lightning_sbckpt._io.devices import bytes_of, is_here
 
 # How much is read at a time of what is then copied to another place.
 _BATCH = 32 * 2**20
@@ -148,6 +155,15 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> Mapping[st
     }
     for (number, name), value in _read_all(path, outline.identity, on_cpu):
         state["state"][number][name] = value
+    loose = [
+        (group, key)
+        for group in state["param_groups"]
+        for key in group
+        if type(group[key]) is Stored
+    ]
+    values = read_tensors(path, outline.identity, [group[key] for group, key in loose])
+    for (group, key), value in zip(loose, values, strict=True):
+        group[key] = value
     elsewhere = {slot: item for slot, item in fresh.items() if slot not in on_cpu}
     for slots in _batches(elsewhere):
         # Moved a batch at a time; torch would move them when all are there.
@@ -177,7 +193,8 @@ def _is_optimizer_state(state: object) -> bool:
             type(group) is dict
             and type(group.get("params")) is list
             and all(isinstance(number, (int, str)) for number in group["params"])
-            and all(map(_is_plain, group.values()))
+            # A learning rate that a captured step reads, say, is a tensor.
+            and all(type(each) is Stored or _is_plain(each) for each in group.values())
             for group in groups
         )
         and all(
@@ -205,7 +222,7 @@ def _has_own(obj: object, base: type, name: str) -> bool:
 def _takes(target: torch.Tensor, stored: Stored) -> bool:
     """Return whether the bytes of a live tensor are those of the stored one, in the same order."""
     return (
-        target.device.type == "cpu"
+        target.device.type != "meta"
         and target.layout is torch.strided
         and target.dtype == stored.dtype
         and target.shape == stored.size
@@ -238,19 +255,28 @@ def _are_separate(pairs: Iterable[_Pair]) -> bool:
 
 def _read_pairs(path: Path, identity: Identity, pairs: Iterable[_Pair]) -> None:
     direct: set[Wanted] = set()
+    sent: dict[tuple[int, int], Sent] = {}
     copied: dict[int, _Pair] = {}
     for number, (target, stored) in enumerate(pairs):
-        if _takes(target, stored):
-            # Tied weights are one place, read once.
+        # Tied weights are one place, read once.
+        if _takes(target, stored) and is_here(target):
             direct.add((target.data_ptr(), stored.span, stored.place))
+        elif _takes(target, stored) and stored.span:
+            sent[target.data_ptr(), stored.place] = (_bytes_in(target), stored.place)
         else:
             copied[number] = (target, stored)
     read_into(path, identity, direct)
+    read_to_devices(path, identity, list(sent.values()))
     for numbers in _batches({number: stored for number, (_, stored) in copied.items()}):
         values = read_tensors(path, identity, [copied[number][1] for number in numbers])
         with torch.no_grad():
             for number, value in zip(numbers, values, strict=True):
                 copied[number][0].copy_(value)
+
+
+def _bytes_in(tensor: torch.Tensor) -> torch.Tensor:
+    begin = tensor.storage_offset() * tensor.element_size()
+    return bytes_of(tensor.untyped_storage())[begin : begin + _span(tensor)]
 
 
 def _batches(stored: Mapping[_Key, Stored]) -> Iterator[list[_Key]]:

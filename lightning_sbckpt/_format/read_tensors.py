@@ -10,20 +10,27 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from lightning_sbckpt._format.index import Identity, Stored, identity_of, read_outline
-from lightning_sbckpt._io.memory import Memory
+from lightning_sbckpt._io.devices import Begun, begin_sending, device_of
+from lightning_sbckpt._io.memory import Buffers, Memory, address_of
 from lightning_sbckpt._io.open_regular import open_to_read
 from lightning_sbckpt._io.progress import moved
 from lightning_sbckpt._io.threads import run_all
 from lightning_sbckpt.errors import DamagedCheckpointError
 
+# Two, so that one is read into while a device copies from the other.
+_halves = Buffers(2, 16 * 2**20)
 # One read; large enough that its cost is that of its bytes, small enough to share among threads.
 _PIECE = 4 * 2**20
+_ALIGNMENT = 64
+
+Sent = tuple[torch.Tensor, int]
+"""Bytes of a tensor on a device, as a one-dimensional tensor, and where in the file they lie."""
 
 Wanted = tuple[int, int, int]
 """An address, how many bytes go there, and where in the file they lie."""
@@ -131,6 +138,61 @@ def read_into(path: Path, identity: Identity, wanted: Iterable[Wanted]) -> None:
             f"{path} can't be read: {error.strerror or error}. What was loaded before stays "
             "loaded; recover from another checkpoint"
         ) from error
+
+
+def read_to_devices(path: Path, identity: Identity, wanted: Sequence[Sent]) -> None:
+    """Read bytes of a file into memory of devices, through two buffers of the processor.
+
+    Args:
+        path: The file.
+        identity: What the file was when its outline was read.
+        wanted: What is read, and where it goes.
+
+    Raises:
+        DamagedCheckpointError: See `read_into`.
+    """
+    devices = {device_of(target.untyped_storage()) for target, _ in wanted}
+    if not wanted:
+        return
+    with _halves.borrowed(devices) as halves:
+        sent = [Begun() for _ in halves]
+        try:
+            for turn, batch in enumerate(_batches(wanted, len(halves[0]))):
+                half, number = halves[turn % len(halves)], turn % len(halves)
+                sent[number].wait()
+                places = [half[at : at + len(target)] for target, _, at in batch]
+                read_into(
+                    path,
+                    identity,
+                    [
+                        (address_of(place), len(place), begin)
+                        for place, (_, begin, _) in zip(places, batch, strict=True)
+                    ],
+                )
+                targets = [target for target, _, _ in batch]
+                sent[number] = begin_sending(zip(targets, places, strict=True))
+        finally:
+            # The buffers are somebody else's next.
+            for begun in sent:
+                begun.wait()
+
+
+def _batches(wanted: Sequence[Sent], size: int) -> Iterator[list[tuple[torch.Tensor, int, int]]]:
+    """Yield what fits into a buffer together, each with where it lies in there."""
+    batch: list[tuple[torch.Tensor, int, int]] = []
+    used = 0
+    for target, begin in sorted(wanted, key=lambda each: each[1]):
+        done = 0
+        while done < len(target):
+            if used == size:
+                yield batch
+                batch, used = [], 0
+            part = target[done : done + size - used]
+            batch.append((part, begin + done, used))
+            done += len(part)
+            used = min(size, -(-(used + len(part)) // _ALIGNMENT) * _ALIGNMENT)
+    if batch:
+        yield batch
 
 
 def _read_piece(path: Path, descriptor: int, piece: Wanted) -> None:

@@ -15,16 +15,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import Protocol
+from threading import Thread
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
-from lightning_sbckpt._io.memory import huge_pages
+from lightning_sbckpt._io.memory import Buffers
 from lightning_sbckpt._io.progress import moved
+
+if TYPE_CHECKING:
+    import torch
 
 ALIGNMENT = 4096
 BLOCK = 4 * 2**20
@@ -34,7 +37,8 @@ _LONG_BLOCK = 32 * 2**20
 _BUFFERS = 4
 # Below this size one buffered write is faster than starting a thread.
 _SMALL = 2**20
-_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+# The last of memory that the system can't hand to a disk, as some drivers' is.
+_REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EFAULT)
 
 
 class Source(Protocol):
@@ -65,29 +69,13 @@ class Source(Protocol):
         """Return a few of the bytes, from all over: where they differ, so does the whole."""
         ...
 
-
-class _Buffers:
-    """A few aligned buffers that are kept, since fresh memory is what makes copying slow."""
-
-    def __init__(self) -> None:
-        self._free: list[memoryview] = []
-        self._lock = Lock()
-
-    @contextmanager
-    def borrowed(self) -> Iterator[list[memoryview]]:
-        """Give buffers for the time of one file."""
-        with self._lock:
-            memory = self._free.pop() if self._free else None
-        if memory is None:
-            memory = huge_pages(_BUFFERS * BLOCK)
-        try:
-            yield [memory[number * BLOCK : (number + 1) * BLOCK] for number in range(_BUFFERS)]
-        finally:
-            with self._lock:
-                self._free[:] = [memory]
+    @property
+    def devices(self) -> Collection[torch.device]:
+        """Where bytes lie that are not in the processor's memory."""
+        ...
 
 
-_buffers = _Buffers()
+_buffers = Buffers(_BUFFERS, BLOCK)
 
 
 def round_up(size: int) -> int:
@@ -148,7 +136,7 @@ class _Writing:
 
     def _through_buffers(self, source: Source) -> str:
         hasher = xxhash.xxh3_128()
-        with _buffers.borrowed() as buffers:
+        with _buffers.borrowed(source.devices) as buffers:
             free: SimpleQueue[memoryview] = SimpleQueue()
             for buffer in buffers:
                 free.put(buffer)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import cast
 
 import torch
@@ -91,6 +93,43 @@ HUGE_PAGE = 2 * 2**20
 _MADV_WIPEONFORK = 18
 
 
+class Buffers:
+    """A few aligned buffers that are kept, since fresh memory is what makes copying slow.
+
+    Args:
+        count: How many.
+        size: Bytes of each, a multiple of the alignment.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self._count, self._size = count, size
+        self._free: list[tuple[memoryview, object]] = []
+        self._lock = Lock()
+
+    @contextmanager
+    def borrowed(self, devices: Collection[torch.device] = ()) -> Iterator[list[memoryview]]:
+        """Give buffers for the time of one file.
+
+        Args:
+            devices: What copies to them or from them; where that helps they are pinned, and stay so.
+        """
+        with self._lock:
+            kept = self._free.pop() if self._free else None
+        memory, pinned = kept or (huge_pages(self._count * self._size), None)
+        if pinned is None and devices:
+            # Not above: whoever writes a page or a table needs no torch.
+            from lightning_sbckpt._io.devices import copy_by_themselves, pin
+
+            if copy_by_themselves(devices):
+                # What can't be pinned isn't tried again.
+                pinned = pin(memory, devices) or memory
+        try:
+            yield [memory[n * self._size : (n + 1) * self._size] for n in range(self._count)]
+        finally:
+            with self._lock:
+                self._free[:] = [(memory, pinned)]
+
+
 def huge_pages(size: int) -> memoryview:
     """Return zeros in huge pages, where the system has them, and at the address of one.
 
@@ -103,5 +142,10 @@ def huge_pages(size: int) -> memoryview:
         if advice is not None:
             with suppress(OSError, AttributeError):  # Not on this system: only slower.
                 memory.madvise(advice)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    start = -address_of(memoryview(memory)) % HUGE_PAGE
     return memoryview(memory)[start : start + size]
+
+
+def address_of(memory: memoryview) -> int:
+    """Return where memory lies."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -7,15 +7,14 @@ memory takes. The layout is that of the files, so the writer needs no second cop
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 import xxhash
 
-from lightning_sbckpt._format.image import Image
-from lightning_sbckpt._io.devices import copy_by_themselves, pin, wait_for_copies
+from lightning_sbckpt._format.image import Image, Left
+from lightning_sbckpt._io.devices import copy_by_themselves, pin
 from lightning_sbckpt._io.direct_write import ALIGNMENT, Source, round_up
 from lightning_sbckpt._io.memory import huge_pages
 from lightning_sbckpt._save.hashing_copy import copy_hashed
@@ -37,6 +36,11 @@ class Frozen:
     size: int
     memory: memoryview
     checksum: str | None = None
+
+    @property
+    def devices(self) -> Collection[torch.device]:
+        """None: the bytes are in the processor's memory."""
+        return ()
 
     def fill(self, start: int, out: memoryview) -> None:
         """Put the bytes from `start` on into `out`, as many as it holds."""
@@ -73,16 +77,17 @@ class Arena:
         hideable: Collection[str] = (),
         *,
         devices: Collection[torch.device] = (),
-    ) -> tuple[dict[str, Frozen], list[tuple[torch.UntypedStorage, int]]]:
+    ) -> tuple[dict[str, Frozen], list[Left]]:
         """Copy files-to-be into the memory; what was taken before is overwritten.
 
         Args:
             sources: What to copy, by name.
-            hideable: Names of those whose large storages may be copied later.
+            hideable: Names of those whose large storages may be copied later; if there are any,
+                nothing here waits for a device.
             devices: Where tensors lie, but for the processor.
 
         Returns:
-            The files, and what is still to be copied into them: storages, and to which addresses.
+            The files, and what is still to be done until they are whole.
         """
         needed = sum(round_up(source.size) for source in sources.values())
         pinned = copy_by_themselves(devices)
@@ -90,16 +95,15 @@ class Arena:
             self._allocate(needed, devices)
         frozen = {}
         now: dict[str, tuple[Source, memoryview]] = {}
-        left: list[tuple[torch.UntypedStorage, int]] = []
+        left: list[Left] = []
         start = 0
         try:
             for name, source in sources.items():
                 stop = start + round_up(source.size)
                 memory = self._memory[start:stop]
-                if name in hideable and isinstance(source, Image):
-                    address = address_of(memory)
-                    parts = source.fill_small(memory)
-                    left += [(storage, address + place) for storage, place in parts]
+                hide = name in hideable
+                if isinstance(source, Image) and (hide or (hideable and source.devices)):
+                    left.append(source.begin(memory, hide=hide))
                 elif devices:
                     source.fill(0, memory[: source.size])
                 else:
@@ -107,9 +111,11 @@ class Arena:
                 memory[source.size :] = bytes(len(memory) - source.size)
                 frozen[name] = Frozen(source.size, memory)
                 start = stop
-        finally:
-            # Also if one fails: what was begun goes on into this memory.
-            wait_for_copies(devices)
+        except BaseException:
+            # What was begun goes on into this memory.
+            for each in left:
+                each.finish()
+            raise
         for name, checksum in zip(now, copy_hashed([*now.values()]), strict=True):
             frozen[name].checksum = checksum
         return frozen, left
@@ -130,8 +136,3 @@ def allocate(size: int, devices: Collection[torch.device] = ()) -> tuple[memoryv
     """
     memory = huge_pages(size)
     return memory, pin(memory, devices) or memory.obj
-
-
-def address_of(memory: memoryview) -> int:
-    """Return where memory lies."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

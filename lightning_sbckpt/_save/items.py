@@ -194,6 +194,12 @@ def _lost(
             )
 
 
+def may_replay(state: object) -> bool:
+    """Return whether a state is that of an optimizer whose step may be replayed as a CUDA graph."""
+    groups = state.get("param_groups") if isinstance(state, Mapping) else None
+    return isinstance(groups, list) and any(group.get("capturable") for group in groups)
+
+
 @dataclass(frozen=True)
 class Contents:
     """What one file will hold.
@@ -274,9 +280,12 @@ class Contents:
         hideable = {name for name, one in contents.items() if later and one.large}
         frozen, left = arena.take(sources, hideable, devices=devices)
         copies = {name: Contents(source.size, source) for name, source in frozen.items()}
+        parts = [part for each in left for part in each.addresses()]
+        if not parts and not (left and devices):
+            return copies, None
         tensors = [tensor for name in hideable for tensor in contents[name].large or ()]
         unhashed = [file for file in frozen.values() if file.checksum is None and not devices]
-        return copies, LateCopy(left, tensors, unhashed) if left else None
+        return copies, LateCopy(parts, tensors, unhashed, left if devices else ())
 
     def write(self, path: Path, storage: LocalStorage, links: Links) -> FileDigest:
         """Write the file, flushed; or make it a link to a file with these very bytes."""

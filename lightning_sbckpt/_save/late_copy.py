@@ -4,6 +4,9 @@ Parameters and the optimizer's state don't change between one optimizer step and
 tensors are copied in a thread while training goes on, and only the next optimizer step has to wait
 for the end of it. Small ones, and whatever is no tensor, are copied at once.
 
+From a GPU they are copied by the GPU, on a stream of their own. Nobody waits there for the end: what
+the GPU is asked to do after the optimizer's step begins does.
+
 Whether somebody wrote to a tensor meanwhile is told by its version counter, which every in-place
 operation of torch raises when it has ended: a copy whose tensors have other versions afterwards than
 at its beginning is of no use. (Writing through `tensor.data` or a pointer goes past the counter.)
@@ -18,12 +21,16 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Sequence
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 
 import torch
 import xxhash
 
-from lightning_sbckpt._save.arena import Frozen, address_of
+from lightning_sbckpt._format.image import Left
+from lightning_sbckpt._io.devices import CapturingError
+from lightning_sbckpt._io.memory import address_of
+from lightning_sbckpt._save.arena import Frozen
+from lightning_sbckpt.errors import SaveError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # Called so, it gives up the interpreter's lock and keeps to one core.
@@ -42,12 +49,13 @@ _BLOCK = 8 * 2**20
 
 
 class LateCopy:
-    """Copies storages in a thread of its own.
+    """Copies storages in a thread of its own, and waits there for what devices copy.
 
     Args:
         parts: The storages, in the processor's memory, each with the address it is copied to.
         tensors: The tensors whose storages those are.
         files: The files that lack nothing but these storages; they get their checksums.
+        left: What devices copy, whose storages `tensors` have too.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class LateCopy:
         parts: Iterable[tuple[torch.UntypedStorage, int]],
         tensors: Sequence[torch.Tensor],
         files: Iterable[Frozen] = (),
+        left: Sequence[Left] = (),
     ) -> None:
         self._changed: bool | None = None
         self._moved = False
@@ -62,6 +71,9 @@ class LateCopy:
         self._parts = sorted(parts, key=lambda part: part[1])
         self._files = sorted(files, key=lambda file: address_of(file.memory))
         self._versions = [(tensor, _version(tensor)) for tensor in tensors]
+        self._left = left
+        self._hidden = [(s, s.nbytes(), s.data_ptr()) for each in left for s in each.hidden]
+        self._copied_here = Event()
         self._thread: Thread | None = Thread(target=self._copy, name="sbckpt-copy")
         try:
             self._thread.start()
@@ -74,6 +86,24 @@ class LateCopy:
     def done(self) -> bool:
         """Whether everything is copied."""
         return self._thread is None or not self._thread.is_alive()
+
+    def hold(self) -> None:
+        """Return when what is copied may change: what devices are to do from now on waits there.
+
+        Raises:
+            SaveError: A CUDA graph is being captured.
+        """
+        self._copied_here.wait()
+        try:
+            for each in self._left:
+                for begun in each.begun:
+                    begun.hold()
+        except CapturingError as error:
+            raise SaveError(
+                "a CUDA graph is captured that may write to tensors which are being copied for a "
+                "checkpoint, and a graph can't wait for the copy. Use save_mode='async', or "
+                "call wait() before the capture"
+            ) from error
 
     def wait(self) -> None:
         """Return when everything is copied."""
@@ -89,13 +119,13 @@ class LateCopy:
         """Return whether some tensor was written to, from the beginning until this is first called.
 
         An operation that ran during the copy may not have raised its counter when the copy ended,
-        so call this after `wait` where no such operation can still be running: in the thread that
+        so call this after `hold` or `wait` where no such operation can still be running: in the thread that
         trains, or long after.
         """
         with self._deciding:
             if self._changed is None:
                 self._changed = self._is_written_to()
-            self._versions = []
+            self._versions, self._hidden = [], []
             return self._changed
 
     def _copy(self) -> None:
@@ -103,6 +133,9 @@ class LateCopy:
             self._copy_parts()
         finally:
             self._parts, self._files = [], []
+            self._copied_here.set()
+        for each in self._left:
+            each.finish()
         with self._deciding:
             if self._is_written_to():
                 self._changed = True
@@ -127,7 +160,11 @@ class LateCopy:
         hashing.finish()
 
     def _is_written_to(self) -> bool:
-        return self._moved or any(_version(tensor) != version for tensor, version in self._versions)
+        return (
+            self._moved
+            or any(_version(tensor) != version for tensor, version in self._versions)
+            or any((s.nbytes(), s.data_ptr()) != (size, at) for s, size, at in self._hidden)
+        )
 
 
 class _Span(ctypes.Structure):

@@ -230,7 +230,7 @@ class Saver:
             return True
         late = save.late_copy
         if late is not None:
-            late.wait()
+            late.hold()
         if not decided_by_main(world, lambda: late is not None and late.changed()):
             return True
         self._mode = "async"

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +37,7 @@ from lightning_sbckpt._layout.publish import (
     staging,
 )
 from lightning_sbckpt._save.arena import Arena
-from lightning_sbckpt._save.items import Contents, SaveJob
+from lightning_sbckpt._save.items import Contents, SaveJob, may_replay
 from lightning_sbckpt._save.late_copy import LateCopy
 from lightning_sbckpt._save.request import Description
 from lightning_sbckpt._save.sharded import Pieces, new_stager
@@ -241,6 +242,10 @@ class Save:
             if job.state is not None and (main or job.on_every_rank):
                 state = states.pop(name) if name in states else job.take()
                 refuse_pieces(name, state)
+                if copy == "later" and may_replay(state):
+                    copy = "now"
+                    if main:
+                        _warn_of_graphs(workshop.root, name)
                 if main:
                     contents = Contents.of(job, state, workshop.templates, workshop.root)
                     self._contents.update(contents)
@@ -377,6 +382,16 @@ class Save:
         )
         failure.__cause__ = error
         return failure
+
+
+@cache
+def _warn_of_graphs(root: Path, name: str) -> None:
+    logger.warning(
+        "%s: the optimizer %r is capturable, and a step that is replayed as a CUDA graph waits for no "
+        "copy: copies are made before training goes on (save_mode 'async')",
+        root,
+        name,
+    )
 
 
 def _changed_meanwhile() -> ChangedMeanwhileError:

@@ -29,6 +29,7 @@ from lightning_sbckpt._io.storage import FileDigest, LocalStorage
 from lightning_sbckpt._layout.publish import SHARDED_EXT
 from lightning_sbckpt._sharded.contents import METADATA_NAME
 from lightning_sbckpt._sharded.states import State, sharded_leaves
+from lightning_sbckpt._world.collectives import objects_group
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.typing import World
 
@@ -56,7 +57,7 @@ def write_sharded(
     written: Digests = {}
     for name in sorted(states):
         writer = _Writer(staged / f"{name}{SHARDED_EXT}", storage)
-        _save(name, states[name], writer, Planner(name), world.rank)
+        _save(name, states[name], writer, Planner(name), world.rank, objects_group())
         written.update(_all_digests(writer, world.gather(writer.digests)))
     return written
 
@@ -118,7 +119,7 @@ def _save(
     writer: _Writer,
     planner: Planner,
     rank: int,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None,
 ) -> None:
     try:
         with nullcontext() if dist.is_initialized() else _quiet():

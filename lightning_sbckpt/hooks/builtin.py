@@ -126,12 +126,30 @@ def apply_state(obj: Stateful, state: Mapping[str, object], path: Path) -> None:
     Raises:
         MismatchError: The object refused the state.
     """
+    live: Any = obj
+    groups = live.param_groups if isinstance(live, torch.optim.Optimizer) else []
+    before = [dict(group) for group in groups]
     try:
         obj.load_state_dict(state)
+        if before:
+            _keep_tensors(before, live.param_groups)
     except Exception as error:
         raise MismatchError(
             f"the state in {path} does not fit the {type(obj).__name__} it is loaded into: {error}"
         ) from error
+
+
+def _keep_tensors(old: list[dict[str, Any]], groups: list[dict[str, Any]]) -> None:
+    """Have values of groups stay where they were: a captured step reads its learning rate there."""
+    given: dict[int, torch.Tensor] = {}
+    for one, group in zip(old, groups, strict=False):
+        for key, tensor in one.items():
+            new = group.get(key)
+            if not (isinstance(tensor, torch.Tensor) and isinstance(new, torch.Tensor)):
+                continue
+            # Several groups may have had one tensor, and have others in the file.
+            if tensor.shape == new.shape and torch.equal(given.setdefault(id(tensor), new), new):
+                group[key] = tensor.copy_(new)
 
 
 def torch_parameter_transfer(obj: torch.nn.Module, path: str | Path) -> None:

@@ -40,7 +40,12 @@ class TrainerWorld:
 
     def broadcast(self, obj: T) -> T:
         """Return rank zero's `obj` on every rank."""
-        return obj if self.size == 1 else self._trainer.strategy.broadcast(obj, src=0)
+        if self.size == 1:
+            return obj
+        # Lightning's own would put it into the memory of a GPU.
+        if dist.is_available() and dist.is_initialized():
+            return TorchDistributed().broadcast(obj)
+        return self._trainer.strategy.broadcast(obj, src=0)
 
     def gather(self, obj: T) -> list[T] | None:
         """Return every rank's `obj`, in order, on rank zero, and None elsewhere."""

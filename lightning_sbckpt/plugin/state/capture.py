@@ -149,10 +149,10 @@ class Gatherer:
             dump = _private.trainer.dump_checkpoint(trainer)
         found = divide(dump, trainer, self.split_model, position, in_pieces=in_pieces)
         # After the state of the model, with which FSDP takes its parameters back to pieces.
-        gradients = take_gradients(trainer) if within_epoch else {}
+        gradients = take_gradients(trainer) if within_epoch else None
         if gradients and in_pieces:
             found[GRADIENTS] = ShardedState(gradients)
-        elif gradients:
+        elif gradients is not None and not in_pieces:
             state[GRADIENTS] = gradients
         if self._buffers:
             state[NONPERSISTENT] = self._buffers.state()

@@ -18,6 +18,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt._sharded.states import is_sharded_tensor
+from lightning_sbckpt._world.world import gather_tensors
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.hooks.builtin import is_metric, metric_state, set_metric_state
 from lightning_sbckpt.plugin import _private
@@ -235,17 +236,24 @@ def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
         return {
             name: Part({"ranks": [one]}, volatile=True)
             for name, one in sorted(state.items())
-            if one or name != NONPERSISTENT
+            if one or name not in (NONPERSISTENT, GRADIENTS)
         }
     if NONPERSISTENT in state:
         state = _once_where_equal(state, world)
+    # As large as the model on each rank: packed, as the others are, they would be so many times over.
+    gradients: list[dict[str, torch.Tensor]] = []
+    if GRADIENTS in state:
+        gradients = gather_tensors(state[GRADIENTS], world)
+        state = {name: one for name, one in state.items() if name != GRADIENTS}
     gathered = world.gather({name: pack(one) for name, one in state.items()}) or []
     names = {name for of_rank in gathered for name in of_rank}
     nothing = pack(None)
-    return {
-        name: Part(together([of_rank.get(name, nothing) for of_rank in gathered]), volatile=True)
-        for name in sorted(names)
+    parts: dict[str, dict[str, object]] = {
+        name: together([of_rank.get(name, nothing) for of_rank in gathered]) for name in names
     }
+    if any(gradients):
+        parts[GRADIENTS] = {"ranks": gradients}
+    return {name: Part(part, volatile=True) for name, part in sorted(parts.items())}
 
 
 def _once_where_equal(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:

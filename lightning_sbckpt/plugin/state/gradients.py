@@ -25,17 +25,18 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.state.sharded import Pieces
 
 
-def take_gradients(trainer: Trainer) -> dict[str, Any]:
+def take_gradients(trainer: Trainer) -> dict[str, Any] | None:
     """Return the gradients that wait for the next optimizer step, by the names of parameters.
 
-    Where ranks have pieces of the module, so they have of its gradients.
+    Where ranks have pieces of the module, so they have of its gradients. None, on all ranks, if
+    none wait on any of them.
     """
     # Without automatic optimization only the module knows when its gradients have served.
     if (
         not _private.trainer.is_accumulating(trainer)
         and trainer.lightning_module.automatic_optimization
     ):
-        return {}
+        return None
     module = _private.strategies.module_in_pieces(trainer.strategy)
     if is_fsdp1(module):
         return fsdp1_gradients.gradients(module)
