@@ -5,8 +5,8 @@ whose scripts run with the import changed, and adds keyword-only ones. What it p
 a checkpoint is visible only when it is whole and on the disk; a damaged one is stepped over; no
 pickle is executed that the user did not trust.
 
-Saving is here. Each thing else that it does is a class of its own, one on top of the other:
-`Finder` finds, `Annotator` pins and annotates, `Curator` deletes, `Recoverer` loads.
+Saving and loading are here; listing, finding, pinning, annotating and deleting are its parent's,
+`CheckpointFolder`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt._world.world import decided_by_main, decided_unless_failed
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.expressions import as_predicate
-from lightning_sbckpt.folder import Curator, FolderOptions
+from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.hooks import HookRegistry, check_signature, default_registry
 from lightning_sbckpt.hooks.builtin import note_numbers
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, usable_time
@@ -44,28 +44,42 @@ from lightning_sbckpt.typing import (
     World,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-
 __all__ = ["Checkpointer"]
 
 
 logger = logging.getLogger("lightning_sbckpt")
 
 
-class Recoverer(Curator):
-    """Holds named objects with their hooks, and loads checkpoints into them.
+class Checkpointer(CheckpointFolder):
+    """Saves named objects together and brings them back.
 
     Args:
-        checkpoints_dir: The folder of all checkpoints, or the URL of one in a store.
-        recoverables: From names to the objects.
-        custom_load_hooks: See `Checkpointer`.
-        custom_save_hooks: See `Checkpointer`.
-        allow_partial_load: See `Checkpointer`.
-        registry: See `Checkpointer`.
-        trust_pickle: See `Checkpointer`.
-        **options: Those of `Curator`.
+        checkpoints_dir: The folder of all checkpoints; made if it is missing. Or the URL of one in a
+            store, such as `s3://bucket/run`: see `docs/remote.md`.
+        recoverables: From names to the objects to save and load. More come by `add_recoverable`.
+        custom_load_hooks: From names to `hook(obj, path, end_of_epoch)`, before any by type.
+        custom_save_hooks: From names to `hook(obj, path)`, before any by type.
+        allow_partial_load: Load what a checkpoint has, and leave the other recoverables alone.
+        registry: The hooks by type.
+        world: The ranks that save and load together; by default those of `torch.distributed`.
+        trust_pickle: Read state that only pickle can hold, whoever wrote it. It can run any code
+            that the author of the checkpoint chose. What this user's own runs wrote is read anyway.
+        save_mode: `"sync"`: a checkpoint is on the disk when `save_checkpoint` returns. `"async"`:
+            its state is copied then, and written in the background. `"overlap"`: large tensors are
+            copied while training goes on, until an optimizer among the recoverables makes its next
+            step, or `before_update` is called.
+        on_save_error: `"raise"`, or `"warn"`: a checkpoint that can't be written is said in the
+            log, and training goes on without it.
+        when_busy: While a checkpoint is still being written in the background, the next save is to
+            `"wait"` for it or to `"skip"`.
+        link_unchanged: Files with the same bytes as in the checkpoint before become hard links to
+            them where the filesystem can.
+        access: `"exclusive"`: from the first save on, no other process may write to the folder.
+            `"shared"`: several may, if all say so. `"read"`: this one never does.
+        storage: How the disk is changed; another one is for tests.
+        local_dir: Of a URL: the folder on this machine that checkpoints go through; by default one
+            in the user's cache folder.
+        storage_options: Of a URL: what fsspec is to know beyond its own configuration.
 
     Attributes:
         recoverables: The objects by name.
@@ -76,30 +90,57 @@ class Recoverer(Curator):
         registry: The hooks by type.
         trust_pickle: Whether state that only pickle can hold is read.
         lineage: Where the weights come from, for the manifests of the next checkpoints.
+        documents: Small texts that the next checkpoints hold beside their files, by file name.
 
     Raises:
+        ConfigurationError: The folder can't be used, or an argument is none of those known.
+        RemoteError: The store of a URL can't be reached, or refuses.
         CheckpointNameError: A name would not stay inside a checkpoint folder.
         HookSignatureError: A custom hook can't be called.
 
     Example:
-        >>> import torch
+        >>> import tempfile, torch
         >>> model = torch.nn.Linear(1, 1)
-        >>> Recoverer("runs/nowhere", {"model": model}, access="read").recover_if_possible()
+        >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": model})
+        >>> checkpointer.recover_if_possible()
+        >>> for loss in (0.5, 0.25, 0.75):
+        ...     checkpointer.save_and_keep_only(meta={"loss": loss}, min_keys=["loss"])
+        >>> sorted(ckpt.meta["loss"] for ckpt in checkpointer.list_checkpoints())
+        [0.25, 0.75]
+        >>> checkpointer.recover_if_possible(min_key="loss").meta["loss"]
+        0.25
     """
 
     def __init__(
         self,
         checkpoints_dir: str | Path,
         recoverables: Mapping[str, object] | None = None,
-        *,
         custom_load_hooks: Mapping[str, LoadHook] | None = None,
         custom_save_hooks: Mapping[str, SaveHook] | None = None,
         allow_partial_load: bool = False,
+        *,
         registry: HookRegistry = default_registry,
+        world: World | None = None,
         trust_pickle: bool = False,
-        **options: Unpack[FolderOptions],
+        save_mode: str = "sync",
+        on_save_error: str = "raise",
+        when_busy: str = "wait",
+        link_unchanged: bool = True,
+        access: str = "exclusive",
+        storage: LocalStorage | None = None,
+        local_dir: str | Path | None = None,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__(checkpoints_dir, **options)
+        super().__init__(
+            checkpoints_dir,
+            world=world,
+            policy=SavePolicy(save_mode, on_save_error, when_busy),
+            link_unchanged=link_unchanged,
+            access=access,
+            storage=storage,
+            local_dir=local_dir,
+            storage_options=storage_options,
+        )
         self.optional_recoverables: dict[str, bool] = {}
         self.custom_load_hooks: dict[str, LoadHook] = {}
         self.custom_save_hooks: dict[str, SaveHook] = {}
@@ -107,12 +148,38 @@ class Recoverer(Curator):
         self.registry = registry
         self.trust_pickle = trust_pickle
         self.lineage: dict[str, object] = {}
-        for name, load_hook in (custom_load_hooks or {}).items():
-            self._set_hook("load", name, load_hook)
-        for name, save_hook in (custom_save_hooks or {}).items():
-            self._set_hook("save", name, save_hook)
+        for each, load_hook in (custom_load_hooks or {}).items():
+            self._set_hook("load", each, load_hook)
+        for each, save_hook in (custom_save_hooks or {}).items():
+            self._set_hook("save", each, save_hook)
         if recoverables is not None:
             self.add_recoverables(recoverables)
+        self.documents: dict[str, str] = {}
+        self._newest_saved = 0.0
+        self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize[..., Any]]
+        self._watched = weakref.WeakKeyDictionary()
+        if access != "read":
+            # With nothing to save it may be there to read alone, perhaps by a misspelled name: then
+            # the folder is made by the first save.
+            makes = bool(self.recoverables)
+            self._open_for_saving(self.checkpoints_dir, self._mirror, makes=makes)
+
+    def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
+        self.wait()
+        if self.access != "read":
+            self._open_for_saving(*place, makes=True)
+        super()._move_to(place)
+        self._newest_saved = 0.0
+
+    def _open_for_saving(self, folder: Path, mirror: Mirror | None, *, makes: bool) -> None:
+        if mirror is not None:
+            # Now, and not at the first save: hours may have gone by until then.
+            decided_by_main(self.world, mirror.open)
+        if self.world.rank == 0:
+            above = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+            if makes or not above.is_dir():
+                self._make_folder(folder)
+            sweep(folder, self._storage)
 
     def add_recoverable(
         self,
@@ -182,212 +249,6 @@ class Recoverer(Curator):
     def _set_hook(self, kind: str, name: str, hook: Callable[..., object]) -> None:
         check_signature(kind, hook, repr(name))
         (self.custom_load_hooks if kind == "load" else self.custom_save_hooks)[name] = hook
-
-    def recover_if_possible(
-        self,
-        importance_key: ImportanceKey | None = None,
-        max_key: str | None = None,
-        min_key: str | None = None,
-        ckpt_predicate: CheckpointPredicate | str | None = None,
-    ) -> Checkpoint | None:
-        """Load the best sound checkpoint, by default the newest; do nothing if there is none.
-
-        Damaged checkpoints are stepped over, with one line each.
-
-        Args:
-            importance_key: See `find_checkpoint`.
-            max_key: See `find_checkpoint`.
-            min_key: See `find_checkpoint`.
-            ckpt_predicate: See `find_checkpoint`.
-
-        Returns:
-            The checkpoint that was loaded, or None.
-
-        Raises:
-            DamagedCheckpointError: There are checkpoints, and every one is damaged.
-            MismatchError: The checkpoint lacks a recoverable, or doesn't fit one.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from lightning_sbckpt import Checkpointer
-            >>> model = torch.nn.Linear(1, 1)
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": model})
-            >>> checkpointer.recover_if_possible() is None
-            True
-            >>> saved = checkpointer.save_checkpoint()
-            >>> checkpointer.recover_if_possible() == saved
-            True
-        """
-        self.wait()
-        while True:
-            chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
-            if chosen is None:
-                where = self.url or self.checkpoints_dir
-                logger.info("no checkpoint to recover from in %s yet", where)
-                return None
-            try:
-                self._load(chosen)
-            except SBCheckpointError:
-                # Several ranks can't agree on another one in the middle of loading.
-                if self.world.size > 1 or is_checkpoint(chosen.path):
-                    raise
-                logger.info("%s vanished while it was read, looking again", chosen.path)
-            else:
-                return chosen
-
-    def load_checkpoint(self, checkpoint: Checkpoint | str | Path) -> None:
-        """Load a checkpoint into the recoverables.
-
-        Args:
-            checkpoint: The checkpoint, or its folder.
-
-        Raises:
-            CheckpointNotFoundError: The folder is no checkpoint.
-            DamagedCheckpointError: A file is not the one that was written; nothing is loaded.
-            MismatchError: The checkpoint lacks recoverables (all are named, nothing is loaded), or
-                a state doesn't fit its object.
-
-        Example:
-            >>> import tempfile, torch
-            >>> from lightning_sbckpt import Checkpointer
-            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
-            >>> checkpointer.load_checkpoint(checkpointer.save_checkpoint())
-        """
-        # What is still being copied must not change yet.
-        self.wait()
-        if not isinstance(checkpoint, tuple):
-            checkpoint = read_checkpoint(self.folder_of(checkpoint))
-        require_sound(checkpoint, self.recoverables)
-        self._load(checkpoint)
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        options = LoadOptions(
-            self.custom_load_hooks,
-            self.registry,
-            self.optional_recoverables,
-            self.allow_partial_load,
-            self.trust_pickle,
-        )
-        load_into(self.recoverables, checkpoint, options)
-        self.lineage["resumed-from"] = checkpoint.path.name
-
-
-class Checkpointer(Recoverer):
-    """Saves named objects together and brings them back.
-
-    Args:
-        checkpoints_dir: The folder of all checkpoints; made if it is missing. Or the URL of one in a
-            store, such as `s3://bucket/run`: see `docs/remote.md`.
-        recoverables: From names to the objects to save and load. More come by `add_recoverable`.
-        custom_load_hooks: From names to `hook(obj, path, end_of_epoch)`, before any by type.
-        custom_save_hooks: From names to `hook(obj, path)`, before any by type.
-        allow_partial_load: Load what a checkpoint has, and leave the other recoverables alone.
-        registry: The hooks by type.
-        world: The ranks that save and load together; by default those of `torch.distributed`.
-        trust_pickle: Read state that only pickle can hold, whoever wrote it. It can run any code
-            that the author of the checkpoint chose. What this user's own runs wrote is read anyway.
-        save_mode: `"sync"`: a checkpoint is on the disk when `save_checkpoint` returns. `"async"`:
-            its state is copied then, and written in the background. `"overlap"`: large tensors are
-            copied while training goes on, until an optimizer among the recoverables makes its next
-            step, or `before_update` is called.
-        on_save_error: `"raise"`, or `"warn"`: a checkpoint that can't be written is said in the
-            log, and training goes on without it.
-        when_busy: While a checkpoint is still being written in the background, the next save is to
-            `"wait"` for it or to `"skip"`.
-        link_unchanged: Files with the same bytes as in the checkpoint before become hard links to
-            them where the filesystem can.
-        access: `"exclusive"`: from the first save on, no other process may write to the folder.
-            `"shared"`: several may, if all say so. `"read"`: this one never does.
-        storage: How the disk is changed; another one is for tests.
-        local_dir: Of a URL: the folder on this machine that checkpoints go through; by default one
-            in the user's cache folder.
-        storage_options: Of a URL: what fsspec is to know beyond its own configuration.
-
-    Attributes:
-        lineage: Where the weights come from, for the manifests of the next checkpoints.
-        documents: Small texts that the next checkpoints hold beside their files, by file name.
-
-    Raises:
-        ConfigurationError: The folder can't be used, or an argument is none of those known.
-        RemoteError: The store of a URL can't be reached, or refuses.
-        CheckpointNameError: A name would not stay inside a checkpoint folder.
-        HookSignatureError: A custom hook can't be called.
-
-    Example:
-        >>> import tempfile, torch
-        >>> model = torch.nn.Linear(1, 1)
-        >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": model})
-        >>> checkpointer.recover_if_possible()
-        >>> for loss in (0.5, 0.25, 0.75):
-        ...     checkpointer.save_and_keep_only(meta={"loss": loss}, min_keys=["loss"])
-        >>> sorted(ckpt.meta["loss"] for ckpt in checkpointer.list_checkpoints())
-        [0.25, 0.75]
-        >>> checkpointer.recover_if_possible(min_key="loss").meta["loss"]
-        0.25
-    """
-
-    def __init__(
-        self,
-        checkpoints_dir: str | Path,
-        recoverables: Mapping[str, object] | None = None,
-        custom_load_hooks: Mapping[str, LoadHook] | None = None,
-        custom_save_hooks: Mapping[str, SaveHook] | None = None,
-        allow_partial_load: bool = False,
-        *,
-        registry: HookRegistry = default_registry,
-        world: World | None = None,
-        trust_pickle: bool = False,
-        save_mode: str = "sync",
-        on_save_error: str = "raise",
-        when_busy: str = "wait",
-        link_unchanged: bool = True,
-        access: str = "exclusive",
-        storage: LocalStorage | None = None,
-        local_dir: str | Path | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        super().__init__(
-            checkpoints_dir,
-            recoverables,
-            custom_load_hooks=custom_load_hooks,
-            custom_save_hooks=custom_save_hooks,
-            allow_partial_load=allow_partial_load,
-            registry=registry,
-            trust_pickle=trust_pickle,
-            world=world,
-            policy=SavePolicy(save_mode, on_save_error, when_busy),
-            link_unchanged=link_unchanged,
-            access=access,
-            storage=storage,
-            local_dir=local_dir,
-            storage_options=storage_options,
-        )
-        self.documents: dict[str, str] = {}
-        self._newest_saved = 0.0
-        self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize[..., Any]]
-        self._watched = weakref.WeakKeyDictionary()
-        if access != "read":
-            # With nothing to save it may be there to read alone, perhaps by a misspelled name: then
-            # the folder is made by the first save.
-            makes = bool(self.recoverables)
-            self._open_for_saving(self.checkpoints_dir, self._mirror, makes=makes)
-
-    def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
-        self.wait()
-        if self.access != "read":
-            self._open_for_saving(*place, makes=True)
-        super()._move_to(place)
-        self._newest_saved = 0.0
-
-    def _open_for_saving(self, folder: Path, mirror: Mirror | None, *, makes: bool) -> None:
-        if mirror is not None:
-            # Now, and not at the first save: hours may have gone by until then.
-            decided_by_main(self.world, mirror.open)
-        if self.world.rank == 0:
-            above = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
-            if makes or not above.is_dir():
-                self._make_folder(folder)
-            sweep(folder, self._storage)
 
     def save_checkpoint(
         self,
@@ -574,6 +435,94 @@ class Checkpointer(Recoverer):
 
         # The arguments are looked at before the save: those that can't be meant must not cost one.
         self._save(meta, end_of_epoch, name, verbosity, prune)
+
+    def recover_if_possible(
+        self,
+        importance_key: ImportanceKey | None = None,
+        max_key: str | None = None,
+        min_key: str | None = None,
+        ckpt_predicate: CheckpointPredicate | str | None = None,
+    ) -> Checkpoint | None:
+        """Load the best sound checkpoint, by default the newest; do nothing if there is none.
+
+        Damaged checkpoints are stepped over, with one line each.
+
+        Args:
+            importance_key: See `find_checkpoint`.
+            max_key: See `find_checkpoint`.
+            min_key: See `find_checkpoint`.
+            ckpt_predicate: See `find_checkpoint`.
+
+        Returns:
+            The checkpoint that was loaded, or None.
+
+        Raises:
+            DamagedCheckpointError: There are checkpoints, and every one is damaged.
+            MismatchError: The checkpoint lacks a recoverable, or doesn't fit one.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from lightning_sbckpt import Checkpointer
+            >>> model = torch.nn.Linear(1, 1)
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": model})
+            >>> checkpointer.recover_if_possible() is None
+            True
+            >>> saved = checkpointer.save_checkpoint()
+            >>> checkpointer.recover_if_possible() == saved
+            True
+        """
+        self.wait()
+        while True:
+            chosen = self.find_sound_checkpoint(importance_key, max_key, min_key, ckpt_predicate)
+            if chosen is None:
+                where = self.url or self.checkpoints_dir
+                logger.info("no checkpoint to recover from in %s yet", where)
+                return None
+            try:
+                self._load(chosen)
+            except SBCheckpointError:
+                # Several ranks can't agree on another one in the middle of loading.
+                if self.world.size > 1 or is_checkpoint(chosen.path):
+                    raise
+                logger.info("%s vanished while it was read, looking again", chosen.path)
+            else:
+                return chosen
+
+    def load_checkpoint(self, checkpoint: Checkpoint | str | Path) -> None:
+        """Load a checkpoint into the recoverables.
+
+        Args:
+            checkpoint: The checkpoint, or its folder.
+
+        Raises:
+            CheckpointNotFoundError: The folder is no checkpoint.
+            DamagedCheckpointError: A file is not the one that was written; nothing is loaded.
+            MismatchError: The checkpoint lacks recoverables (all are named, nothing is loaded), or
+                a state doesn't fit its object.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from lightning_sbckpt import Checkpointer
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
+            >>> checkpointer.load_checkpoint(checkpointer.save_checkpoint())
+        """
+        # What is still being copied must not change yet.
+        self.wait()
+        if not isinstance(checkpoint, tuple):
+            checkpoint = read_checkpoint(self.folder_of(checkpoint))
+        require_sound(checkpoint, self.recoverables)
+        self._load(checkpoint)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        options = LoadOptions(
+            self.custom_load_hooks,
+            self.registry,
+            self.optional_recoverables,
+            self.allow_partial_load,
+            self.trust_pickle,
+        )
+        load_into(self.recoverables, checkpoint, options)
+        self.lineage["resumed-from"] = checkpoint.path.name
 
     def _save_jobs(self) -> dict[str, SaveJob]:
         for name in self.recoverables:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_sbckpt._catalog.catalog import Catalog
 from lightning_sbckpt._io.storage import LocalStorage
@@ -45,31 +45,43 @@ if TYPE_CHECKING:
 
     from lightning_sbckpt._views.timeline import Timeline
 
-__all__ = ["Annotator", "Curator", "Finder"]
+__all__ = ["CheckpointFolder"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
+_ACCESS = ("exclusive", "shared", "read")
 _LOOKS = 8
 
-_all: weakref.WeakSet[Finder] = weakref.WeakSet()
+C = TypeVar("C", bound="CheckpointFolder")
+
+_all: weakref.WeakSet[CheckpointFolder] = weakref.WeakSet()
 
 
-class Finder:
-    """Finds the checkpoints of a folder, and changes nothing there.
+class CheckpointFolder:
+    """The checkpoints of a folder: lists, finds, pins, annotates and deletes them.
 
     Args:
         checkpoints_dir: The folder of all checkpoints, or the URL of one in a store.
-        world: The ranks that look together; by default those of `torch.distributed`.
-        keep_index: Whether an index may be written to the folder, to find faster next time.
+        world: The ranks that act together; by default those of `torch.distributed`.
+        policy: How saves go on, for the `Checkpointer`.
+        link_unchanged: See `Checkpointer`.
+        access: See `Checkpointer`.
+        storage: How the disk is changed.
         local_dir: Where a copy of what is read from a URL, and saved to it, is kept.
         storage_options: For the store of a URL, see fsspec.
 
     Attributes:
         checkpoints_dir: The folder; of a URL the local one.
         url: The URL, or None.
+        access: Whether other processes may write, or this one may.
+        recoverables: By name, what would be loaded: their files decide whether a checkpoint is sound.
+        saver: What writes and removes.
+
+    Raises:
+        ConfigurationError: `access` is not one of those known.
 
     Example:
-        >>> Finder("runs/nowhere").list_checkpoints()
+        >>> CheckpointFolder("runs/nowhere", access="read").list_checkpoints()
         []
     """
 
@@ -78,25 +90,36 @@ class Finder:
         checkpoints_dir: str | Path,
         *,
         world: World | None = None,
-        keep_index: bool = False,
+        policy: SavePolicy | None = None,
+        link_unchanged: bool = True,
+        access: str = "exclusive",
+        storage: LocalStorage | None = None,
         local_dir: str | Path | None = None,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
+        if access not in _ACCESS:
+            raise ConfigurationError(
+                f"access is {access!r}, expected one of {', '.join(map(repr, _ACCESS))}"
+            )
         self.recoverables: dict[str, object] = {}
+        self.access = access
         self._world = world
-        self._keep_index = keep_index
+        self._storage = storage or LocalStorage()
+        self._link_unchanged = link_unchanged
         # What was found damaged when it was to be recovered from.
         self._damage_found: dict[Path, tuple[int | None, str]] = {}
         # Retention may look in the background while the caller does.
         self._looking = RLock()
         self._look_in(place_of(checkpoints_dir, local_dir, storage_options))
+        self.saver = Saver(self._workshop(), policy or SavePolicy())
+        self._set_up_uploads()
         _all.add(self)
 
     def _look_in(self, place: tuple[Path, Mirror | None]) -> None:
         with self._looking:
             self._checkpoints_dir, self._mirror = place
             self.url = None if self._mirror is None else self._mirror.url
-            self._catalog = Catalog(self._checkpoints_dir, keep_index=self._keep_index)
+            self._catalog = Catalog(self._checkpoints_dir, keep_index=self.access != "read")
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -125,15 +148,12 @@ class Finder:
         if place[0].absolute() != self._checkpoints_dir.absolute():
             self._move_to(place)
 
-    def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
-        self._look_in(place)
-
     @property
     def world(self) -> World:
         """The ranks that save and load together, as they are now.
 
         Example:
-            >>> Finder("runs/nowhere").world.size
+            >>> CheckpointFolder("runs/nowhere").world.size
             1
         """
         # Asked for anew each time: a process group may be set up after the checkpointer.
@@ -146,7 +166,7 @@ class Finder:
 
         Example:
             >>> import tempfile
-            >>> Finder(tempfile.mkdtemp()).list_checkpoints()
+            >>> CheckpointFolder(tempfile.mkdtemp()).list_checkpoints()
             []
         """
         self._ask_store()
@@ -163,7 +183,7 @@ class Finder:
             RemoteError: The store of a URL can't be reached, or refuses.
 
         Example:
-            >>> Finder("runs/nowhere").folder_of("runs/nowhere/CKPT+a").name
+            >>> CheckpointFolder("runs/nowhere").folder_of("runs/nowhere/CKPT+a").name
             'CKPT+a'
         """
         if isinstance(checkpoint, tuple):
@@ -184,9 +204,9 @@ class Finder:
         """Don't ask a store inside the block: what was found there last counts.
 
         Example:
-            >>> finder = Finder("runs/nowhere")
-            >>> with finder.as_known():
-            ...     finder.list_checkpoints()
+            >>> folder = CheckpointFolder("runs/nowhere")
+            >>> with folder.as_known():
+            ...     folder.list_checkpoints()
             []
         """
         return nullcontext() if self._mirror is None else self._mirror.one_look(known=True)
@@ -195,9 +215,9 @@ class Finder:
         """Ask a store at most once inside the block, however often it is looked at.
 
         Example:
-            >>> finder = Finder("runs/nowhere")
-            >>> with finder.one_look():
-            ...     finder.list_checkpoints()
+            >>> folder = CheckpointFolder("runs/nowhere")
+            >>> with folder.one_look():
+            ...     folder.list_checkpoints()
             []
         """
         return nullcontext() if self._mirror is None else self._mirror.one_look()
@@ -292,7 +312,7 @@ class Finder:
 
         Example:
             >>> import tempfile
-            >>> Finder(tempfile.mkdtemp()).find_sound_checkpoint() is None
+            >>> CheckpointFolder(tempfile.mkdtemp()).find_sound_checkpoint() is None
             True
         """
 
@@ -414,65 +434,6 @@ class Finder:
         except Exception as error:  # A notebook would show a traceback in place of the value.
             return failed_card(title, self.checkpoints_dir, error)
 
-
-def _after_fork() -> None:
-    for finder in list(_all):
-        # Held by a thread that the child doesn't have, it would never open.
-        finder._looking = RLock()  # noqa: SLF001 - of the module's own class
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-_ACCESS = ("exclusive", "shared", "read")
-
-
-class Annotator(Finder):
-    """Pins and annotates the checkpoints of a folder.
-
-    Args:
-        checkpoints_dir: The folder of all checkpoints, or the URL of one in a store.
-        world: The ranks that act together; by default those of `torch.distributed`.
-        access: See `Checkpointer`.
-        storage: How the disk is changed.
-        local_dir: See `Checkpointer`.
-        storage_options: See `Checkpointer`.
-
-    Attributes:
-        access: Whether others may write, or this one may.
-
-    Raises:
-        ConfigurationError: `access` is none of those known.
-
-    Example:
-        >>> Annotator("runs/nowhere", access="read").list_checkpoints()
-        []
-    """
-
-    def __init__(
-        self,
-        checkpoints_dir: str | Path,
-        *,
-        world: World | None = None,
-        access: str = "exclusive",
-        storage: LocalStorage | None = None,
-        local_dir: str | Path | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        if access not in _ACCESS:
-            raise ConfigurationError(
-                f"access is {access!r}, expected one of {', '.join(map(repr, _ACCESS))}"
-            )
-        super().__init__(
-            checkpoints_dir,
-            world=world,
-            keep_index=access != "read",
-            local_dir=local_dir,
-            storage_options=storage_options,
-        )
-        self.access = access
-        self._storage = storage or LocalStorage()
-
     def pin(self, checkpoint: Checkpoint | str | Path, reason: str = "") -> None:
         """Keep a checkpoint whatever the rules of retention say.
 
@@ -575,72 +536,6 @@ class Annotator(Finder):
                 "changed. Use a Checkpointer with access='exclusive' to save and delete"
             )
 
-
-C = TypeVar("C", bound="Curator")
-
-
-class FolderOptions(TypedDict, total=False):
-    """The keyword arguments of `Curator`, for a class that hands them down as it gets them."""
-
-    world: World | None
-    policy: SavePolicy | None
-    link_unchanged: bool
-    access: str
-    storage: LocalStorage | None
-    local_dir: str | Path | None
-    storage_options: Mapping[str, object] | None
-
-
-class Curator(Annotator):
-    """Deletes, pins and annotates the checkpoints of a folder.
-
-    Args:
-        checkpoints_dir: The folder of all checkpoints, or the URL of one in a store.
-        world: The ranks that act together; by default those of `torch.distributed`.
-        policy: How saves go on, for the `Checkpointer`.
-        link_unchanged: See `Checkpointer`.
-        access: See `Checkpointer`.
-        storage: How the disk is changed.
-        local_dir: See `Checkpointer`.
-        storage_options: See `Checkpointer`.
-
-    Attributes:
-        access: Whether others may write, or this one may.
-        saver: What writes and removes.
-
-    Raises:
-        ConfigurationError: `access` is none of those known.
-
-    Example:
-        >>> import tempfile
-        >>> Curator(tempfile.mkdtemp()).delete_checkpoints()
-        []
-    """
-
-    def __init__(
-        self,
-        checkpoints_dir: str | Path,
-        *,
-        world: World | None = None,
-        policy: SavePolicy | None = None,
-        link_unchanged: bool = True,
-        access: str = "exclusive",
-        storage: LocalStorage | None = None,
-        local_dir: str | Path | None = None,
-        storage_options: Mapping[str, object] | None = None,
-    ) -> None:
-        super().__init__(
-            checkpoints_dir,
-            world=world,
-            access=access,
-            storage=storage,
-            local_dir=local_dir,
-            storage_options=storage_options,
-        )
-        self._link_unchanged = link_unchanged
-        self.saver = Saver(self._workshop(), policy or SavePolicy())
-        self._set_up_uploads()
-
     def _workshop(self) -> Workshop:
         root = self.checkpoints_dir
         workshop = Workshop(root, self._storage, Links(enabled=self._link_unchanged))
@@ -660,7 +555,7 @@ class Curator(Annotator):
         # What was begun belongs to the folder before, and so does the retention that follows it.
         self.wait()
         self._lock.release()
-        super()._move_to(place)
+        self._look_in(place)
         self.saver.move_to(self._workshop())
         self._set_up_uploads()
 
@@ -732,7 +627,7 @@ class Curator(Annotator):
     def release(self) -> None:
         """Let other processes write to the folder; the next save takes it back.
 
-        A `Checkpointer` that nobody has any more lets them, too, and so does the end of the process.
+        It is also released when the object is collected, and when the process ends.
 
         Example:
             >>> import tempfile
@@ -970,3 +865,12 @@ def _seen(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _after_fork() -> None:
+    for folder in list(_all):
+        # Held by a thread that the child doesn't have, it would never open.
+        folder._looking = RLock()  # noqa: SLF001 - of the module's own class
+
+
+os.register_at_fork(after_in_child=_after_fork)

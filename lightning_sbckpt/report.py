@@ -27,7 +27,7 @@ from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._views.report_view import make_page
 from lightning_sbckpt._views.timeline import Timeline
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError
-from lightning_sbckpt.folder import Finder
+from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plotting import chosen_keys, svg_for_page, write_page
 
@@ -82,7 +82,7 @@ def report(
             f"There is no report on {folder}: expected the folder of all checkpoints of a run, found "
             f"{found}. Name the folder that holds the CKPT+... folders"
         )
-    timeline = Finder(folder).timeline()
+    timeline = CheckpointFolder(folder, access="read").timeline()
     shown = said(folder.absolute())
     beside = Path() if is_url(root) else folder
     target = Path(path) if path is not None else beside / "report.html"

@@ -13,7 +13,7 @@ from _foreign import forget_manifest
 from _lives import small_run
 
 from lightning_sbckpt import Checkpoint, Checkpointer
-from lightning_sbckpt.folder import Finder
+from lightning_sbckpt.folder import CheckpointFolder
 
 
 class Reader(HTMLParser):
@@ -91,7 +91,7 @@ def test_of_many_metrics_the_first_are_shown_and_the_others_named(checkpointer):
 
 def test_an_empty_and_a_missing_folder_say_so(checkpointer, tmp_path):
     """In place of a table."""
-    for finder in (checkpointer, Finder(tmp_path / "missing")):
+    for finder in (checkpointer, CheckpointFolder(tmp_path / "missing", access="read")):
         shown = Reader(finder._repr_html_())
         assert "no checkpoints yet" in shown.text
         assert shown.rows == []
@@ -213,7 +213,7 @@ def test_three_thousand_are_shown_at_once(tmp_path):
         (folder / "CKPT.yaml").write_text(
             f"unixtime: {1.7e9 + number}\nend-of-epoch: true\nloss: 1.0\n"
         )
-    finder = Finder(tmp_path)
+    finder = CheckpointFolder(tmp_path, access="read")
     finder.list_checkpoints()
     begin = time.process_time()
     assert "3,000 checkpoints" in finder._repr_html_()

@@ -24,7 +24,7 @@ from lightning_sbckpt.errors import (
     SaveError,
     SelectionError,
 )
-from lightning_sbckpt.folder import Finder
+from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.plotting import draw_timeline, save_figure, svg_for_page
 
 KEPT, BEST = "#0072b2", "#e69f00"
@@ -225,7 +225,7 @@ def test_a_folder_without_history_draws_what_is_there(checkpointer):
     """With the resume that the manifests tell of."""
     root = checkpointer.checkpoints_dir
     (root / "HISTORY.jsonl").unlink()
-    figure = Finder(root).plot("loss", min_key="loss")
+    figure = CheckpointFolder(root, access="read").plot("loss", min_key="loss")
     assert figure.get_suptitle() == "run: 5 checkpoints made, 5 kept"
     assert len(points(figure.axes[0], marker="o", filled=True)) == 4
     assert points(figure.axes[0], marker="o", filled=False) == []
@@ -257,7 +257,7 @@ def test_drawing_changes_nothing_in_the_folder(checkpointer, tree_bytes):
     """No lock, no index, no note."""
     root = checkpointer.checkpoints_dir
     before = tree_bytes(root)
-    Finder(root).plot()
+    CheckpointFolder(root, access="read").plot()
     assert tree_bytes(root) == before
 
 

@@ -21,7 +21,7 @@ from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, pr
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
 from lightning_sbckpt.cli._screen import listing_of
-from lightning_sbckpt.folder import Curator
+from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.inspect import marks_of
 from lightning_sbckpt.retention import Decision
 from lightning_sbckpt.retention.noted import RunRules, best_by, run_rules
@@ -113,15 +113,15 @@ def _print_plan(rules: RunRules, decisions: list[Decision]) -> None:
 
 def _carry_out(folder: Folder, rules: RunRules, protected: Protected) -> list[Decision]:
     before = run_rules(folder.path)
-    curator = Curator(folder.path)
+    checkpoints = CheckpointFolder(folder.path)
     # First of all: where a run is saving, nothing is removed and nothing is noted.
-    curator.claim()
+    checkpoints.claim()
     try:
-        done = curator.apply_retention(
+        done = checkpoints.apply_retention(
             rules.rules, ckpt_predicate=rules.predicate, protected=protected
         )
     finally:
-        curator.close()
+        checkpoints.close()
     if before.texts:
         # What was done by hand, once, is not what the run follows.
         noted = [_AsWritten(text) for text in before.texts]
@@ -149,7 +149,7 @@ def pin(ckpts: tuple[Path, ...], reason: str, as_json: bool) -> None:
     """Keep checkpoints whatever the rules say, until they are unpinned."""
     pinned = [locate(each) for each in ckpts]
     for folder, found in pinned:
-        Curator(folder.path, access="shared").pin(found, reason)
+        CheckpointFolder(folder.path, access="shared").pin(found, reason)
         if not as_json:
             why = f": {printable(reason)}" if reason else ""
             echo(f"pinned {printable(found.path.name)}{why}")
@@ -166,7 +166,7 @@ def unpin(ckpts: tuple[Path, ...], as_json: bool) -> None:
     """Let the rules remove checkpoints again."""
     pinned = [locate(each) for each in ckpts]
     for folder, found in pinned:
-        Curator(folder.path, access="shared").unpin(found)
+        CheckpointFolder(folder.path, access="shared").unpin(found)
         if not as_json:
             was = "unpinned" if found.meta.get("pinned") else "not pinned anyway:"
             echo(f"{was} {printable(found.path.name)}")
@@ -196,7 +196,7 @@ def annotate(
         raise Failure("nothing to annotate: expected KEY=VALUE, --note or --tag")
     meta = dict(map(_key_and_value, values))
     folder, found = locate(ckpt)
-    Curator(folder.path, access="shared").annotate(found, meta, note=note, tags=tags)
+    CheckpointFolder(folder.path, access="shared").annotate(found, meta, note=note, tags=tags)
     if as_json:
         print_json({"path": said(found.path), "meta": meta, "note": note, "tags": tags})
         return

@@ -18,7 +18,7 @@ from lightning_sbckpt.errors import (
     RemoteError,
     SaveError,
 )
-from lightning_sbckpt.folder import Curator
+from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.verify import verify
 from remote._machines import Machines, filled
 
@@ -196,7 +196,7 @@ def test_a_pin_set_while_a_checkpoint_is_uploaded_is_not_lost(machines, monkeypa
 
     def pin_meanwhile(self, name, sizes):
         monkeypatch.setattr(RemoteFolder, "_compare", compare)
-        Curator(checkpointer.checkpoints_dir, access="shared").pin(
+        CheckpointFolder(checkpointer.checkpoints_dir, access="shared").pin(
             checkpointer.checkpoints_dir / name, "meanwhile"
         )
         compare(self, name, sizes)
