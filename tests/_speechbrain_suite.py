@@ -371,12 +371,19 @@ def train_here(script, folder, api, interrupt, utterances):
         # More than one batch in an epoch if that is possible, or there would be no middle.
         batch_size = min(loading.get("batch_size", 1), max(1, len(train_set) // 2))
         options["train_loader_kwargs"] = {**loading, "batch_size": batch_size}
+        self.is_fitting = True
         fit(self, counter, train_set, valid_set, **options)
+        self.is_fitting = False
         log.write(json.dumps(["weights", digest(self.modules)]) + "\n")
         log.flush()
 
     def new_evaluate(self, test_set, *args, **options):
-        return evaluate(self, shorten(test_set, utterances), *args, **options)
+        with contextlib.ExitStack() as stack:
+            if getattr(self, "is_fitting", False):
+                # It would recover the last checkpoint, with the counter, and the epoch begin again.
+                stack.callback(setattr, self, "checkpointer", self.checkpointer)
+                self.checkpointer = None
+            return evaluate(self, shorten(test_set, utterances), *args, **options)
 
     def new_save_in_epoch(self):
         save_in_epoch(self)
