@@ -32,8 +32,8 @@ def mounted(folder: Path, *refused: str) -> Iterator[Path]:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("there is no /dev/fuse")
     behind, place = folder / "behind", folder / "mounted"
-    behind.mkdir()
-    place.mkdir()
+    behind.mkdir(exist_ok=True)
+    place.mkdir(exist_ok=True)
     with subprocess.Popen([sys.executable, __file__, behind, place, *refused]) as server:
         try:
             deadline = time.monotonic() + 60

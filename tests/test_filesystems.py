@@ -151,6 +151,19 @@ def test_file_that_a_reader_holds_open_is_removed_later(tmp_path):
         assert not [path for path in root.iterdir() if path.name.startswith(".removed")]
 
 
+def test_filesystem_that_is_mounted_anew_is_saved_to_again(tmp_path):
+    """What was open on the one that went away, the lock above all, is opened again."""
+    with mounted(tmp_path) as place:
+        checkpointer = checkpointer_of(place / "run")
+        checkpointer.save_checkpoint(name="before")
+    with mounted(tmp_path) as place:
+        checkpointer.save_checkpoint(name="after")
+        names = [ckpt.path.name for ckpt in checkpointer.list_checkpoints()]
+        assert sorted(names) == ["CKPT+after", "CKPT+before"]
+        checkpointer.close()
+        assert not (place / "run" / ".lock").exists()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_error_that_comes_when_a_file_is_closed_fails_the_save(tmp_path, mode):
     """As on NFS, when the server has no more room: the bytes were not taken."""

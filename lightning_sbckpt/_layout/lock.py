@@ -42,6 +42,8 @@ logger = logging.getLogger("lightning_sbckpt")
 LOCK_NAME = ".lock"
 _ATTEMPTS = 20
 _HELD_BY_OTHERS = (errno.EACCES, errno.EAGAIN)
+# The file, or the filesystem that it was opened on: it may be mounted anew.
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTCONN)
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 _Identity = tuple[int, int]
@@ -147,10 +149,11 @@ class _Claim:
     def take(self, *, shared: bool) -> None:
         """Take the lock, take it again, or turn a shared one into one that is not."""
         self._me = self._me or describe_me()
-        self._forget_closed()
         if self._by_record:
             self._check_record()
             return
+        if self._file is not None and not self._is_in_place():
+            self.drop()
         alone = self._alone or not shared
         while True:
             new = self._file is None
@@ -193,7 +196,6 @@ class _Claim:
     def drop(self) -> None:
         """Give up, leaving no file, unless others share it."""
         path = self.root / LOCK_NAME
-        self._forget_closed()
         if self._by_record:
             with suppress(OSError):
                 if is_same_process(read_record_at(path), self._me):
@@ -204,14 +206,10 @@ class _Claim:
                 if self._is_in_place():
                     fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
         self._file = None
         self._alone = self._by_record = False
-
-    def _forget_closed(self) -> None:
-        # An exception of a signal handler may come right after it was closed in `drop`.
-        if self._file is not None and self._file.closed:
-            self._file, self._alone = None, False
 
     def _open(self) -> FileIO:
         # Not through a link, and not waiting for somebody at the other end of a pipe.
@@ -223,12 +221,15 @@ class _Claim:
         return file
 
     def _is_in_place(self) -> bool:
-        if self._file is None:
+        # Closed: an exception of a signal handler may come right after that, in `drop`.
+        if self._file is None or self._file.closed:
             return False
-        held = os.fstat(self._file.fileno())
         try:
+            held = os.fstat(self._file.fileno())
             found = (self.root / LOCK_NAME).lstat()
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
             return False
         return (held.st_dev, held.st_ino) == (found.st_dev, found.st_ino)
 
