@@ -21,8 +21,8 @@ from benchmarks import ranks
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._format.load import load_state
 from lightning_sbckpt._layout.manifest import FileDigest, Manifest, dump_manifest
+from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt.plugin.state import exact
-from lightning_sbckpt.plugin.state.parts import Part
 from lightning_sbckpt.plugin.state.per_rank import pack, state_of_rank
 from lightning_sbckpt.rng import isolated_rng
 
@@ -96,14 +96,14 @@ def packed(state: dict[str, object]) -> object:
     return {name: pack(one) for name, one in state.items()}
 
 
-def stacked(arrived: list[Any]) -> dict[str, Part]:
+def stacked(arrived: list[Any]) -> dict[str, TakenState]:
     """Return the parts of the stacked form."""
     return exact.parts_of_ranks({}, Arrived(arrived))
 
 
-def listed(arrived: list[Any]) -> dict[str, Part]:
+def listed(arrived: list[Any]) -> dict[str, TakenState]:
     """Return the parts as lists of what has arrived."""
-    return {name: Part({"ranks": [one[name] for one in arrived]}) for name in arrived[0]}
+    return {name: TakenState({"ranks": [one[name] for one in arrived]}) for name in arrived[0]}
 
 
 def cost(size: int, form: str, folder: Path) -> Cost:

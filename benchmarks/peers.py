@@ -65,7 +65,7 @@ class Ours(Peer):
 
     def watch(self) -> None:
         """Wait for the thread that writes; `wait` is for the thread that trains."""
-        self.checkpointer.saver.finish_here()
+        self.checkpointer.wait_here()
         if not any(self.folder.glob("CKPT*/CKPT.yaml")):
             raise FileNotFoundError(
                 f"the save in the background left no checkpoint in {self.folder}"

@@ -37,12 +37,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_sbckpt import Checkpointer
-from lightning_sbckpt._save.stage import Save
+from lightning_sbckpt._save import saver
+from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._world.world import TorchDistributed
 from lightning_sbckpt.hooks.builtin import metric_state
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.state import exact
-from lightning_sbckpt.plugin.state.parts import LOADERS, METRICS, RNG, Part
+from lightning_sbckpt.plugin.state.parts import LOADERS, METRICS, RNG
 from lightning_sbckpt.rng import capture_rng
 from lightning_sbckpt.typing import World
 
@@ -88,12 +89,15 @@ def state_of(loading: Loading, metric: MulticlassAccuracy) -> dict[str, object]:
     }
 
 
-def as_lists(state: dict[str, object], world: World) -> dict[str, Part]:
+def as_lists(state: dict[str, object], world: World) -> dict[str, TakenState]:
     """Return the parts of all ranks as lists, gathered on every rank: what is compared with."""
     gathered = [state] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, state)
-    return {name: Part({"ranks": [one[name] for one in gathered]}, volatile=True) for name in state}
+    return {
+        name: TakenState({"ranks": [one[name] for one in gathered]}, volatile=True)
+        for name in state
+    }
 
 
 # ---------------------------------------------------------------------- one rank
@@ -112,16 +116,16 @@ def save_rounds(
     metric.update(torch.randint(3, (8,)), torch.randint(3, (8,)))
     took: dict[str, list[dict[str, float]]] = defaultdict(list)
     completing: list[float] = []
-    complete = Save.complete
+    commit = saver.commit
 
-    def timed_complete(self: Save) -> Any:
+    def timed_commit(*args: Any) -> Any:
         began = time.monotonic()
         try:
-            return complete(self)
+            return commit(*args)
         finally:
             completing.append(time.monotonic() - began)
 
-    Save.complete = timed_complete  # type: ignore[method-assign]
+    saver.commit = timed_commit
     checkpointers = {form: Checkpointer(folder / form) for form in forms}
     seed(rank)
     for number in range(rounds):

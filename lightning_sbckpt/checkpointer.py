@@ -16,6 +16,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.publish import check_name, is_checkpoint, read_checkpoint, sweep
 from lightning_sbckpt._load.load import LoadOptions, load_into, require_sound
 from lightning_sbckpt._remote.mirror import Mirror
-from lightning_sbckpt._save.items import SaveJob, save_jobs
-from lightning_sbckpt._save.request import Description, meta_of_new, time_after
+from lightning_sbckpt._save.items import SaveItem, save_items
+from lightning_sbckpt._save.request import SaveRequest, SaveResult, meta_of_new, time_after
 from lightning_sbckpt._save.saver import SavePolicy
-from lightning_sbckpt._world.world import decided_by_main, decided_unless_failed
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.folder import CheckpointFolder
@@ -90,7 +91,6 @@ class Checkpointer(CheckpointFolder):
         registry: The hooks by type.
         trust_pickle: Whether state that only pickle can hold is read.
         lineage: Where the weights come from, for the manifests of the next checkpoints.
-        documents: Small texts that the next checkpoints hold beside their files, by file name.
 
     Raises:
         ConfigurationError: The folder can't be used, or an argument is none of those known.
@@ -154,7 +154,6 @@ class Checkpointer(CheckpointFolder):
             self._set_hook("save", each, save_hook)
         if recoverables is not None:
             self.add_recoverables(recoverables)
-        self.documents: dict[str, str] = {}
         self._newest_saved = 0.0
         self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize[..., Any]]
         self._watched = weakref.WeakKeyDictionary()
@@ -257,7 +256,7 @@ class Checkpointer(CheckpointFolder):
         name: str | None = None,
         verbosity: int = logging.INFO,
         *,
-        then: Callable[[], object] | None = None,
+        on_durable: Callable[[], object] | None = None,
     ) -> Checkpoint | None:
         """Save every recoverable into a new checkpoint, flushed to the disk when this returns.
 
@@ -270,7 +269,7 @@ class Checkpointer(CheckpointFolder):
             name: The checkpoint's own name; by default it is named by time. A checkpoint saved
                 before under the same name is replaced.
             verbosity: The level of the log line.
-            then: Called on rank zero when the checkpoint is durable; in the background if the save
+            on_durable: Called on rank zero when the checkpoint is durable; in the background if the save
                 goes on there.
 
         Returns:
@@ -290,44 +289,70 @@ class Checkpointer(CheckpointFolder):
             >>> checkpointer.save_checkpoint({"loss": 0.5}, name="first").path.name
             'CKPT+first'
         """
-        return self._save(meta, end_of_epoch, name, verbosity, lambda: then)
+        request = SaveRequest(
+            self.recoverables,
+            meta or {},
+            bool(end_of_epoch),
+            name,
+            self.lineage,
+            verbosity=verbosity,
+            on_durable=on_durable,
+        )
+        return self.save(request).checkpoint
+
+    def save(self, request: SaveRequest) -> SaveResult:
+        """Save what a request says, and tell what came of it; see `save_checkpoint`.
+
+        Its items take the place of the recoverables.
+
+        Raises:
+            SaveError: See `save_checkpoint`.
+            FolderInUseError: See `save_checkpoint`.
+            HookError: See `save_checkpoint`.
+            MetaError: See `save_checkpoint`.
+
+        Example:
+            >>> import tempfile, torch
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp())
+            >>> request = SaveRequest({"model": torch.nn.Linear(1, 1)}, {"loss": 0.5})
+            >>> checkpointer.save(request).checkpoint.meta["loss"]
+            0.5
+        """
+        return self._save(request, lambda: request.on_durable)
 
     def _save(
-        self,
-        meta: Mapping[str, object] | None,
-        end_of_epoch: bool,
-        name: str | None,
-        verbosity: int,
-        followed_by: Callable[[], Callable[[], object] | None],
-    ) -> Checkpoint | None:
+        self, request: SaveRequest, followed_by: Callable[[], Callable[[], object] | None]
+    ) -> SaveResult:
         self._require_writable()
-        # What can't be saved on one rank can't be saved on any: all learn of it before the first hook
-        # runs, which may hold a collective.
-        failure: Exception | None = None
-        try:
-            jobs = self._save_jobs()
-            then = followed_by()
-            description = self._describe(meta or {}, bool(end_of_epoch), name, verbosity)
-        except Exception as error:
-            failure = error
-        try:
-            decided_unless_failed(self.world, failure, self._claim_here)
-        except SBCheckpointError as error:
-            self.saver.fail(error, self.world)
-            return None
-        self._watch_optimizers()
-        saved = self.saver.save(jobs, description, self.world, then)
-        unixtime = float(str(description.meta["unixtime"]))
-        self._newest_saved = max(self._newest_saved, usable_time(unixtime))
-        return saved
+        self._watch_optimizers(request.items)
 
-    def _describe(
-        self, meta: Mapping[str, object], end_of_epoch: bool, name: str | None, verbosity: int
-    ) -> Description:
-        if name is not None:
-            check_name(name, "checkpoint")
-        for document in self.documents:
-            check_name(document, "document")
+        def prepare() -> SaveRequest:
+            ready = replace(self._with_hooks_and_meta(request), on_durable=followed_by())
+            unixtime = float(str(ready.meta["unixtime"]))
+            self._newest_saved = max(self._newest_saved, usable_time(unixtime))
+            return ready
+
+        return self._saver.save(request, self.world, prepare=prepare, claim=self._claim_here)
+
+    def save_failed(self, error: SBCheckpointError) -> SaveResult:
+        """Raise why there is nothing to save, or log it with `on_save_error="warn"`.
+
+        Every rank calls this, with an error of the same type.
+
+        Example:
+            >>> import tempfile
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), on_save_error="warn")
+            >>> checkpointer.save_failed(SaveError("the state can't be taken")).skipped
+            False
+        """
+        return self._saver.failed(error, self.world)
+
+    def _with_hooks_and_meta(self, request: SaveRequest) -> SaveRequest:
+        if request.name is not None:
+            check_name(request.name, "checkpoint")
+        for extra in request.extra_files:
+            check_name(extra, "document")
+        items = self._save_items(request.items)
         try:
             unixtime = self._next_unixtime()
         except OSError as error:
@@ -335,11 +360,12 @@ class Checkpointer(CheckpointFolder):
                 f"the checkpoints in {self.checkpoints_dir} can't be listed: "
                 f"{error.strerror or error}. Nothing was written; earlier checkpoints are whole"
             ) from error
-        described = meta_of_new(meta, unixtime=unixtime, end_of_epoch=end_of_epoch)
-        return Description(described, name, dict(self.lineage), verbosity, dict(self.documents))
+        end_of_epoch = request.end_of_epoch
+        meta = meta_of_new(request.meta, unixtime=unixtime, end_of_epoch=end_of_epoch)
+        return replace(request, items=items, meta=meta, lineage=dict(request.lineage))
 
-    def _watch_optimizers(self) -> None:
-        if self.saver.policy.mode != "overlap":
+    def _watch_optimizers(self, items: Mapping[str, object]) -> None:
+        if self._saver.policy.mode != "overlap":
             return
         me = weakref.ref(self)
 
@@ -347,7 +373,7 @@ class Checkpointer(CheckpointFolder):
             if (checkpointer := me()) is not None:
                 checkpointer.before_update()
 
-        for obj in self.recoverables.values():
+        for obj in items.values():
             if isinstance(obj, torch.optim.Optimizer) and obj not in self._watched:
                 self._watched[obj] = weakref.finalize(
                     self, obj.register_step_pre_hook(before_step).remove
@@ -381,7 +407,7 @@ class Checkpointer(CheckpointFolder):
             >>> import tempfile
             >>> Checkpointer(tempfile.mkdtemp()).before_update()
         """
-        self.saver.before_update(self.world)
+        self._saver.before_update(self.world)
 
     def save_and_keep_only(
         self,
@@ -434,7 +460,15 @@ class Checkpointer(CheckpointFolder):
             return lambda: self.prune_here(rules, ckpt_predicate=may_go, verbosity=verbosity)
 
         # The arguments are looked at before the save: those that can't be meant must not cost one.
-        self._save(meta, end_of_epoch, name, verbosity, prune)
+        request = SaveRequest(
+            self.recoverables,
+            meta or {},
+            bool(end_of_epoch),
+            name,
+            self.lineage,
+            verbosity=verbosity,
+        )
+        self._save(request, prune)
 
     def recover_if_possible(
         self,
@@ -524,11 +558,11 @@ class Checkpointer(CheckpointFolder):
         load_into(self.recoverables, checkpoint, options)
         self.lineage["resumed-from"] = checkpoint.path.name
 
-    def _save_jobs(self) -> dict[str, SaveJob]:
-        for name in self.recoverables:
-            # Again, since the dictionary may be changed directly.
+    def _save_items(self, items: Mapping[str, object]) -> dict[str, SaveItem]:
+        for name in items:
+            # Again, since the dictionary of recoverables may be changed directly.
             check_name(name, "recoverable")
-        return save_jobs(self.recoverables, self.custom_save_hooks, self.registry)
+        return save_items(items, self.custom_save_hooks, self.registry)
 
     def _next_unixtime(self) -> float:
         if self.world.rank != 0:

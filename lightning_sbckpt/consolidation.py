@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
@@ -25,6 +26,8 @@ from lightning_sbckpt._layout.publish import (
     read_checkpoint,
 )
 from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
+from lightning_sbckpt._save.items import TakenState
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt._sharded.states import numbered
 from lightning_sbckpt._world.world import SingleProcess
@@ -119,64 +122,56 @@ def consolidate(
         for part, path in source.paramfiles.items():
             if part in sharded:
                 scratch = stack.enter_context(tempfile.TemporaryFile(dir=root))
-                whole = _Whole(path, cast("BinaryIO", scratch))
+                whole = TakenState(partial(_whole, path, cast("BinaryIO", scratch)))
                 checkpointer.add_recoverable(part, whole)
             else:
                 checkpointer.add_recoverable(part, path, custom_save_hook=copy_paramfile)
-        checkpointer.lineage = {CONSOLIDATED_FROM: source.path.name, "reason": "consolidated"}
-        checkpointer.documents = _documents(source)
         meta = read_meta(source.path / META_NAME)
         # So that it is never the newest of the two.
         earlier = {"unixtime": ckpt_recency(source) - _TICK} if ckpt_recency(source) > 0 else {}
+        request = SaveRequest(
+            checkpointer.recoverables,
+            {**meta, **earlier},
+            bool(meta.get("end-of-epoch", True)),
+            name,
+            {CONSOLIDATED_FROM: source.path.name, "reason": "consolidated"},
+            _documents(source),
+        )
         with tally.part(saving):
-            saved = checkpointer.save_checkpoint(
-                {**meta, **earlier}, bool(meta.get("end-of-epoch", True)), name
-            )
+            saved = checkpointer.save(request).checkpoint
         assert saved is not None  # There is one process, and no background.
         checkpointer.pin(saved, f"consolidated from {source.path.name}")
-        checkpointer.recoverables = {}
     return read_checkpoint(saved.path)
 
 
-class _Whole:
-    """A sharded state as a whole, in a file that is mapped into memory.
+def _whole(path: Path, scratch: BinaryIO) -> Mapping[str, Any]:
+    """Return a sharded state as a whole, in a file that is mapped into memory.
 
     Args:
-        path: The folder of the state.
+        path: The folder of the state; an optimizer's comes in its ordinary form.
         scratch: An empty file, open for writing.
     """
+    from lightning_sbckpt._sharded.reading import SavedShards
 
-    def __init__(self, path: Path, scratch: BinaryIO) -> None:
-        self._path = path
-        self._scratch = scratch
+    shards = SavedShards(path)
+    tensors = shards.contents.tensors
+    starts: dict[str, int] = {}
+    length = 0
+    for name, saved in tensors.items():
+        starts[name] = length
+        length += -(-_bytes_of(saved) // _ALIGNED) * _ALIGNED
+    scratch.truncate(max(length, 1))
+    mapped = mmap.mmap(scratch.fileno(), max(length, 1))
 
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the state; an optimizer's in its ordinary form."""
-        from lightning_sbckpt._sharded.reading import SavedShards
+    def allocate(name: str, saved: SavedTensor) -> torch.Tensor:
+        count = math.prod(saved.size)
+        if not count:
+            return torch.empty(saved.size, dtype=saved.dtype, device="cpu")
+        flat = torch.frombuffer(mapped, dtype=saved.dtype, count=count, offset=starts[name])
+        return flat.view(saved.size)
 
-        shards = SavedShards(self._path)
-        tensors = shards.contents.tensors
-        starts: dict[str, int] = {}
-        length = 0
-        for name, saved in tensors.items():
-            starts[name] = length
-            length += -(-_bytes_of(saved) // _ALIGNED) * _ALIGNED
-        self._scratch.truncate(max(length, 1))
-        mapped = mmap.mmap(self._scratch.fileno(), max(length, 1))
-
-        def allocate(name: str, saved: SavedTensor) -> torch.Tensor:
-            count = math.prod(saved.size)
-            if not count:
-                return torch.empty(saved.size, dtype=saved.dtype, device="cpu")
-            flat = torch.frombuffer(mapped, dtype=saved.dtype, count=count, offset=starts[name])
-            return flat.view(saved.size)
-
-        state = shards.state(allocate)
-        return numbered(state) if "param_groups" in state else state
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Refuse: it is what was saved."""
-        raise ConfigurationError(f"{self._path} was written, and is not loaded into")
+    state = shards.state(allocate)
+    return numbered(state) if "param_groups" in state else state
 
 
 def _bytes_of(saved: SavedTensor) -> int:

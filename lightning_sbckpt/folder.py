@@ -25,8 +25,9 @@ from lightning_sbckpt._remote.mirror import Mirror
 from lightning_sbckpt._remote.places import here, mirror_at, place_of
 from lightning_sbckpt._remote.uploading import Uploads
 from lightning_sbckpt._remote.urls import is_url, normal_url
+from lightning_sbckpt._save.remover import Remover
 from lightning_sbckpt._save.saver import SavePolicy, Saver
-from lightning_sbckpt._save.stage import Workshop
+from lightning_sbckpt._save.stage import SaverState
 from lightning_sbckpt._world.world import current_world, decided_by_main
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
@@ -75,7 +76,6 @@ class CheckpointFolder:
         url: The URL, or None.
         access: Whether other processes may write, or this one may.
         recoverables: By name, what would be loaded: their files decide whether a checkpoint is sound.
-        saver: What writes and removes.
 
     Raises:
         ConfigurationError: `access` is not one of those known.
@@ -111,8 +111,8 @@ class CheckpointFolder:
         # Retention may look in the background while the caller does.
         self._looking = RLock()
         self._look_in(place_of(checkpoints_dir, local_dir, storage_options))
-        self.saver = Saver(self._workshop(), policy or SavePolicy())
-        self._set_up_uploads()
+        self._remover = Remover(self._storage)
+        self._saver = Saver(self._saver_state(), policy or SavePolicy(), self._remover)
         _all.add(self)
 
     def _look_in(self, place: tuple[Path, Mirror | None]) -> None:
@@ -536,28 +536,29 @@ class CheckpointFolder:
                 "changed. Use a Checkpointer with access='exclusive' to save and delete"
             )
 
-    def _workshop(self) -> Workshop:
+    def _saver_state(self) -> SaverState:
         root = self.checkpoints_dir
-        workshop = Workshop(root, self._storage, Links(enabled=self._link_unchanged))
-        self._history = workshop.history
-        self._lock = workshop.right = FolderLock(root, shared=self.access == "shared")
-        return workshop
-
-    def _set_up_uploads(self) -> None:
         self._looked_at: dict[Path, dict[str, tuple[int, int, int] | None]] = {}
+        self._lock = FolderLock(root, shared=self.access == "shared")
         self._uploads: Uploads | None = None
-        self.saver.then_upload = None
         if self._mirror is not None:
             self._uploads = Uploads(self._mirror, alone=self.access == "exclusive")
-            self.saver.then_upload = self._uploads.ship
+        state = SaverState(
+            root,
+            self._storage,
+            Links(enabled=self._link_unchanged),
+            folder_lock=self._lock,
+            upload=None if self._uploads is None else self._uploads.ship,
+        )
+        self._history = state.history
+        return state
 
     def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
         # What was begun belongs to the folder before, and so does the retention that follows it.
         self.wait()
         self._lock.release()
         self._look_in(place)
-        self.saver.move_to(self._workshop())
-        self._set_up_uploads()
+        self._saver.move_to(self._saver_state())
 
     def claim(self) -> None:
         """Make sure that nobody else writes to the folder; every save does so by itself.
@@ -604,8 +605,25 @@ class CheckpointFolder:
             >>> [ckpt.path.name for ckpt in checkpointer.list_checkpoints()]
             ['CKPT+a']
         """
-        self.saver.wait(self.world)
-        self.saver.wait_for_removals()
+        self._saver.wait(self.world)
+        self._remover.wait()
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is still being written in the background of this process."""
+        return self._saver.busy
+
+    def wait_here(self) -> None:
+        """Wait in this process alone and raise nothing: for when the run itself has failed.
+
+        Other ranks may be anywhere by then. What went wrong in the background was logged.
+
+        Example:
+            >>> import tempfile
+            >>> from lightning_sbckpt import Checkpointer
+            >>> Checkpointer(tempfile.mkdtemp()).wait_here()
+        """
+        self._saver.wait_here()
 
     def close(self) -> None:
         """Wait, and let other processes write to the folder; the next save takes it back.
@@ -762,7 +780,7 @@ class CheckpointFolder:
     ) -> list[Decision]:
         """Do what `apply_retention` does, without the other ranks and without waiting for saves.
 
-        For the `then` of `save_checkpoint`, which runs on rank zero alone.
+        For the `on_durable` of a `SaveRequest`, which is called on rank zero alone.
 
         Args:
             rules: See `apply_retention`.
@@ -849,7 +867,7 @@ class CheckpointFolder:
                     return Decision(decision.checkpoint, True, f"pinned meanwhile: {pinned}")
                 # First in the store: what is there is the checkpoint, and what is here a copy.
                 with nullcontext() if self._mirror is None else self._mirror.removing(path.name):
-                    self.saver.remove(path)
+                    self._remover.remove(path)
         except CheckpointNotFoundError:
             return decision  # Another process was faster.
         self._looked_at.pop(path, None)

@@ -13,13 +13,13 @@ import torch
 from lightning_sbckpt._format.templates import Templates
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.links import Links
-from lightning_sbckpt._save.items import Contents, SaveJob
+from lightning_sbckpt._save.items import Contents, SaveItem
 
 
 def contents_of(state, templates=None, name="model.ckpt"):
     """Return the contents of the files of a state, by name."""
-    job = SaveJob(Path(name).stem, "state", lambda: state, torch.save, False, False)
-    return Contents.of(job, state, templates or Templates(), Path("nowhere"))
+    item = SaveItem(Path(name).stem, "state", lambda: state)
+    return Contents.of(item, state, templates or Templates(), Path("nowhere"))
 
 
 def written(state, folder, templates=None, name="model.ckpt"):

@@ -380,7 +380,7 @@ class TestOverlap:
         checkpointer.wait()
         assert contents(tmp_path / "overlap" / "CKPT+a") == expected
         assert find_damage(tmp_path / "overlap" / "CKPT+a") == []
-        assert checkpointer.saver._mode == "overlap"
+        assert checkpointer._saver._mode == "overlap"
 
     def test_a_copy_that_somebody_wrote_to_is_taken_anew(
         self, tmp_path, cuda, everything_on, caplog

@@ -321,7 +321,7 @@ class NoFolder(LocalStorage):
 def save_to(storage, folder, rank):
     checkpointer = checkpointer_of(folder, rank)
     if rank == 0:
-        checkpointer.saver._workshop.storage = storage()
+        checkpointer._saver._state.storage = storage()
     checkpointer.save_checkpoint()
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from lightning_sbckpt import Checkpointer, SBCheckpoint
 from lightning_sbckpt._layout.manifest import find_damage, read_manifest
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt.errors import CheckpointNameError, SaveError
 
 
@@ -17,11 +18,15 @@ def checkpointer(tmp_path):
     return Checkpointer(tmp_path / "run", {"model": torch.nn.Linear(1, 1)})
 
 
-def test_a_document_is_part_of_every_checkpoint_from_then_on(checkpointer):
+def save_with(checkpointer, name, text):
+    request = SaveRequest(checkpointer.recoverables, name="after", extra_files={name: text})
+    return checkpointer.save(request).checkpoint
+
+
+def test_a_document_is_part_of_the_checkpoint(checkpointer):
     """With a checksum in the manifest; it is no recoverable."""
     before = checkpointer.save_checkpoint(name="before")
-    checkpointer.documents["notes.txt"] = "grün\n"
-    saved = checkpointer.save_checkpoint(name="after")
+    saved = save_with(checkpointer, "notes.txt", "grün\n")
     assert (saved.path / "notes.txt").read_text(encoding="utf-8") == "grün\n"
     assert list(saved.paramfiles) == ["model"]
     assert "notes.txt" in read_manifest(saved.path).files
@@ -34,18 +39,16 @@ def test_a_document_is_part_of_every_checkpoint_from_then_on(checkpointer):
 @pytest.mark.parametrize("name", ["../notes.txt", "a/b", "", "."])
 def test_a_name_that_leads_elsewhere_is_refused(checkpointer, name):
     """Before anything is written."""
-    checkpointer.documents[name] = "x"
     with pytest.raises(CheckpointNameError, match="document"):
-        checkpointer.save_checkpoint()
+        save_with(checkpointer, name, "x")
     assert checkpointer.list_checkpoints() == []
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "MANIFEST.yaml", "CKPT.yaml"])
 def test_a_document_never_takes_the_place_of_a_file(checkpointer, name):
     """The save fails, and nothing of it is visible."""
-    checkpointer.documents[name] = "x"
     with pytest.raises(SaveError, match="File exists"):
-        checkpointer.save_checkpoint()
+        save_with(checkpointer, name, "x")
     assert checkpointer.list_checkpoints() == []
 
 

@@ -361,5 +361,5 @@ class TestDecorator:
 
         checkpointer = Checkpointer(tmp_path, {"by_class": Gathers(), "by_name": Gathers()})
         checkpointer.custom_save_hooks["by_name"] = save_as("text")
-        jobs = checkpointer._save_jobs()
-        assert [jobs[name].on_every_rank for name in ("by_class", "by_name")] == [True, False]
+        items = checkpointer._save_items(checkpointer.recoverables)
+        assert [items[name].on_every_rank for name in ("by_class", "by_name")] == [True, False]

@@ -291,7 +291,7 @@ class TestOneProcess:
             checkpointer = Checkpointer(tmp_path, {"model": model}, save_mode=mode)
             checkpointer.save_checkpoint()
             checkpointer.wait()
-            arena = weakref.ref(checkpointer.saver._workshop.arena)
+            arena = weakref.ref(checkpointer._saver._state.arena)
             assert arena().capacity
             del checkpointer
             assert arena() is None

@@ -216,7 +216,7 @@ class TestOverlap:
                 model.weight.fill_(2)
         go_on.set()
         if not back:
-            checkpointer.saver._in_flight.late_copy.wait()
+            checkpointer._saver._hidden.late_copy.wait()
             storage.resize_(size)
             with torch.no_grad():
                 model.weight.fill_(2)
@@ -245,7 +245,7 @@ class TestOverlap:
         assert arrived.wait(60)
         storage.resize_(0)
         go_on.set()
-        checkpointer.saver._in_flight.late_copy.wait()
+        checkpointer._saver._hidden.late_copy.wait()
         storage.resize_(saved.nbytes())
         storage.copy_(saved)
         checkpointer.before_update()
@@ -334,7 +334,7 @@ class TestRetention:
 
     def test_checkpoint_pinned_while_retention_is_at_work_stays(self, tmp_path, saved, monkeypatch):
         """A pin that has returned holds, whatever was decided before."""
-        remove = saved.saver.remove
+        remove = saved._remover.remove
 
         def slow(folder):
             if folder.name == "CKPT+4":
@@ -342,7 +342,7 @@ class TestRetention:
                 pin(tmp_path / "CKPT+0", "in the paper", storage=LocalStorage())
             remove(folder)
 
-        monkeypatch.setattr(saved.saver, "remove", slow)
+        monkeypatch.setattr(saved._remover, "remove", slow)
         decisions = saved.delete_checkpoints(num_to_keep=1)
         assert "keep   CKPT+0: pinned meanwhile: in the paper" in map(str, decisions)
         names = {ckpt.path.name for ckpt in saved.list_checkpoints()}

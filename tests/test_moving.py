@@ -70,7 +70,8 @@ def test_a_save_in_flight_ends_in_its_own_folder(tmp_path, names_in):
     done = []
     for name in ("first", "second"):
         checkpointer.save_checkpoint(
-            name=name, then=lambda: (time.sleep(0.05), done.append(checkpointer.checkpoints_dir))
+            name=name,
+            on_durable=lambda: (time.sleep(0.05), done.append(checkpointer.checkpoints_dir)),
         )
     checkpointer.checkpoints_dir = tmp_path / "b"
     assert done == [tmp_path / "a"] * 2
@@ -85,7 +86,7 @@ def test_a_save_that_failed_in_the_background_is_told_and_nothing_moves(tmp_path
         raise SaveError("no room")
 
     checkpointer = Checkpointer(tmp_path / "a", save_mode="async")
-    checkpointer.save_checkpoint(name="x", then=fail)
+    checkpointer.save_checkpoint(name="x", on_durable=fail)
     with pytest.raises(SaveError, match="no room"):
         checkpointer.checkpoints_dir = tmp_path / "b"
     assert checkpointer.checkpoints_dir == tmp_path / "a"

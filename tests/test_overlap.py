@@ -20,7 +20,9 @@ from _releases import needs_torch
 from lightning_sbckpt import Checkpointer
 from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt._save import late_copy as overlap
+from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._save.late_copy import LateCopy
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt.errors import SaveError
 
 # What is copied later has its place in a file that is put together here.
@@ -110,7 +112,7 @@ class TestHidden:
         assert contents(tmp_path / "overlap" / "CKPT+a") == expected
         assert find_damage(tmp_path / "overlap" / "CKPT+a") == []
         assert warnings_in(caplog) == []
-        assert checkpointer.saver._mode == "overlap"
+        assert checkpointer._saver._mode == "overlap"
 
     def test_many_steps_save_what_sync_saves(self, tmp_path, caplog):
         """Every step of a short training, at the copy's own pace."""
@@ -126,7 +128,7 @@ class TestHidden:
             name = f"CKPT+{number}"
             assert contents(tmp_path / "overlap" / name) == contents(tmp_path / "sync" / name)
         assert warnings_in(caplog) == []
-        assert other.saver._mode == "overlap"
+        assert other._saver._mode == "overlap"
 
     def test_only_the_step_waits_and_only_until_the_copy_is_done(self, tmp_path, slow, disk):
         """Not until it is written."""
@@ -197,7 +199,7 @@ class TestHidden:
 
         with Checkpointer(tmp_path, {"h": Holder()}, save_mode="overlap") as checkpointer:
             checkpointer.save_checkpoint(name="a")
-            assert checkpointer.saver._in_flight.late_copy is not None
+            assert checkpointer._saver._hidden.late_copy is not None
         found = torch.load(tmp_path / "CKPT+a" / "h.ckpt", weights_only=True)["t"]
         assert bool((found == 2.0).all())
 
@@ -205,9 +207,8 @@ class TestHidden:
 class Held:
     """An object of one large tensor."""
 
-    def __init__(self, state=None, *, volatile=False):
+    def __init__(self, state=None):
         self.tensor = torch.ones(WIDTH, WIDTH)
-        self.volatile = volatile
         self.more = state or {}
 
     def state_dict(self):
@@ -222,12 +223,10 @@ class Held:
 class TestNotHidden:
     """What can't wait is copied at once."""
 
-    def saved(self, folder, held, slow=None, **prepare):
-        checkpointer = Checkpointer(folder, {"h": held}, save_mode="overlap")
-        if prepare.get("last"):
-            checkpointer.saver.copy_at_once()
-        checkpointer.save_checkpoint(name="a")
-        late = checkpointer.saver._in_flight and checkpointer.saver._in_flight.late_copy
+    def saved(self, folder, held, slow=None, *, item=None, last=False):
+        checkpointer = Checkpointer(folder, save_mode="overlap")
+        checkpointer.save(SaveRequest({"h": item or held}, name="a", hide_copy=not last))
+        late = checkpointer._saver._hidden and checkpointer._saver._hidden.late_copy
         held.tensor.fill_(5)
         if slow is not None:
             slow.go_on.set()
@@ -237,7 +236,9 @@ class TestNotHidden:
 
     def test_what_says_that_it_is_volatile(self, tmp_path, caplog):
         """Gradients, above all: backward writes to them."""
-        assert self.saved(tmp_path, Held(volatile=True)) == (None, True)
+        held = Held()
+        item = TakenState(held.state_dict(), volatile=True)
+        assert self.saved(tmp_path, held, item=item) == (None, True)
         assert warnings_in(caplog) == []
 
     def test_the_last_save_of_a_run(self, tmp_path, caplog):
@@ -245,12 +246,10 @@ class TestNotHidden:
         assert self.saved(tmp_path, Held(), last=True) == (None, True)
         assert warnings_in(caplog) == []
         held = Held()
-        checkpointer = Checkpointer(tmp_path / "b", {"h": held}, save_mode="overlap")
+        checkpointer = Checkpointer(tmp_path / "b", save_mode="overlap")
         for hidden in (False, True):
-            if not hidden:
-                checkpointer.saver.copy_at_once()
-            checkpointer.save_checkpoint()
-            in_flight = checkpointer.saver._in_flight
+            checkpointer.save(SaveRequest({"h": held}, hide_copy=hidden))
+            in_flight = checkpointer._saver._hidden
             assert (in_flight is not None and in_flight.late_copy is not None) == hidden
         checkpointer.close()
 
@@ -273,7 +272,7 @@ class TestNotHidden:
         module = torch.nn.Linear(2, 2)
         checkpointer = Checkpointer(tmp_path, {"m": module}, save_mode="overlap")
         checkpointer.save_checkpoint()
-        assert checkpointer.saver._in_flight.late_copy is None
+        assert checkpointer._saver._hidden.late_copy is None
         checkpointer.close()
 
     def test_where_no_thread_starts_any_more(self, tmp_path, monkeypatch):
@@ -302,7 +301,7 @@ class TestWrittenTo:
         checkpointer = everything.checkpointer(tmp_path / "run", save_mode="overlap")
         everything.optimizer.zero_grad()
         calls = []
-        checkpointer.save_checkpoint({"n": 1}, name="a", then=lambda: calls.append("a"))
+        checkpointer.save_checkpoint({"n": 1}, name="a", on_durable=lambda: calls.append("a"))
         assert slow.arrived.wait(20)
         weight = everything.model[0].weight
         with torch.no_grad():
@@ -341,7 +340,7 @@ class TestWrittenTo:
             tmp_path, {"m": module, "o": optimizer}, save_mode="overlap", storage=disk
         )
         checkpointer.save_checkpoint(name="a")
-        late = checkpointer.saver._in_flight.late_copy
+        late = checkpointer._saver._hidden.late_copy
         late.wait()
         # The end of an operation that was writing during the copy.
         with torch.no_grad():
@@ -360,12 +359,12 @@ class TestWrittenTo:
         module, _ = large()
         checkpointer = Checkpointer(tmp_path, {"m": module}, save_mode="overlap", storage=disk)
         checkpointer.save_checkpoint(name="a")
-        checkpointer.saver._in_flight.late_copy.wait()
+        checkpointer._saver._hidden.late_copy.wait()
         with torch.no_grad():
             module.weight.add_(1)
         disk.go_on.set()
         # As at the exit: only the thread is waited for.
-        checkpointer.saver._writer.wait()
+        checkpointer._saver._writer.wait()
         assert [
             path.name for path in tmp_path.iterdir() if path.name not in {".lock", "HISTORY.jsonl"}
         ] == []
@@ -433,7 +432,6 @@ class TestWrittenTo:
             assert warnings_in(caplog)[-1].endswith(
                 "Training goes on, since on_save_error is 'warn'"
             )
-        assert checkpointer.saver.failed == 1
         checkpointer.close()
         assert list(checkpointer.list_checkpoints()) == []
 
@@ -488,7 +486,7 @@ class TestWrittenTo:
         checkpointer.save_checkpoint(name="a")
         held.tensor.fill_(7)
         slow.go_on.set()
-        checkpointer.saver._writer.wait()
+        checkpointer._saver._writer.wait()
         assert "create" not in operations
         held.tensor.fill_(1)
         checkpointer.close()
@@ -548,7 +546,7 @@ def written_to_on_rank_zero(folder, rank):
     checkpointer.save_checkpoint(name="b")
     optimizer.step()
     checkpointer.wait()
-    return checkpointer.saver._mode, sorted(distributed.entries(folder))
+    return checkpointer._saver._mode, sorted(distributed.entries(folder))
 
 
 def test_two_ranks_take_it_anew_together(both, tmp_path):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from _sharded_ranks import run
 
 from lightning_sbckpt import Checkpointer, register_checkpoint_hooks
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt.hooks import mark_as_loader, mark_as_saver
 
 
@@ -61,9 +62,9 @@ def go_wrong(folder, rank, how, wrong, mode, policy):
     elif how == "meta":
         answer = outcome(lambda: checkpointer.save_checkpoint({"a": object() if bad else 1}))
     elif how == "document":
-        checkpointer.documents = {"../a" if bad else "a": "text"}
-        answer = outcome(checkpointer.save_checkpoint)
-        checkpointer.documents = {}
+        extra_files = {"../a" if bad else "a": "text"}
+        request = SaveRequest(checkpointer.recoverables, extra_files=extra_files)
+        answer = outcome(lambda: checkpointer.save(request))
     elif how == "rules":
         answer = outcome(lambda: checkpointer.save_and_keep_only(num_to_keep=-1 if bad else 1))
     elif how == "delete":

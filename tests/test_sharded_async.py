@@ -39,7 +39,7 @@ def save_and_train_on(folder, rank, mode):
     checkpointer.add_recoverable("beside", ShardedState(beside))
     expected = {**states_of(model, optimizer), "beside": whole(beside)}
     checkpointer.save_checkpoint(name="a")
-    seen = {"busy": checkpointer.saver.busy, "written": [*folder.rglob("*.distcp")]}
+    seen = {"busy": checkpointer.is_saving, "written": [*folder.rglob("*.distcp")]}
     train(model, optimizer, 2, first=2)
     beside["plain"] += 1
     beside["nested"]["tensor"].zero_()
@@ -112,7 +112,7 @@ def save_thrice(folder, rank):
     for name in ("a", "b", "c"):
         checkpointer.save_checkpoint(name=name)
         train(model, optimizer, 1)
-        stager = checkpointer.saver._workshop.stager
+        stager = checkpointer._saver._state.stager
         memory.append((id(stager._memory), stager.capacity, id(stager._group)))
     checkpointer.wait()
     tensors = [*model.state_dict().values()]
@@ -143,7 +143,7 @@ def save_replicated(folder, rank, sizes):
         checkpointer.save_checkpoint(name="a")
         train(model, optimizer, 1)
         checkpointer.wait()
-        copied = checkpointer.saver._workshop.stager.capacity
+        copied = checkpointer._saver._state.stager.capacity
     if rank == 0:
         torch.save(expected, folder.parent / "expected.pt")
     pieces = [each.to_local().nbytes for each in model.parameters()]
@@ -232,7 +232,7 @@ def save_whole(folder, rank):
     disk.go_on.set()
     checkpointer.wait()
     made = len(dist.distributed_c10d._world.pg_map) - groups
-    return len(threads), made, checkpointer.saver._workshop.stager
+    return len(threads), made, checkpointer._saver._state.stager
 
 
 def test_a_save_without_pieces_costs_nothing_new(tmp_path):
@@ -250,20 +250,20 @@ def skip_while_busy(folder, rank):
     may_end = threading.Event()
     if rank == 1:
         # This rank's own thread ends long after rank zero's.
-        stager = checkpointer.saver._workshop.stager
+        stager = checkpointer._saver._state.stager
         usual = stager.write
         stager.write = lambda *args: (usual(*args), may_end.wait(SECONDS))[0]
     checkpointer.save_checkpoint(name="b")
-    while rank == 0 and checkpointer.saver.busy:
+    while rank == 0 and checkpointer.is_saving:
         time.sleep(0.01)
     dist.barrier()
-    still = checkpointer.saver.busy
+    still = checkpointer.is_saving
     # Later than the next save comes, unless the machine is busy.
     threading.Timer(0.5, may_end.set).start()
     train(model, optimizer, 1)
     checkpointer.save_checkpoint(name="c")
     checkpointer.wait()
-    return checkpointer.saver.skipped, still, checkpointer.saver.busy, visible(folder)
+    return checkpointer._saver._skipped, still, checkpointer.is_saving, visible(folder)
 
 
 def test_rank_zero_says_whether_a_save_is_skipped_and_a_slower_rank_is_waited_for(tmp_path):
@@ -290,7 +290,7 @@ def overlap_with_a_change(folder, rank):
     expected = whole(dict(model.named_parameters()))
     train(model, optimizer, 1)
     checkpointer.wait()
-    return expected, visible(folder), checkpointer.saver._mode
+    return expected, visible(folder), checkpointer._saver._mode
 
 
 def test_a_hidden_copy_that_came_out_wrong_leaves_no_rank_alone_with_its_pieces(tmp_path):

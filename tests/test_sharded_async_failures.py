@@ -28,7 +28,7 @@ def save_to_full(folder, rank, failing, operation, ending, learn):
     checkpointer, model, optimizer = make(folder, save_mode="async")
     checkpointer.save_checkpoint(name="earlier")
     checkpointer.wait()
-    workshop = checkpointer.saver._workshop
+    workshop = checkpointer._saver._state
     usual = workshop.storage
     if rank == failing:
         workshop.storage = BusyOn(operation, ending, full)
@@ -109,7 +109,7 @@ def die_in_background(folder, rank, dying, operation, ending):
     checkpointer.wait()
     if rank == dying:
         die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        checkpointer.saver._workshop.storage = BusyOn(operation, ending, die)
+        checkpointer._saver._state.storage = BusyOn(operation, ending, die)
     checkpointer.save_checkpoint(name="failed")
     began = time.monotonic()
     try:
@@ -181,7 +181,7 @@ def write_for_long(folder, rank):
     checkpointer, _, _ = make(folder, save_mode="async")
     if rank == 1:
         slow = BusyOn("write", "__1_0.distcp", lambda: time.sleep(5))
-        checkpointer.saver._workshop.storage = slow
+        checkpointer._saver._state.storage = slow
     began = time.monotonic()
     checkpointer.save_checkpoint(name="a")
     checkpointer.wait()
@@ -230,7 +230,7 @@ def fail_alone(folder, rank):
     checkpointer, _, _ = make(folder, save_mode="async")
     checkpointer.save_checkpoint(name="a")
     checkpointer.wait()
-    stager = checkpointer.saver._workshop.stager
+    stager = checkpointer._saver._state.stager
     if rank == 1:
 
         def fail(*args):
@@ -264,7 +264,7 @@ def break_the_group(folder, rank):
 
     dist.gather_object = refuse
     checkpointer.save_checkpoint(name="broken")
-    stager = checkpointer.saver._workshop.stager
+    stager = checkpointer._saver._state.stager
     first, answer = stager._group, "nothing"
     try:
         checkpointer.wait()
@@ -291,7 +291,7 @@ def destroy_in_flight(folder, rank):
     dist.destroy_process_group()
     disk.go_on.set()
     began = time.monotonic()
-    checkpointer.saver.finish_here()
+    checkpointer.wait_here()
     return time.monotonic() - began, visible(folder)
 
 

@@ -50,7 +50,7 @@ def save_to_full(folder, rank, failing, operation, ending):
     checkpointer, model, optimizer = make(folder)
     train(model, optimizer, 1)
     checkpointer.save_checkpoint(name="earlier")
-    workshop = checkpointer.saver._workshop
+    workshop = checkpointer._saver._state
     usual = workshop.storage
     if rank == failing:
         workshop.storage = FullFor(operation, ending, full)
@@ -126,7 +126,7 @@ def die_in_save(folder, rank, operation, ending):
     checkpointer, _, _ = make(folder)
     checkpointer.save_checkpoint(name="earlier")
     if rank == 1:
-        checkpointer.saver._workshop.storage = FullFor(operation, ending, die)
+        checkpointer._saver._state.storage = FullFor(operation, ending, die)
     began = time.monotonic()
     try:
         checkpointer.save_checkpoint(name="failed")

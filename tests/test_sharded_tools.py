@@ -15,6 +15,7 @@ from _sharded_ranks import make, plain_model, run, same, train, whole
 from lightning_sbckpt import Checkpointer, average_checkpoints
 from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt._layout.publish import read_checkpoint
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt.consolidation import consolidate
 from lightning_sbckpt.difference import diff
@@ -29,8 +30,10 @@ def save(folder, rank):
     checkpointer, model, optimizer = make(folder)
     train(model, optimizer, 3)
     checkpointer.add_recoverable("scheduler", torch.optim.lr_scheduler.StepLR(optimizer, 2))
-    checkpointer.documents = {"hparams.yaml": "width: 7\n"}
-    checkpointer.save_checkpoint({"loss": 0.5}, name="a")
+    extra_files = {"hparams.yaml": "width: 7\n"}
+    checkpointer.save(
+        SaveRequest(checkpointer.recoverables, {"loss": 0.5}, name="a", extra_files=extra_files)
+    )
     state = whole({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     if rank == 0:
         torch.save(state, folder.parent / "expected.pt")

@@ -95,7 +95,7 @@ def test_what_a_state_may_not_hold_is_refused_when_it_is_saved(tmp_path):
         checkpointer = Checkpointer(tmp_path, {"x": ShardedState(state)}, save_mode="async")
         with pytest.raises(SaveError, match=reason):
             checkpointer.save_checkpoint()
-        assert not checkpointer.saver.busy
+        assert not checkpointer.is_saving
         checkpointer.close()
     assert visible(tmp_path) == []
 

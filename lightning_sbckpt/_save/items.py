@@ -1,4 +1,4 @@
-"""What a checkpoint's files will hold: from recoverables and hooks to the contents of files.
+"""What the files of a checkpoint will hold: from recoverables and hooks to the contents of files.
 
 A recoverable whose hook just saves a state gives that state, and the file is written by this
 package, at the disk's pace and, if wanted, later. Any other hook writes its file itself.
@@ -41,27 +41,46 @@ from lightning_sbckpt.typing import SaveHook
 
 
 @dataclass(frozen=True)
-class SaveJob:
-    """One recoverable to save.
+class TakenState:
+    """A state that is saved as it is: no object of the user, so no hook is looked for.
+
+    Attributes:
+        state: The state, or a function that returns it when it is saved.
+        volatile: Whether it may change before the next optimizer step, as gradients do.
+        authenticated: Whether its file is to be known as one of this user's own.
+    """
+
+    state: object
+    volatile: bool = False
+    authenticated: bool = False
+
+    def take(self) -> object:
+        """Return the state."""
+        return self.state() if callable(self.state) else self.state
+
+
+@dataclass(frozen=True)
+class SaveItem:
+    """One recoverable to save, with its hook.
 
     Attributes:
         name: Of the recoverable.
         kind: What it is, for messages.
         state: Gives the state to save, or None if the hook writes its file itself.
-        write: The hook: writes the file that it is given.
+        write: The hook that writes the file it is given, or None if the state is saved.
         on_every_rank: Whether every rank runs it, not rank zero alone.
-        volatile: Whether the state may change before the next optimizer step.
         sharded: Whether every rank has its own pieces of the state, and writes them.
+        volatile: Whether the state may change before the next optimizer step.
         authenticated: Whether the file is to be known as one of this user's own.
     """
 
     name: str
     kind: str
     state: Callable[[], object] | None
-    write: Callable[[Path], object]
-    on_every_rank: bool
-    volatile: bool
+    write: Callable[[Path], object] | None = None
+    on_every_rank: bool = False
     sharded: bool = False
+    volatile: bool = False
     authenticated: bool = False
 
     def take(self) -> object:
@@ -86,6 +105,7 @@ class SaveJob:
         Raises:
             SaveError: It failed, or wrote nothing although it must.
         """
+        assert self.write is not None
         try:
             self.write(path)
         except SBCheckpointError:
@@ -105,17 +125,34 @@ class SaveJob:
         )
 
 
-def save_jobs(
-    recoverables: Mapping[str, object],
+def save_items(
+    asked: Mapping[str, object],
     custom_hooks: Mapping[str, SaveHook],
     registry: HookRegistry,
-) -> dict[str, SaveJob]:
+) -> dict[str, SaveItem]:
     """Return what is to be saved, by name.
+
+    Args:
+        asked: Recoverables and taken states, by name.
+        custom_hooks: From names to save hooks, before any by type.
+        registry: The hooks by type.
 
     Raises:
         HookError: Recoverables have no way to be saved; all are named.
     """
-    jobs: dict[str, SaveJob] = {}
+    items: dict[str, SaveItem] = {}
+    recoverables: dict[str, object] = {}
+    for name, obj in asked.items():
+        if isinstance(obj, TakenState):
+            items[name] = SaveItem(
+                name,
+                "state",
+                obj.take,
+                volatile=obj.volatile,
+                authenticated=obj.authenticated,
+            )
+        else:
+            recoverables[name] = obj
     unknown: list[str] = []
     lost: list[str] = []
     sharded = sharded_states(recoverables)
@@ -133,23 +170,13 @@ def save_jobs(
         in_pieces = hook is torch_save and name in sharded
         if in_pieces:
             state = sharded[name]
-        volatile = bool(getattr(obj, "volatile", False))
-        jobs[name] = SaveJob(
-            name,
-            type(obj).__name__,
-            state,
-            partial(hook, obj),
-            every_rank,
-            volatile,
-            sharded=in_pieces,
-            authenticated=bool(getattr(obj, "authenticated", False)),
-        )
+        kind = type(obj).__name__
+        write = partial(hook, obj) if state is None else None
+        items[name] = SaveItem(name, kind, state, write, every_rank, sharded=in_pieces)
         beside = None if name in custom_hooks else registry.beside(obj, "save")
         if beside is not None:
             second = name + MARKED_SUFFIX
-            jobs[second] = SaveJob(
-                second, type(obj).__name__, None, partial(beside, obj), every_rank, volatile
-            )
+            items[second] = SaveItem(second, kind, None, partial(beside, obj), every_rank)
         elif hook is torch_save and isinstance(obj, torch.nn.Module):
             lost += _lost(name, obj, recoverables, registry)
     if lost:
@@ -166,7 +193,7 @@ def save_jobs(
             "it has no state_dict and load_state_dict. Register hooks with "
             "register_checkpoint_hooks, or pass custom_save_hook to add_recoverable"
         )
-    return jobs
+    return items
 
 
 def _lost(
@@ -219,11 +246,11 @@ class Contents:
     holds: Sequence[str] = ()
 
     @staticmethod
-    def of(job: SaveJob, state: object, templates: Templates, root: Path) -> dict[str, Contents]:
+    def of(item: SaveItem, state: object, templates: Templates, root: Path) -> dict[str, Contents]:
         """Return what the files of a state will hold, by name: one file, rarely two.
 
         Args:
-            job: What is saved.
+            item: What is saved.
             state: Its state; what only pickle can hold goes to a second file.
             templates: The forms of the files saved before.
             root: The folder of all checkpoints.
@@ -231,21 +258,21 @@ class Contents:
         Raises:
             SaveError: Something in the state can't even be pickled.
         """
-        path = Path(f"{job.name}{PARAMFILE_EXT}")
+        path = Path(f"{item.name}{PARAMFILE_EXT}")
         description = describe(state)
         encoded, pickled = (state, {}) if description else encode(state)
-        if job.authenticated:
+        if item.authenticated:
             data = mark(torch_bytes(encoded), path.name, root)
             contents = {path.name: Contents(len(data), Image(len(data), [(0, data)]))}
         else:
             contents = {path.name: Contents._of_one(path.name, encoded, description, templates)}
-        if job.volatile:
+        if item.volatile:
             contents[path.name] = replace(contents[path.name], large=None)
         if pickled:
             beside = pickled_path(path).name
             # In memory, since what is marked must be what is written.
             data = pickled_file(pickled, beside, root)
-            holds = [f"{job.name}{held(where, value)}" for where, value in pickled.items()]
+            holds = [f"{item.name}{held(where, value)}" for where, value in pickled.items()]
             contents[beside] = Contents(len(data), Image(len(data), [(0, data)]), holds=holds)
         return contents
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from lightning_sbckpt._io.storage import FileDigest, LocalStorage
-from lightning_sbckpt._save.items import SaveJob
+from lightning_sbckpt._save.items import SaveItem
 from lightning_sbckpt.typing import World
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def new_stager() -> Stager:
     return Stager()
 
 
-class Pieces:
+class ShardedSave:
     """What this rank has of the sharded states of one save.
 
     Attributes:
@@ -40,17 +40,17 @@ class Pieces:
         self._stager: Stager | None = None
         self._write: Callable[[], Mapping[str, FileDigest]] | None = None
 
-    def take(self, jobs: Mapping[str, SaveJob], failures: list[Exception]) -> None:
+    def take(self, items: Mapping[str, SaveItem], failures: list[Exception]) -> None:
         """Take the states; to take some of them is a collective.
 
         Args:
-            jobs: What to save, by name.
+            items: What to save, by name.
             failures: Gets the exception of each object that could not give its state.
         """
-        for name, job in sorted(jobs.items()):
-            if job.sharded:
+        for name, item in sorted(items.items()):
+            if item.sharded:
                 try:
-                    self._states[name] = cast("Mapping[str, object]", job.take())
+                    self._states[name] = cast("Mapping[str, object]", item.take())
                 except Exception as error:
                     failures.append(error)
         self.names = sorted(self._states)

@@ -18,6 +18,7 @@ from lightning_sbckpt.errors import SBCheckpointError
 from lightning_sbckpt.typing import World
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class SingleProcess:
@@ -95,32 +96,40 @@ def decided_by_main(world: World, decide: Callable[[], T]) -> T:
     return cast("T", told)
 
 
-def decided_unless_failed(world: World, failure: Exception | None, decide: Callable[[], T]) -> T:
-    """Return what `decided_by_main` does, unless something has failed on some rank by now.
+def decided_together(
+    world: World, failure: Exception | None, own: T, decide: Callable[[list[T]], U]
+) -> U:
+    """Return on every rank what rank zero decides from what every rank brings.
 
-    For what can fail on one rank alone before the first collective, where the others would wait for it.
+    If something has failed on a rank, nothing is decided, and every rank raises.
 
     Args:
-        world: The ranks, all of which call this.
-        failure: What has failed on this rank, if something has.
-        decide: See `decided_by_main`.
+        world: The ranks; all of them call this, whatever has failed on them.
+        failure: What has failed on this rank.
+        own: What this rank brings.
+        decide: Called on rank zero with what each rank has brought.
 
     Raises:
-        Exception: What has failed: on its own rank itself, on the others as `portable_error`.
+        Exception: What has failed on this rank; or else, as in `decided_by_main`, what failed first
+            on another one or in `decide`.
     """
-    failures = world.gather(portable_error(failure, world.rank) if world.size > 1 else failure)
-    first = next((each for each in failures or () if each is not None), None)
-
-    def decide_unless_failed() -> T:
-        if first is not None:
-            raise first
-        return decide()
-
+    remote = world.size > 1 and world.rank != 0
     try:
-        return decided_by_main(world, decide_unless_failed)
-    except Exception as error:
-        raised = error
-    raise failure or raised
+        brought = world.gather((portable_error(failure, world.rank) if remote else failure, own))
+
+        def decided() -> U:
+            assert brought is not None  # This is rank zero.
+            first = next((error for error, _ in brought if error is not None), None)
+            if first is not None:
+                raise first
+            return decide([each for _, each in brought])
+
+        return decided_by_main(world, decided)
+    except Exception:
+        # A rank that failed raises its own exception, with its traceback, also if others are gone.
+        if failure is not None:
+            raise failure  # noqa: B904 - the other is the same one, or says less
+        raise
 
 
 def gather_tensors(own: Mapping[str, torch.Tensor], world: World) -> list[dict[str, torch.Tensor]]:

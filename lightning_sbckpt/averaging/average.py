@@ -17,6 +17,8 @@ from lightning_sbckpt._layout.copies import copy_paramfile
 from lightning_sbckpt._layout.publish import PARAMFILE_EXT, folder_for, read_checkpoint
 from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
 from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._save.items import TakenState
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt._world.world import SingleProcess
 from lightning_sbckpt.averaging.sums import StateDict, average, numbered
 from lightning_sbckpt.checkpointer import Checkpointer
@@ -202,7 +204,7 @@ def save_average(
     averages = {}
     for part, size in sizes.items():
         with tally.part(size):
-            averages[part] = _Average(average_checkpoints(sources, part, _open_if_plain))
+            averages[part] = TakenState(average_checkpoints(sources, part, _open_if_plain))
     if newest is None or not averages:
         raise ConfigurationError(
             "Nothing to average: no checkpoints or no recoverables were given. Check the filter "
@@ -220,29 +222,18 @@ def save_average(
             if part not in averages:
                 file = newest.paramfiles[part]
                 checkpointer.add_recoverable(part, file, custom_save_hook=copy_paramfile)
-        checkpointer.lineage = {AVERAGED_FROM: [source.path.name for source in sources]}
+        request = SaveRequest(
+            checkpointer.recoverables,
+            {**_where_from(sources, newest), **(meta or {})},
+            bool(newest.meta.get("end-of-epoch", True)),
+            own_name,
+            {AVERAGED_FROM: [source.path.name for source in sources]},
+        )
         with tally.part(saving):
-            saved = checkpointer.save_checkpoint(
-                {**_where_from(sources, newest), **(meta or {})},
-                bool(newest.meta.get("end-of-epoch", True)),
-                own_name,
-            )
+            saved = checkpointer.save(request).checkpoint
         assert saved is not None  # There is one process, and no background.
         checkpointer.pin(saved, f"the average of {len(sources)} checkpoints")
     return read_checkpoint(saved.path)
-
-
-class _Average:
-    """A state that was computed, as a recoverable."""
-
-    def __init__(self, state: StateDict) -> None:
-        self._state = state
-
-    def state_dict(self) -> StateDict:
-        return self._state
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        self._state = state_dict
 
 
 def _folder(source: Source) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -12,63 +13,37 @@ from weakref import proxy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin import options as _options
-from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin._private.loading import ForNewModule
-from lightning_sbckpt.plugin._private.loggers import Artifacts
-from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
-from lightning_sbckpt.plugin.continuing import Beginning
-from lightning_sbckpt.plugin.data.tracker import LoaderTracker
-from lightning_sbckpt.plugin.doors import Doors
-from lightning_sbckpt.plugin.experiment import Experiment
-from lightning_sbckpt.plugin.io import read_folders
-from lightning_sbckpt.plugin.metrics import Metrics
-from lightning_sbckpt.plugin.opening import open_checkpointer, refuse_what_cannot_work
-from lightning_sbckpt.plugin.pieces import attach
-from lightning_sbckpt.plugin.preemption import Preemption, Watch, as_preemption
-from lightning_sbckpt.plugin.resume import ResumeReport, Resumption
+from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
+from lightning_sbckpt.plugin.preemption import Preemption, as_preemption
+from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.run_folders import (
     checkpoint_at,
     is_readable,
     open_for_every_trainer,
 )
-from lightning_sbckpt.plugin.saving import Saving
-from lightning_sbckpt.plugin.schedule import Schedule, why_ended
+from lightning_sbckpt.plugin.session import FitSession, open_folders
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
-from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.adapt import Adaptation
-from lightning_sbckpt.plugin.state.capture import Gatherer, Meta, Recoverables
+from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
 from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.state.names import names_of_module
-from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, read_to_load
-from lightning_sbckpt.plugin.wanted import WantedKeys
-from lightning_sbckpt.plugin.world import TrainerWorld
+from lightning_sbckpt.plugin.state.parts import read_to_load
 from lightning_sbckpt.triggers import Trigger
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
 
 __all__ = ["SBCheckpoint"]
 
 _OF_A_FIT = (
-    "_run",
-    "_watch",
-    "_saving",
-    "_reader",
-    "_tracker",
-    "_reductions",
-    "_undo",
-    "_beginning",
-    "_schedule",
-    "_metrics",
-    "_wanted",
-    "_unpair",
-    "_artifacts",
+    "_session",
+    "_reading",
     # Lightning's own: methods of the module, which would take all of it with them.
     "log",
     "log_dict",
@@ -195,6 +170,7 @@ class SBCheckpoint(LightningCheckpoint):
         local_dir: str | Path | None = None,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name in _options.KINDS}
         super().__init__()
         # Hydra's containers become plain ones.
         keep, triggers, optional, skip, split_model = map(
@@ -203,81 +179,53 @@ class SBCheckpoint(LightningCheckpoint):
         recoverables, meta, key_map, storage_options = map(
             _options.plain, (recoverables, meta, key_map, storage_options)
         )
-        _options.check_kinds(
-            {
-                "min_key": min_key,
-                "max_key": max_key,
-                "importance_key": importance_key,
-                "ckpt_predicate": ckpt_predicate,
-                "num_to_keep": num_to_keep,
-                "keep_recent": keep_recent,
-                "keep": keep,
-                "every_n_epochs": every_n_epochs,
-                "every_n_train_steps": every_n_train_steps,
-                "train_time_interval": train_time_interval,
-                "triggers": triggers,
-                "resume": resume,
-                "restore_best": restore_best,
-                "link_unchanged": link_unchanged,
-                "recoverables": recoverables,
-                "optional": optional,
-                "skip": skip,
-                "key_map": key_map,
-                "partial": partial,
-                "keep_lr": keep_lr,
-                "meta": meta,
-                "split_model": split_model,
-                "trust_pickle": trust_pickle,
-                "local_dir": local_dir,
-                "storage_options": storage_options,
-            }
-        )
-        self.dirpath = _options.folder(dirpath)
-        self._best_by = _options.best_by(importance_key, max_key, min_key)
-        self._rules = _options.retention_rules(self._best_by, num_to_keep, keep_recent, keep)
-        self._ckpt_predicate = as_predicate(ckpt_predicate)
-        self._triggers = _options.triggers(
-            every_n_epochs, every_n_train_steps, train_time_interval, triggers
-        )
-        self._resume = resume
-        self._restore_best = restore_best
-        self._policy = SavePolicy(save_mode, on_save_error, when_busy)
-        self._preemption = as_preemption(preemption)
-        self._when_in_use = _options.check_when_in_use(when_in_use)
-        self._link_unchanged = link_unchanged
-        self._local_dir = None if local_dir is None else _options.absolute(local_dir)
-        self._storage_options = storage_options
+        _options.check_kinds({name: _options.plain(given) for name, given in arguments.items()})
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
-        self._adaptation = Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr)
-        self._gatherer = Gatherer(recoverables, meta, tuple(split_model))
-        self._optional = tuple(optional)
-        self._on_change = _options.check_on_change(on_change)
-        self._trust_pickle = trust_pickle
-
+        best_by = _options.best_by(importance_key, max_key, min_key)
+        self._options = _options.Options(
+            dirpath=_options.folder(dirpath),
+            best_by=best_by,
+            rules=_options.retention_rules(best_by, num_to_keep, keep_recent, keep),
+            predicate=as_predicate(ckpt_predicate),
+            triggers=_options.triggers(
+                every_n_epochs, every_n_train_steps, train_time_interval, triggers
+            ),
+            resume=resume,
+            restore_best=restore_best,
+            save_policy=SavePolicy(save_mode, on_save_error, when_busy),
+            preemption=as_preemption(preemption),
+            when_in_use=_options.check_when_in_use(when_in_use),
+            link_unchanged=link_unchanged,
+            adaptation=Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr),
+            optional=tuple(optional),
+            on_change=_options.check_on_change(on_change),
+            recoverables=recoverables,
+            meta=meta,
+            split_model=tuple(split_model),
+            trust_pickle=trust_pickle,
+            local_dir=None if local_dir is None else _options.absolute(local_dir),
+            storage_options=storage_options,
+        )
+        self.dirpath = self._options.dirpath
         # What Lightning and its loggers read of a checkpoint callback.
         self.monitor = min_key or max_key
         self.mode = "max" if max_key else "min"
         self.save_top_k = int(num_to_keep)
-
         self.resume_report: ResumeReport | None = None
         self._take_no_part()
-        self._reset_progress()
+        self._reset_scores()
 
     def _take_no_part(self) -> None:
         """Begin to be in no fit; what is set here is no part of a copy, see `_OF_A_FIT`."""
-        self._run: Run | None = None
-        self._watch: Watch | None = None
-        self._saving: Saving | None = None
-        self._reader = FolderReader(trust_pickle=self._trust_pickle)
-        self._tracker: LoaderTracker | None = None
-        self._reductions: Reductions | None = None
-        self._undo: list[_private.trainer.Undo] = []
-        self._beginning: Beginning | None = None
-        self._unpair: _private.trainer.Undo | None = None
-        self._artifacts: Artifacts | None = None
-        self._schedule = Schedule(*self._triggers)
-        self._wanted = WantedKeys(self._best_by, self._rules, self._ckpt_predicate)
-        self._metrics = Metrics(self._wanted.named)
+        self._session: FitSession | None = None
+        self._reading = ExitStack()
+
+    def _reset_scores(self) -> None:
+        self.best_model_path = ""
+        self.best_model_score: torch.Tensor | None = None
+        self.best_k_models: dict[str, torch.Tensor] = {}
+        self.current_score: torch.Tensor | None = None
+        self.last_model_path = ""
 
     def __getstate__(self) -> dict[str, object]:
         """Return the configuration and what is known of the run, as it is copied and pickled."""
@@ -293,248 +241,142 @@ class SBCheckpoint(LightningCheckpoint):
         key = f", {self.mode}_key={self.monitor!r}" if self.monitor else ""
         return f"{type(self).__name__}({str(self.dirpath)!r}{key})"
 
-    def _reset_progress(self) -> None:
-        self.best_model_path = ""
-        self.best_model_score: torch.Tensor | None = None
-        self.best_k_models: dict[str, torch.Tensor] = {}
-        self.current_score: torch.Tensor | None = None
-        self.last_model_path = ""
-        self._schedule = Schedule(*self._triggers)
-        self._wanted = WantedKeys(self._best_by, self._rules, self._ckpt_predicate)
-        self._metrics = Metrics(self._wanted.named)
-
     @property
     def checkpointer(self) -> Checkpointer | None:
         """The `Checkpointer` that saves; None before the first fit."""
-        return self._run.checkpointer if self._run is not None else None
+        return None if self._session is None else self._session.run.checkpointer
 
     # ------------------------------------------------------------------ the life of a fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare to read folders and, for a fit, to save and to resume."""
-        self._leave(trainer)
-        strategy = trainer.strategy
-        self._undo.append(read_folders(strategy, self._reader))
-        self._undo += attach(trainer, self._reader, self._adaptation.key_map)
-        self._undo += Doors(trainer, self._reader, self._adaptation, self._resumption).open()
+        self._leave()
         if stage != "fit" or _private.finders.is_no_run(trainer):
+            open_folders(trainer, self._options, self._reading)
             return
-        if self._unpair is not None:
-            self._unpair()
-            self._unpair = None
         others = [
             each
             for each in _private.trainer.callbacks_of(trainer)
             if isinstance(each, SBCheckpoint)
         ]
         refuse_what_cannot_work(trainer, [each.dirpath for each in others])
-        checkpointer = open_checkpointer(
-            self.dirpath,
-            TrainerWorld(trainer),
-            self._policy,
-            trust_pickle=self._trust_pickle,
-            link_unchanged=self._link_unchanged,
-            when_in_use=self._when_in_use,
-            local_dir=self._local_dir,
-            storage_options=self._storage_options,
-        )
-        self._run = Run(checkpointer, self._best_by, self._rules, self._ckpt_predicate)
-        self._reset_progress()
-        if self._preemption is not None:
-            self._watch = Watch(self._preemption, trainer)
-            self._watch.start()
-            self._undo.append(self._watch.stop)
-        checkpointer.saver.retake = self._schedule.take_anew
-        self._reader.skip = self._adaptation.skip
-        making = _private.loops.LoaderStage(trainer)
-        self._undo += making.undo
-        self._tracker = LoaderTracker(making)
-        making.begins = self._tracker.complete
-        self._tracker.attach(strategy)
-        self._reductions = Reductions(strategy)
-        self._undo.append(self._reductions.undo)
-        experiment = Experiment(
+        if self._session is not None:
+            self._session.forget()
+        self._reset_scores()
+        self._session = FitSession(
+            self._options,
             trainer,
             self,
-            str(checkpointer.url or checkpointer.checkpoints_dir),
-            on_change=self._on_change,
-            edited=self._adaptation.partial
-            or bool(self._adaptation.key_map)
-            or self._adaptation.skips(MODEL),
-            keep_lr=self._adaptation.keep_lr,
+            begin_at=self._begin_at,
+            announce=partial(self._announce, trainer),
         )
-        self._undo.append(experiment.leave)
-        self._saving = saving = Saving(
-            self._run,
-            self._gatherer,
-            self._metrics,
-            self._wanted,
-            self._schedule,
-            self._tracker,
-            self._reductions,
-            self._watch,
-            experiment,
-            lambda: self._announce(trainer),
-        )
-        self._beginning = beginning = Beginning(
-            trainer,
-            self._run,
-            self._reader,
-            self._tracker,
-            self._reductions,
-            self._adaptation,
-            experiment,
-            own=lambda: self._gatherer.of_user(trainer),
-            optional=self._optional,
-            searches=self._resume,
-            went_on=partial(self._went_on, trainer),
-        )
-        outside = partial(_private.finders.outside_trials, self, trainer)
-        self._undo += [
-            self._tracker.detach,
-            _private.trainer.provide_resume_path(trainer, self._resume_path, beginning.adapt),
-            _private.trainer.after_restore(trainer, beginning.settle),
-            _private.trainer.between_batches(trainer, outside(saving.after_batch)),
-            _private.trainer.between_epochs(trainer, outside(saving.after_epoch)),
-        ]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
-        if self._run is None or _private.finders.is_no_run(trainer):
-            return
-        self._gatherer.check(trainer)
-        self._gatherer.take_first_rates(trainer)
-        cast("Beginning", self._beginning).load_own()
+        if session := self._session_of(trainer):
+            session.load_own()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell at the first fit, not after the crash, what will not resume exactly."""
-        self._artifacts = artifacts = Artifacts(trainer)
-        if self._beginning is not None:
-            self._beginning.compare_data()
-        began_anew = self._run is not None and self._run.resumed_from is None
-        if self._tracker is not None and self._reductions is not None and began_anew:
-            for sentence in [
-                *self._tracker.news(),
-                *exact.weak_points(trainer),
-                *self._reductions.weak_points(),
-                *_private.callbacks.neighbours(trainer, self.dirpath),
-                *artifacts.warnings(),
-            ]:
-                rank_zero_warn(f"SBCheckpoint: {sentence}")
-        if self._saving is not None:
-            self._saving.begin(pl_module)
-        if self._watch is not None and self._watch.ask(TrainerWorld(trainer), now=True):
-            # Nothing has been trained that is not in a checkpoint.
-            raise self._watch.ending()
+        if session := self._session_of(trainer):
+            session.train(pl_module)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Let a copy that hides behind forward and backward come to its end."""
-        if self._policy.mode == "overlap" and self._run is not None:
-            self._run.checkpointer.before_update()
+        if self._session is not None:
+            self._session.before_step()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch for a validation."""
-        self._schedule.epoch_begins()
+        if session := self._session_of(trainer):
+            session.begin_epoch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the metrics of this validation; the save follows when Lightning is done with it."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self._metrics.validated(trainer)
-        self._schedule.validated()
+        if session := self._session_of(trainer):
+            session.validated()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the metrics of this epoch."""
-        self._metrics.trained(trainer)
+        if session := self._session_of(trainer):
+            session.trained()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See every checkpoint on the disk, and restore the best weights."""
-        if _private.finders.is_no_run(trainer) or self._run is None:
+        session = self._session_of(trainer)
+        if session is None:
             return
         try:
-            cast("Saving", self._saving).finish()
-            self._run.note_end(trainer.global_step, why_ended(trainer))
+            session.finish()
             # Last, as it is rank zero's alone: whatever fails there, the ranks stay in step.
-            self._upload(trainer, ends=True)
+            self._upload(ends=True)
         finally:
-            self._restore_best_weights(trainer, pl_module)
+            session.restore_best(pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Let the last save come to its end; restore the best weights if the user stopped."""
-        fitting = trainer.state.fn == "fit" and not _private.finders.is_no_run(trainer)
-        if fitting and self._run is not None:
+        session = self._session_of(trainer) if trainer.state.fn == "fit" else None
+        if session is not None:
             # Without the other ranks, which may be anywhere; and the run's own exception is what
             # the user must see.
-            self._run.checkpointer.saver.finish_here()
-        alone = self._run is None or self._run.checkpointer.world.size == 1
-        if fitting and alone and isinstance(exception, KeyboardInterrupt):
-            self._restore_best_weights(trainer, pl_module)
-        self._leave(trainer)
+            checkpointer = session.run.checkpointer
+            checkpointer.wait_here()
+            if checkpointer.world.size == 1 and isinstance(exception, KeyboardInterrupt):
+                session.restore_best(pl_module)
+        self._leave()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the Trainer as it was."""
-        self._leave(trainer)
-
-    def _leave(self, trainer: Trainer) -> None:
-        if self._beginning is not None:
-            self._beginning.cancel()
-            self._beginning = None
-        while self._undo:
-            self._undo.pop()()
-        self._reader.skip = ()
-        self._tracker = self._reductions = self._watch = None
-        if self._run is not None:
-            self._run.checkpointer.release()
-
-    def _resumption(self) -> Resumption | None:
-        return None if self._beginning is None else self._beginning.resumption
-
-    def _went_on(self, trainer: Trainer, resumption: Resumption) -> None:
-        self._metrics.resumed(trainer)
-        self._schedule.resumed(
-            trainer,
-            within_epoch=resumption.within_epoch,
-            validated_this_epoch=resumption.validated_this_epoch,
-        )
-
-    def _resume_path(self, given: object) -> object:
-        if _private.finders.is_of_a_finder(given):
-            return given
-        beginning, run = cast("Beginning", self._beginning), cast("Run", self._run)
-        path = beginning.path(given)
-        self.resume_report = beginning.report
-        if run.resumed_from is not None:
-            self._schedule.resumes_at(int(cast("int", run.resumed_from.meta.get("global_step", 0))))
-            self._set_paths(run)
-        return path
+        self._leave()
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Note which callbacks find their state in the checkpoint, and which don't."""
-        if self._beginning is not None:
-            self._beginning.note_callbacks(checkpoint.get("callbacks", {}))
+        if session := self._session_of(trainer):
+            session.beginning.note_callbacks(checkpoint.get("callbacks", {}))
 
-    # ------------------------------------------------------------------ keeping and choosing
+    def _session_of(self, trainer: Trainer) -> FitSession | None:
+        """Return the fit that is under way; what a finder tries out is none."""
+        return None if _private.finders.is_no_run(trainer) else self._session
+
+    def _leave(self) -> None:
+        self._reading.close()
+        if self._session is not None:
+            self._session.close()
+
+    def _begin_at(self, given: object) -> object:
+        session = self._session
+        if _private.finders.is_of_a_finder(given) or session is None:
+            return given
+        path = session.path(given)
+        self.resume_report = session.beginning.report
+        if session.run.resumed_from is not None:
+            self._set_paths(session.run)
+        return path
+
+    # ------------------------------------------------------------------ what others see of it
 
     def _announce(self, trainer: Trainer) -> None:
-        self._set_paths(cast("Run", self._run))
+        assert self._session is not None  # Nothing else announces.
+        self._set_paths(self._session.run)
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(self))
-        self._upload(trainer, ends=False)
+        self._upload(ends=False)
 
-    def _upload(self, trainer: Trainer, *, ends: bool) -> None:
-        if self._artifacts is None or not trainer.is_global_zero:
-            return
-        self._artifacts.upload(
-            [*self.best_k_models, self.last_model_path], self.best_model_path, ends=ends
-        )
+    def _upload(self, *, ends: bool) -> None:
+        if self._session is not None:
+            paths = [*self.best_k_models, self.last_model_path]
+            self._session.upload(paths, self.best_model_path, ends=ends)
 
     def _set_paths(self, run: Run) -> None:
+        best_by = self._options.best_by
         standing = run.standing(max(1, self.save_top_k))
         self.last_model_path = standing.newest
         self.best_k_models = {
@@ -543,27 +385,10 @@ class SBCheckpoint(LightningCheckpoint):
         self.best_model_path, self.best_model_score = "", None
         if standing.best:
             self.best_model_path, value = standing.best[0]
-            self.best_model_score = (
-                torch.tensor(value, device="cpu") if self._best_by.is_given else None
-            )
+            if best_by.is_given:
+                self.best_model_score = torch.tensor(value, device="cpu")
         value_now = standing.newest_value
         self.current_score = None if value_now is None else torch.tensor(value_now, device="cpu")
-
-    def _restore_best_weights(self, trainer: Trainer, module: LightningModule) -> None:
-        if not (self._restore_best and self._best_by.is_given and self._run is not None):
-            return
-        best = self._run.best_sound()
-        restored = restore_weights(
-            best,
-            self._best_by,
-            self._reader,
-            module,
-            self.dirpath,
-            self._adaptation,
-            self._run.checkpointer.world,
-        )
-        if best is not None and restored and best.meta.get("global_step") != trainer.global_step:
-            self._unpair = save_with_its_state(trainer, best, self._reader)
 
 
 _private.trainer.let_load_from_checkpoint_read(

@@ -200,7 +200,7 @@ class Experiment:
             raise self._refusal(checkpoint, [change.difference for change in changes])
         return lines
 
-    def documents(self) -> dict[str, str]:
+    def extra_files(self) -> dict[str, str]:
         """Return the description of what is in force, as a file of a checkpoint."""
         return {identity.EXPERIMENT_YAML: identity.text_of(self._own)} if self._own else {}
 

@@ -18,6 +18,7 @@ from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._layout.publish import folder_for, read_checkpoint
 from lightning_sbckpt._load.load import bytes_of
 from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.export import Exported, Source, bytes_to_export, publish_file
@@ -186,9 +187,11 @@ def from_lightning(
     dump = cast("dict[str, Any]", dump)
     parts = divide(dump, None, (), None)
     place = {key: dump[key] for key in ("epoch", "global_step") if isinstance(dump.get(key), int)}
-    with Checkpointer(root, parts) as checkpointer:
-        checkpointer.lineage = {"imported-from": path.name}
-        saved = checkpointer.save_checkpoint({**place, **(meta or {})}, _is_over(dump), name)
+    request = SaveRequest(
+        parts, {**place, **(meta or {})}, _is_over(dump), name, {"imported-from": path.name}
+    )
+    with Checkpointer(root) as checkpointer:
+        saved = checkpointer.save(request).checkpoint
     assert saved is not None  # There is no background.
     return read_checkpoint(saved.path)
 

@@ -11,10 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sbckpt._remote.urls import is_url, normal_url
+from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.experiment import ON_CHANGE
+from lightning_sbckpt.plugin.preemption import Preemption
+from lightning_sbckpt.plugin.state.adapt import Adaptation
+from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
+from lightning_sbckpt.plugin.state.parts import check_disjoint, check_names
 from lightning_sbckpt.retention import Best, Important, Newest, parse_rule
 from lightning_sbckpt.selection import function_name
 from lightning_sbckpt.triggers import (
@@ -25,9 +30,74 @@ from lightning_sbckpt.triggers import (
     Trigger,
     may_be_due,
 )
-from lightning_sbckpt.typing import ImportanceKey, RetentionLimit, RetentionRule
+from lightning_sbckpt.typing import (
+    CheckpointPredicate,
+    ImportanceKey,
+    RetentionLimit,
+    RetentionRule,
+)
 
 _SHOWN = 80
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a callback was told, checked.
+
+    Attributes:
+        dirpath: The folder of the run's checkpoints, absolute, or its URL.
+        best_by: Which checkpoint is best.
+        rules: Which stay.
+        predicate: Which may be deleted at all.
+        triggers: Those that a batch may set off, and those of the end of a validation or an epoch.
+        resume: Whether a checkpoint to go on from is looked for.
+        restore_best: Whether the module has the best weights when the fit has ended.
+        save_policy: How saves go on.
+        preemption: How the run ends when it is asked to; None if nobody may ask.
+        when_in_use: If another process writes to the folder: `"raise"`, or `"read"`.
+        link_unchanged: See `Checkpointer`.
+        adaptation: What of a checkpoint is not taken as it is.
+        optional: Names of recoverables that a checkpoint may lack.
+        on_change: What a resume does when the experiment has changed.
+        recoverables: More objects to save and load.
+        meta: More keys for the meta.
+        split_model: Submodules that get files of their own.
+        trust_pickle: See `Checkpointer`.
+        local_dir: See `Checkpointer`.
+        storage_options: See `Checkpointer`.
+    """
+
+    dirpath: Path | str
+    best_by: BestBy
+    rules: Sequence[RetentionRule]
+    predicate: CheckpointPredicate | None
+    triggers: tuple[AnyOf, AnyOf]
+    resume: bool
+    restore_best: bool
+    save_policy: SavePolicy
+    preemption: Preemption | None
+    when_in_use: str
+    link_unchanged: bool
+    adaptation: Adaptation
+    optional: tuple[str, ...]
+    on_change: str | None
+    recoverables: Recoverables | None
+    meta: Meta | None
+    split_model: tuple[str, ...]
+    trust_pickle: bool
+    local_dir: Path | None
+    storage_options: Mapping[str, object] | None
+
+    def __post_init__(self) -> None:
+        """Refuse names that can't name a file, or that name two.
+
+        Raises:
+            ConfigurationError: A name is taken, or given twice.
+        """
+        check_names([*self.split_model], "split_model")
+        check_disjoint(self.split_model)
+        if isinstance(self.recoverables, Mapping):
+            check_names([*self.split_model, *self.recoverables], "recoverables")
 
 
 def plain(given: Any) -> Any:
@@ -90,7 +160,7 @@ def check_kinds(given: Mapping[str, object]) -> None:
     """
     problems = []
     for name, value in given.items():
-        fits, expected = _KINDS[name]
+        fits, expected = KINDS[name]
         if not fits(value):
             problems.append(f"{name} is {_shown(value)}, expected {expected}")
     if problems:
@@ -169,7 +239,7 @@ _FLAG = "True or False"
 _KEY = "the name of a metric"
 _NAMES = "a list of names"
 _FUNCTION = "a function of Trainer and module that returns one"
-_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "min_key": (_or_none(_is_text), _KEY),
     "max_key": (_or_none(_is_text), _KEY),
     "importance_key": (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sbckpt._world.world import decided_unless_failed
+from lightning_sbckpt._save.request import SaveRequest
+from lightning_sbckpt._world.world import decided_together
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
@@ -45,6 +46,8 @@ class Saving:
         reductions: How DDP adds up gradients.
         watch: Whether the run is to end; None if nobody may ask it to.
         experiment: What is trained.
+        mode: `"sync"`, `"async"` or `"overlap"`.
+        warns: Whether training goes on without a checkpoint that could not be written.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
     """
 
@@ -57,9 +60,11 @@ class Saving:
     reductions: Reductions
     watch: Watch | None
     experiment: Experiment
+    mode: str
+    warns: bool
     announce: Callable[[], object]
     _unannounced: bool = False
-    _failed: int = 0
+    _may_hide: bool = True
 
     def begin(self, module: LightningModule) -> None:
         """Note what training will change.
@@ -67,16 +72,13 @@ class Saving:
         Hide no copy behind training where nobody tells when parameters are about to change.
         """
         self.gatherer.begin(module)
-        if module.automatic_optimization:
-            return
-        saver = self.run.checkpointer.saver
-        if saver.policy.mode == "overlap":
+        self._may_hide = module.automatic_optimization
+        if self.mode == "overlap" and not self._may_hide:
             rank_zero_info(
                 "SBCheckpoint: this module optimizes manually, so nobody tells when parameters "
                 "are about to change: copies are made before training goes on (save_mode "
                 "'async')"
             )
-        saver.fall_back()
 
     def after_batch(self, trainer: Trainer) -> None:
         """Save if it is due; end the run after it if it was asked to end.
@@ -87,7 +89,7 @@ class Saving:
         """
         checkpointer = self.run.checkpointer
         # With several ranks it has to wait for a place where all of them are.
-        if self._unannounced and checkpointer.world.size == 1 and not checkpointer.saver.busy:
+        if self._unannounced and checkpointer.world.size == 1 and not checkpointer.is_saving:
             self._announce()
         due = self.schedule.after_batch(trainer, checkpointer.world)
         asked = self.watch is not None and bool(self.watch.ask(TrainerWorld(trainer)))
@@ -106,8 +108,7 @@ class Saving:
         if training_ends(trainer):
             # No step comes any more, but callbacks that put averaged weights in place may.
             checkpointer.before_update()
-        failed = checkpointer.saver.failed > self._failed
-        due = self.schedule.after_epoch(trainer, checkpointer.world, last_failed=failed)
+        due = self.schedule.after_epoch(trainer, checkpointer.world)
         asked = self.watch is not None and bool(self.watch.agreed)
         ends = asked and not (training_ends(trainer) or at_max_steps(trainer))
         self._save_if(due, trainer, within_epoch=False, and_end=ends)
@@ -157,44 +158,46 @@ class Saving:
         checkpointer = self.run.checkpointer
         if checkpointer.access == "read":
             return {}
-        saver = checkpointer.saver
+        # A copy can't hide where no optimizer step follows, and the last save is not skipped: nothing
+        # comes after it that would hold the same.
+        goes_on = not last and step_follows(trainer, within_epoch=within_epoch)
+        meta: Mapping[str, object] = {}
         # Hooks of the user may draw random numbers: a run with saves must equal one without.
         with isolated_rng():
-            over = not within_epoch or _private.trainer.epoch_is_over(trainer)
-            if last or not step_follows(trainer, within_epoch=within_epoch):
-                saver.copy_at_once()
-                # The last one is not skipped: nothing comes after it that would hold the same.
-                saver.wait(checkpointer.world)
-            self._failed, skipped = saver.failed, saver.skipped
-            meta: Mapping[str, object] = self.metrics.at(trainer)
             try:
-                meta = self._take(trainer, due, meta, within_epoch=within_epoch)
+                request = self._request(trainer, due, within_epoch=within_epoch)
             except SBCheckpointError as error:
-                saver.fail(error, checkpointer.world)
+                result = checkpointer.save_failed(error)
             else:
-                checkpointer.save_checkpoint(
-                    meta,
-                    end_of_epoch=over,
+                meta = request.meta
+                request = replace(
+                    request,
+                    hide_copy=self._may_hide and goes_on,
+                    may_skip=goes_on,
                     # What a run is to be started again from stays, whatever the rules say of it.
-                    then=None if last else self.run.prune,
+                    on_durable=None if last else self.run.prune,
                 )
-            self.schedule.saved(trainer, within_epoch=within_epoch, skipped=saver.skipped > skipped)
-            # They would keep the whole state of this moment in memory.
-            checkpointer.recoverables = {}
-        if saver.skipped > skipped:
+                result = checkpointer.save(request)
+        self.schedule.saved(trainer, result, within_epoch=within_epoch)
+        if result.skipped:
             return meta
-        is_sync = saver.policy.mode == "sync"
+        is_sync = self.mode == "sync"
         if is_sync or self._unannounced:
             # In the background it is the one before that is durable by now.
             self._announce()
         self._unannounced = not is_sync
         return meta
 
-    def _take(
-        self, trainer: Trainer, due: Due, metrics: Mapping[str, object], *, within_epoch: bool
-    ) -> Mapping[str, object]:
-        """Give the checkpointer what it is to save, and return the meta; every rank calls this."""
-        checkpointer, failure = self.run.checkpointer, None
+    def _request(self, trainer: Trainer, due: Due, *, within_epoch: bool) -> SaveRequest:
+        """Return what is to be saved at this moment; every rank calls this.
+
+        Raises:
+            SBCheckpointError: A hook of the user, or what is to be in the meta, failed on some rank.
+        """
+        world = self.run.checkpointer.world
+        failure: Exception | None = None
+        own: dict[str, Any] = {}
+        request = SaveRequest({})
         try:
             own, rest = self.gatherer.take(
                 trainer,
@@ -203,26 +206,30 @@ class Saving:
                 within_epoch=within_epoch,
                 validated_this_epoch=self.schedule.validated_this_epoch,
             )
-            meta = self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch)
-            checkpointer.lineage = self.run.lineage(due.reason)
-            checkpointer.documents = {
-                **self.gatherer.documents(trainer, self.experiment.in_force),
-                **self.experiment.documents(),
-            }
+            metrics = self.metrics.at(trainer)
+            request = SaveRequest(
+                rest,
+                meta=self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch),
+                end_of_epoch=not within_epoch or _private.trainer.epoch_is_over(trainer),
+                lineage=self.run.lineage(due.reason),
+                extra_files={
+                    **self.gatherer.extra_files(trainer, self.experiment.in_force),
+                    **self.experiment.extra_files(),
+                },
+                on_discarded=self.schedule.take_anew,
+                on_failed=self.schedule.last_failed,
+            )
         except Exception as error:
             failure = error
-            if checkpointer.saver.policy.on_error == "warn" and not isinstance(
-                error, SBCheckpointError
-            ):
+            if self.warns and not isinstance(error, SBCheckpointError):
                 failure = SaveError(
                     f"the state for a checkpoint can't be taken: {type(error).__name__}: {error}. "
                     "Nothing was written; earlier checkpoints are whole"
                 )
-        world = checkpointer.world
-        decided_unless_failed(world, failure, lambda: None)
+        # Before the collectives of `of_ranks`, in which the others would wait for this rank.
+        decided_together(world, failure, None, lambda _: None)
         of_ranks = self.gatherer.of_ranks(trainer, own, self.reductions, world)
-        checkpointer.recoverables = {**rest, **of_ranks}
-        return meta
+        return replace(request, items={**request.items, **of_ranks})
 
     def _announce(self) -> None:
         self._unannounced = False

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_sbckpt._save.request import SaveResult
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.triggers import AnyOf, Due, Moment, ask, together
@@ -38,6 +39,7 @@ class Schedule:
         self._previous_step = 0
         self._validated = False
         self._retake = False
+        self._last_failed = False
         self._deferred: list[Due | None] = []
 
     # ------------------------------------------------------------------ what happens
@@ -64,10 +66,15 @@ class Schedule:
         # At the next place between two batches: here, in the middle of one, nothing fits together.
         self._retake = True
 
-    def saved(self, trainer: Trainer, *, within_epoch: bool, skipped: bool) -> None:
-        """Note a save, which may have been skipped since another was in flight."""
-        if not skipped:
+    def last_failed(self) -> None:
+        """Note that the last checkpoint could not be written."""
+        self._last_failed = True
+
+    def saved(self, trainer: Trainer, result: SaveResult, *, within_epoch: bool) -> None:
+        """Note a save, and what came of it."""
+        if not result.skipped:
             self._last_save, self._last_within_epoch = place_of(trainer), within_epoch
+            self._last_failed = result.error is not None
         self._last_save_seconds = time.monotonic() - self._started
 
     # ------------------------------------------------------------------ what is due
@@ -111,13 +118,12 @@ class Schedule:
             reasons.append(Due("training was told to stop"))
         return together(reasons)
 
-    def after_epoch(self, trainer: Trainer, world: World, *, last_failed: bool) -> Due | None:
+    def after_epoch(self, trainer: Trainer, world: World) -> Due | None:
         """Return why a checkpoint is due between two epochs, or None; the same on every rank.
 
         Args:
             trainer: The Trainer.
             world: Its ranks.
-            last_failed: Whether the last save could not be written.
         """
         deferred, self._deferred = self._deferred, []
         retake, self._retake = self._retake, False
@@ -126,7 +132,7 @@ class Schedule:
         # save is kept when training ends.
         cut = trainer.should_stop or at_max_steps(trainer)
         is_saved = self._last_save == place_of(trainer) and (cut or not self._last_within_epoch)
-        if is_saved and not (retake or last_failed):
+        if is_saved and not (retake or self._last_failed):
             return None
         moment = self._moment(trainer, "epoch_end", self._previous_step)
         due = decided_by_main(world, lambda: ask(self._end_triggers, moment))

@@ -207,7 +207,7 @@ def fit_stuck(folder, rank):
         deadline = time.monotonic() + 2 * SECONDS
         while time.monotonic() < deadline:
             time.sleep(0.05)
-            if callback._watch._received:
+            if callback._session._watch._received:
                 (folder / "came").touch()
 
     late = At("on_train_batch_start", 2, stuck)

@@ -178,7 +178,7 @@ class TestSameBits:
             hides = mode == "overlap" and since(torch.__version__, "2.6")
             hidden = len(saved(tmp_path / mode)) - 1 if hides else 0
             assert len(copies) == hidden
-            assert run.callback.checkpointer.saver._mode == mode
+            assert run.callback.checkpointer._saver._mode == mode
         assert "dropped" not in caplog.text
 
     def test_manual_optimization_copies_at_once_and_says_so(self, tmp_path, copies, caplog):
@@ -235,7 +235,7 @@ class TestSameBits:
             **ALL,
         )
         assert caplog.text.count("dropped and saved anew") == 1
-        assert run.callback.checkpointer.saver._mode == "async"
+        assert run.callback.checkpointer._saver._mode == "async"
         assert len(copies) == 1
         assert steps_saved(tmp_path / "overlap") == [3, 4, 6, 8, 10, 12]
         assert equal(weights(run), weights(expected))
@@ -411,7 +411,7 @@ class TestAtTheEnd:
                 save_mode=mode,
             )
             assert run.module.steps == best
-            assert not run.callback.checkpointer.saver.busy
+            assert not run.callback.checkpointer.is_saving
             assert steps_saved(tmp_path / name) == sorted({best, 12})
             paths = {ckpt.meta["global_step"]: str(ckpt.path) for ckpt in saved(tmp_path / name)}
             assert run.callback.best_model_path == paths[best]
@@ -474,7 +474,7 @@ class TestAtTheEnd:
                 time.sleep(0.2)
 
         background(slow)
-        run = fit(
+        fit(
             tmp_path,
             callbacks=[At("on_train_batch_start", 9, go_on.set)],
             save_mode="async",
@@ -482,9 +482,8 @@ class TestAtTheEnd:
             every_n_train_steps=1,
             **ALL,
         )
-        skipped = run.callback.checkpointer.saver.skipped
+        skipped = caplog.text.count("skipped a save")
         assert skipped >= 7
-        assert caplog.text.count("skipped a save") == skipped
         found = steps_saved(tmp_path)
         assert len(found) == 12 - skipped
         assert found[-1] == 12

@@ -98,7 +98,7 @@ def raise_with_a_save_in_flight(folder, rank, save_mode):
                 # Later than what comes of the error, unless the machine is busy.
                 threading.Timer(0.5, go_on.set).start()
             if trainer.global_step == 3 and rank == 1:
-                busy = callback.checkpointer.saver.busy
+                busy = callback.checkpointer.is_saving
                 (folder / "busy.txt").write_text(str(busy))
                 raise ZeroDivisionError("rank one has failed")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded import fsdp1
 from lightning_sbckpt._sharded.states import (
     ShardedState,
@@ -27,8 +28,6 @@ from lightning_sbckpt.plugin.state.parts import (
     GRADIENTS,
     NONPERSISTENT,
     RANK_BUFFERS,
-    Part,
-    check_disjoint,
     check_names,
     divide,
     divide_model,
@@ -38,6 +37,7 @@ from lightning_sbckpt.triggers import Due
 from lightning_sbckpt.typing import World
 
 HPARAMS_YAML = "hparams.yaml"
+
 
 Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
 Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
@@ -51,30 +51,23 @@ class Gatherer:
         meta: Of the user, see `SBCheckpoint`.
         split_model: Submodules that get files of their own.
 
-    Raises:
-        ConfigurationError: A name can't name a file, or two are the same.
     """
 
     def __init__(
-        self, recoverables: Recoverables | None, meta: Meta | None, split_model: tuple[str, ...]
+        self,
+        recoverables: Recoverables | None,
+        meta: Meta | None,
+        split_model: tuple[str, ...],
     ) -> None:
         self._recoverables = recoverables
         self._meta = meta
         self._buffers: NonPersistentBuffers | None = None
         self._first_rates: list[list[float]] = []
         self.split_model = split_model
-        check_names([*split_model], "split_model")
-        check_disjoint(split_model)
-        if isinstance(recoverables, Mapping):
-            check_names([*split_model, *recoverables], "recoverables")
 
     def begin(self, module: LightningModule) -> None:
         """Note what the module is like before its first batch; it is where it is trained."""
         self._buffers = NonPersistentBuffers(module)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Return what is configured: no copy goes on with the fit of another."""
-        return {**vars(self), "_buffers": None}
 
     def check(self, trainer: Trainer) -> None:
         """Refuse at once what no checkpoint could be made of; all ranks call this.
@@ -161,14 +154,14 @@ class Gatherer:
     @staticmethod
     def of_ranks(
         trainer: Trainer, state: Mapping[str, Any], reductions: Reductions, world: World
-    ) -> dict[str, Part]:
+    ) -> dict[str, TakenState]:
         """Return the parts that hold each rank's own, by the names of their files; all ranks call this."""
         buffers = exact.own_buffers(trainer, world, reductions.broadcast_buffers())
         return exact.parts_of_ranks(
             {**state, **({RANK_BUFFERS: buffers} if buffers else {})}, world
         )
 
-    def documents(self, trainer: Trainer, in_force: Mapping[str, object]) -> dict[str, str]:
+    def extra_files(self, trainer: Trainer, in_force: Mapping[str, object]) -> dict[str, str]:
         """Return the hyperparameters of module and datamodule as a file that people read.
 
         Args:

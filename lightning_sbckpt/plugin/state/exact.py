@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt._sharded.states import is_sharded_tensor
 from lightning_sbckpt._world.world import gather_tensors
@@ -37,7 +38,6 @@ from lightning_sbckpt.plugin.state.parts import (
     NONPERSISTENT,
     RANK_BUFFERS,
     RNG,
-    Part,
 )
 from lightning_sbckpt.plugin.state.per_rank import pack, together
 from lightning_sbckpt.rng import capture_rng, generator_state, restore_rng, set_generator_state
@@ -230,11 +230,11 @@ def _restore_buffers(module: LightningModule, saved: Mapping[str, torch.Tensor])
     return problems
 
 
-def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
+def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, TakenState]:
     """Return the parts that hold every rank's state, by the name of their file; rank zero's only."""
     if world.size == 1:
         return {
-            name: Part({"ranks": [one]}, volatile=True)
+            name: TakenState({"ranks": [one]}, volatile=True)
             for name, one in sorted(state.items())
             if one or name not in (NONPERSISTENT, GRADIENTS)
         }
@@ -253,7 +253,7 @@ def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, Part]:
     }
     if any(gradients):
         parts[GRADIENTS] = {"ranks": gradients}
-    return {name: Part(part, volatile=True) for name, part in sorted(parts.items())}
+    return {name: TakenState(part, volatile=True) for name, part in sorted(parts.items())}
 
 
 def _once_where_equal(state: Mapping[str, Any], world: World) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ from lightning_sbckpt._layout.publish import (
 from lightning_sbckpt._load.module_state import versions_below, versions_in, with_versions
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url
+from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt._sharded.states import numbered as in_numbers
 from lightning_sbckpt.averaging.average import AVERAGED_FROM
@@ -86,33 +87,6 @@ _HPARAMS_KEYS = tuple(
 _OURS = "lightning_sbckpt"
 
 
-class Part:
-    """One piece of Lightning's dictionary, as a recoverable.
-
-    Args:
-        state: The piece.
-        volatile: Whether it may change before the next optimizer step, as gradients do.
-        authenticated: Whether its file is to be known as one of this user's own.
-    """
-
-    def __init__(
-        self, state: Mapping[str, object], *, volatile: bool = False, authenticated: bool = False
-    ) -> None:
-        self._state = state
-        self.volatile = volatile
-        self.authenticated = authenticated
-
-    def state_dict(self) -> Mapping[str, object]:
-        """Return the piece."""
-        return self._state
-
-    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
-        """Refuse: pieces go back through Lightning, see `read_folder`."""
-        raise MismatchError(
-            "this state belongs to a Lightning run: resume it by SBCheckpoint, or read its file"
-        )
-
-
 def divide(
     dump: Mapping[str, Any],
     trainer: Trainer | None,
@@ -120,7 +94,7 @@ def divide(
     position: object,
     *,
     in_pieces: bool = False,
-) -> dict[str, Part | ShardedState]:
+) -> dict[str, TakenState | ShardedState]:
     """Divide Lightning's dictionary into parts, by the name of their file.
 
     Args:
@@ -158,7 +132,9 @@ def divide(
     # Those of a live run only: what was read from elsewhere is not ours.
     ours = {HPARAMS} if trainer is not None and names_calls(parts[HPARAMS]) else set()
     return {
-        name: ShardedState(state) if name in sharded else Part(state, authenticated=name in ours)
+        name: ShardedState(state)
+        if name in sharded
+        else TakenState(state, authenticated=name in ours)
         for name, state in parts.items()
         if state or name == MODEL
     }
