@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -264,7 +265,8 @@ class SBCheckpoint(LightningCheckpoint):
             self._session.forget()
         self._reset_scores()
         self._session = FitSession(
-            self._options,
+            # The folder is an attribute that may be set.
+            replace(self._options, dirpath=options.folder(self.dirpath)),
             trainer,
             self,
             begin_at=self._begin_at,
