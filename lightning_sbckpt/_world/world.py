@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from lightning_sbckpt._world.collectives import (
     broadcast_object,
     gather_objects,
+    receive_tensors,
+    send_tensors,
 )
 from lightning_sbckpt.errors import SBCheckpointError
 from lightning_sbckpt.typing import World
@@ -126,6 +129,60 @@ def _without_failures(brought: list[tuple[Exception | None, T]]) -> list[T]:
         if failure is not None:
             raise failure
     return [own for _, own in brought]
+
+
+def gather_tensors(own: Mapping[str, torch.Tensor], world: World) -> list[dict[str, torch.Tensor]]:
+    """Return every rank's tensors, in order, on rank zero, and nothing elsewhere.
+
+    They come one at a time, into the memory of the processor: rank zero has the tensors of all ranks
+    once, and no other memory is needed than for one of them.
+
+    Args:
+        own: This rank's tensors, by name; each rank may have others.
+        world: The ranks of the default process group.
+
+    Raises:
+        Exception: Rank zero has no memory for them; on the others as `portable_error`.
+    """
+    if world.size == 1:
+        return [dict(own)]
+    # What is not strided is rare, and goes with the names.
+    plain = {name: each for name, each in own.items() if each.layout is torch.strided}
+    forms: list[dict[str, _Form | torch.Tensor]]
+    forms = (
+        world.gather(
+            {
+                name: _Form(each.dtype, tuple(each.shape)) if name in plain else each.detach().cpu()
+                for name, each in own.items()
+            }
+        )
+        or []
+    )
+    places: list[dict[str, torch.Tensor]] = []
+    # All memory before anybody sends: a rank whose tensors nobody receives would wait for ever.
+    decided_by_main(world, lambda: places.extend(map(_places, forms[1:])))
+    if world.rank:
+        send_tensors(plain)
+        return []
+    for rank, (form, place) in enumerate(zip(forms[1:], places, strict=True), 1):
+        receive_tensors({n: place[n] for n in form if isinstance(form[n], _Form)}, rank)
+    return [dict(own), *places]
+
+
+class _Form(NamedTuple):
+    """What a tensor needs to have a place."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _places(forms: Mapping[str, _Form | torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(form.shape, dtype=form.dtype, device="cpu")
+        if isinstance(form, _Form)
+        else form
+        for name, form in forms.items()
+    }
 
 
 def portable_error(result: T, rank: int = 0) -> T | SBCheckpointError:

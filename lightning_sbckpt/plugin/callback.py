@@ -266,7 +266,7 @@ class SBCheckpoint(LightningCheckpoint):
         self._reset_scores()
         self._session = FitSession(
             # The folder is an attribute that may be set.
-            replace(self._options, dirpath=options.folder(self.dirpath)),
+            replace(self._options, dirpath=_options.folder(self.dirpath)),
             trainer,
             self,
             begin_at=self._begin_at,
