@@ -113,7 +113,8 @@ class Replacing(importlib.abc.MetaPathFinder):
                     replaced = getattr(module, shared)
                     own = vars(replaced) if isinstance(replaced, type) else {{}}
                     for name, each in {{"": replaced, **own}}.items():
-                        if isinstance(getattr(each, "__doc__", None), str):
+                        is_its = getattr(each, "__module__", None) == module.__name__
+                        if is_its and isinstance(each.__doc__, str):
                             where = shared + (name and "." + name)
                             module.__test__[where] = each.__doc__
                     setattr(module, shared, getattr(lightning_sbckpt, shared))
@@ -185,6 +186,7 @@ def units(checkout, folder, _):
                     outcomes[name.partition(" - ")[0].replace("__test__.", "")] = outcome
         found[who] = outcomes
         print(f"{who}: {passed(outcomes)}", flush=True)
+        print(*(name for name in outcomes if outcomes[name] != "PASSED"), flush=True)
     differing = {
         name: found["ours"].get(name, "not run")
         for name in sorted(found["theirs"])
