@@ -154,14 +154,17 @@ class Checkpointer(CheckpointFolder):
             self._set_hook("save", each, save_hook)
         if recoverables is not None:
             self.add_recoverables(recoverables)
-        self._newest_saved = 0.0
-        self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize[..., Any]]
-        self._watched = weakref.WeakKeyDictionary()
         if access != "read":
             # With nothing to save it may be there to read alone, perhaps by a misspelled name: then
             # the folder is made by the first save.
             makes = bool(self.recoverables)
             self._open_for_saving(self.checkpoints_dir, self._mirror, makes=makes)
+
+    def _set_up(self, place: tuple[Path, Mirror | None], policy: SavePolicy) -> None:
+        super()._set_up(place, policy)
+        self._newest_saved = 0.0
+        self._watched: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.finalize[..., Any]]
+        self._watched = weakref.WeakKeyDictionary()
 
     def _move_to(self, place: tuple[Path, Mirror | None]) -> None:
         self.wait()

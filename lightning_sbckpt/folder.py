@@ -50,6 +50,11 @@ __all__ = ["CheckpointFolder"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
+# What an object of its own in another process, or a copy in this one, makes anew.
+_OF_A_PROCESS = frozenset(
+    "_catalog _damage_found _history _lock _looked_at _looking _mirror _remover _saver _uploads "
+    "_watched".split()
+)
 _ACCESS = ("exclusive", "shared", "read")
 _LOOKS = 8
 
@@ -106,14 +111,29 @@ class CheckpointFolder:
         self._world = world
         self._storage = storage or LocalStorage()
         self._link_unchanged = link_unchanged
+        self._set_up(place_of(checkpoints_dir, local_dir, storage_options), policy or SavePolicy())
+
+    def _set_up(self, place: tuple[Path, Mirror | None], policy: SavePolicy) -> None:
         # What was found damaged when it was to be recovered from.
         self._damage_found: dict[Path, tuple[int | None, str]] = {}
         # Retention may look in the background while the caller does.
         self._looking = RLock()
-        self._look_in(place_of(checkpoints_dir, local_dir, storage_options))
+        self._look_in(place)
         self._remover = Remover(self._storage)
-        self._saver = Saver(self._saver_state(), policy or SavePolicy(), self._remover)
+        self._saver = Saver(self._saver_state(), policy, self._remover)
         _all.add(self)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the settings and the recoverables, as it is copied and pickled."""
+        state = {name: value for name, value in vars(self).items() if name not in _OF_A_PROCESS}
+        return {**state, "policy": self._saver.policy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Be one of the same folder that has saved nothing and holds no lock."""
+        policy = state.pop("policy")
+        vars(self).update(state)
+        folder = self._checkpoints_dir
+        self._set_up(place_of(self.url, folder) if self.url else place_of(folder), policy)
 
     def _look_in(self, place: tuple[Path, Mirror | None]) -> None:
         with self._looking:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_sbckpt import Checkpointer, ckpt_recency
+from lightning_sbckpt import Checkpointer, EpochCounter, ckpt_recency
 from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt.errors import ConfigurationError, SaveError, SelectionError
 from lightning_sbckpt.retention import Best, Newest
@@ -370,6 +372,53 @@ def test_the_name_of_a_checkpoint_that_was_removed_is_not_used_again(tmp_path):
         names.add(saved.path.name)
         checkpointer.delete_checkpoints(num_to_keep=0)
     assert len(names) == 30
+
+
+class TestCopies:
+    """A checkpointer goes wherever the rest of a program's settings go, as SpeechBrain's does."""
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+    def test_a_copy_saves_and_finds_in_the_same_folder(self, tmp_path, copied):
+        """With the recoverables copied along, and settings, hooks and annotations of the user's."""
+        model, counter = torch.nn.Linear(1, 1), EpochCounter(3)
+        original = Checkpointer(
+            tmp_path,
+            {"model": model, "notes": {}},
+            custom_save_hooks={"notes": touch},
+            save_mode="async",
+            on_save_error="warn",
+        )
+        original.add_recoverable("counter", counter, optional_load=True)
+        original.of_mine = 3
+        original.save_checkpoint({"loss": 0.5})
+        next(counter)
+        other = copied(original)
+        original.wait()
+        assert other.recoverables["counter"].current == 1
+        assert other.recoverables["model"] is not model
+        assert torch.equal(other.recoverables["model"].weight, model.weight)
+        assert (other.of_mine, other.registry is original.registry) == (3, True)
+        assert other.optional_recoverables["counter"]
+        other.save_checkpoint({"loss": 0.25})
+        other.wait()
+        assert original.find_checkpoint(min_key="loss").meta["loss"] == 0.25
+        original.save_checkpoint()
+        original.wait()
+        assert len(other.list_checkpoints()) == 3
+
+    def test_what_refers_to_it_is_copied_with_it(self, tmp_path):
+        """A recoverable that holds its checkpointer, as SpeechBrain's `Brain`."""
+        brain = EpochCounter(3)
+        brain.checkpointer = Checkpointer(tmp_path, {"brain": brain})
+        other = copy.deepcopy(brain)
+        assert other.checkpointer.recoverables["brain"] is other
+        other.checkpointer.save_checkpoint()
+        assert len(brain.checkpointer.list_checkpoints()) == 1
+
+
+def touch(_, path):
+    """Save nothing."""
+    path.touch()
 
 
 class TestFolderOfAReader:

@@ -128,6 +128,10 @@ class HookRegistry:
         self.save_on_every_rank: set[type] = set()
         self._lazy: dict[str, Callable[[HookRegistry, type], None]] = {}
 
+    def __reduce__(self) -> str | tuple[object, ...]:
+        """Pickle the default one by its name: it is the same for every copy and in every process."""
+        return "default_registry" if self is default_registry else object.__reduce_ex__(self, 2)
+
     @property
     def _tables(self) -> tuple[_Hooks, _Hooks, _Hooks]:
         return self.save, self.load, self.transfer
