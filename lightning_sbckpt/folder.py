@@ -51,10 +51,10 @@ __all__ = ["CheckpointFolder"]
 logger = logging.getLogger("lightning_sbckpt")
 
 # What an object of its own in another process, or a copy in this one, makes anew.
-_OF_A_PROCESS = frozenset(
-    "_catalog _damage_found _history _lock _looked_at _looking _mirror _remover _saver _uploads "
-    "_watched".split()
-)
+_OF_A_PROCESS = {
+    *("_catalog", "_damage_found", "_history", "_lock", "_looked_at", "_looking", "_mirror"),
+    *("_remover", "_saver", "_uploads", "_watched"),
+}
 _ACCESS = ("exclusive", "shared", "read")
 _LOOKS = 8
 
