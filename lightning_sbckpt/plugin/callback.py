@@ -369,7 +369,7 @@ class SBCheckpoint(LightningCheckpoint):
         assert self._session is not None  # Nothing else announces.
         self._set_paths(self._session.run)
         for logger in trainer.loggers:
-            logger.after_save_checkpoint(proxy(self))
+            _private.loggers.tell(logger, proxy(self))
         self._upload(ends=False)
 
     def _upload(self, *, ends: bool) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from _runs import Steps, by_epoch, fit, saved
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loggers.utilities import _scan_checkpoints
@@ -103,6 +105,28 @@ def test_what_loggers_of_lightning_do_with_a_callback_works(tmp_path):
     logger = Scans()
     fit(tmp_path, min_key="val_loss", trainer={"logger": logger})
     assert logger.told == [[], [], []]
+
+
+def test_a_logger_keeps_the_file_checkpoints_that_it_is_to_upload(tmp_path):
+    """MLflow's and LitLogger's keep one callback until training ends: a ModelCheckpoint stays that one."""
+
+    class Keeps(Recording):
+        def __init__(self):
+            super().__init__()
+            self._checkpoint_callback = None
+
+        def after_save_checkpoint(self, checkpoint_callback):
+            super().after_save_checkpoint(checkpoint_callback)
+            self._checkpoint_callback = checkpoint_callback
+
+        def finalize(self, status):
+            self.uploaded = _scan_checkpoints(self._checkpoint_callback, {})
+
+    logger = Keeps()
+    files = ModelCheckpoint(tmp_path / "files")
+    fit(tmp_path / "run", callbacks=[files], trainer={"logger": logger})
+    assert [Path(path) for _, path, _, _ in logger.uploaded] == [Path(files.best_model_path)]
+    assert len(logger.told) == 6
 
 
 def test_the_csv_logger_goes_on_over_a_restart(tmp_path):

@@ -16,6 +16,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 _KNOWN = (MLFlowLogger, WandbLogger)
+_KEPT = "_checkpoint_callback"
+"""The callback whose files a logger uploads when training ends: MLflow's, LitLogger's, W&B's before 2.5."""
+
+
+def tell(logger: Logger, callback: object) -> None:
+    """Tell a logger of a save; the callback whose files it will upload stays the one that it was."""
+    kept = {name: value for name, value in vars(logger).items() if name == _KEPT}
+    cast("Any", logger).after_save_checkpoint(callback)
+    vars(logger).update(kept)
 
 
 class Artifacts:
