@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import linecache
 import random
 import resource
 import sys
@@ -63,14 +64,23 @@ class Interrupt:
         sys.settrace(None)
 
     def _call(self, frame, event, _):
-        return self._line if frame.f_globals.get("__name__", "").startswith(PACKAGE) else None
+        if not frame.f_globals.get("__name__", "").startswith(PACKAGE):
+            return None
+        last = 0
 
-    def _line(self, frame, event, _):
-        if event == "line" and frame.f_code.co_name != "__del__":
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return self._line
+        def line(frame, event, _):
+            nonlocal last
+            if event == "line" and frame.f_code.co_name != "__del__":
+                back, last = frame.f_lineno < last, frame.f_lineno
+                text = linecache.getline(frame.f_code.co_filename, last).lstrip()
+                # Where a block of `with` is left, no signal is looked for until `__exit__` has run.
+                self.left -= not (back and text.startswith("with "))
+                if self.left == 0:
+                    self.left = -1
+                    raise KeyboardInterrupt
+            return line
+
+        return line
 
 
 class TestInterrupts:
