@@ -59,7 +59,7 @@ class Reason(NamedTuple):
 EXPECTED = (
     Reason(
         "The test replaces `torch.save` by a mock that writes nothing, so this callback refuses an empty file.",
-        r"SaveError: can't finish .* Buffer size too small \(0 ",
+        r"SaveError: can't .* (Buffer size too small \(0 |cannot modify read-only memory)",
         (
             "checkpointing/test_checkpoint_callback_frequency.py::test_default_checkpoint_freq",
             "checkpointing/test_checkpoint_callback_frequency.py::test_top_k",
@@ -67,7 +67,7 @@ EXPECTED = (
     ),
     Reason(
         "The test replaces the clock by one that moves, or ends, when it is read, and this callback reads it, too.",
-        r"Expected validation at batches|log_metrics.mock_calls ==|Expected train/time",
+        r"Expected validation at batches|log_metrics.mock_calls ==|Expected train/time|StopIteration",
         (
             "callbacks/test_throughput_monitor.py::test_throughput_monitor_fit_gradient_accumulation",
             "callbacks/test_throughput_monitor.py::test_throughput_monitor_fit_with_validation",
