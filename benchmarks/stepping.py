@@ -114,7 +114,8 @@ def hooks_microseconds(mode: str, folder: Path, *, slower: Callable[[], object] 
             if getattr(type(callback), name) is not getattr(_base_class(), name)
         ]
         # Not a hook of Lightning's: it is called when Lightning is wholly done with a batch.
-        calls.append((vars(callback)["_saving"].after_batch, (trainer,)))
+        session: Any = callback._session  # noqa: SLF001
+        calls.append((session._saving.after_batch, (trainer,)))  # noqa: SLF001
         start = time.thread_time_ns()
         for _ in range(_CALLS):
             for call, arguments in calls:

@@ -315,7 +315,7 @@ def test_three_thousand_checkpoints_fit_on_a_page(tmp_path):
 
 def test_the_template_is_in_the_package():
     """Beside the modules that fill it, so that every build takes it along."""
-    import lightning_sbckpt.report
+    import lightning_sbckpt._views
 
-    folder = Path(lightning_sbckpt.report.__file__).parent / "_pictures"
+    folder = Path(lightning_sbckpt._views.__file__).parent
     assert {"report.html.jinja", "report.js"} <= {file.name for file in folder.iterdir()}

@@ -154,7 +154,7 @@ def test_buffers_that_ranks_have_in_common_are_kept_once(equal):
     parts_of_ranks(state(1.0 if equal else 2.0), second)
     first = World(0)
     first.others = [[sent] for sent in second.sent]
-    part = parts_of_ranks(state(1.0), first)[NONPERSISTENT].state_dict()
+    part = parts_of_ranks(state(1.0), first)[NONPERSISTENT].take()
     own = [state_of_rank(part, rank) for rank in (0, 1)]
     assert own[0]["queue"]["value"].tolist() == [1.0, 1.0]
     assert (own[1] is None) == equal

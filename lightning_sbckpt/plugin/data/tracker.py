@@ -311,7 +311,7 @@ class TrackedLoader:
 
     Example:
         >>> from torch.utils.data import DataLoader
-        >>> from __DROP__ import LoaderTracker
+        >>> from lightning_sbckpt.plugin.data.tracker import LoaderTracker
         >>> tracker = LoaderTracker(lambda: "train")
         >>> loader = tracker.track(DataLoader(range(4), batch_size=2))
         >>> isinstance(loader, DataLoader), len(loader), loader.batch_size
