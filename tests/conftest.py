@@ -58,6 +58,21 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest selects by marker.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `long` what a `sample` of the cases of a test leaves out; the sample is spread evenly."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sample") and not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        size = cases[0].get_closest_marker("sample").args[0]
+        taken = {number * len(cases) // size for number in range(size)}
+        for number, case in enumerate(cases):
+            if number not in taken:
+                case.add_marker("long")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _secrets_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the user's own secrets out of the tests, and theirs out of the user's home."""

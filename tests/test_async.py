@@ -467,6 +467,7 @@ class TestProcesses:
         state = torch.load(saved.paramfiles["model"], weights_only=True)
         assert bool((state["weight"] == 3.0).all())
 
+    @pytest.mark.sample(1)
     @pytest.mark.usefixtures("one_thread")
     @pytest.mark.parametrize("mode", ["async", "overlap"])
     def test_a_fork_while_a_save_is_in_flight_harms_neither(self, tmp_path, disk, mode):

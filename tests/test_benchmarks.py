@@ -12,11 +12,13 @@ import sys
 from inspect import signature
 from pathlib import Path
 
+import pytest
 from torch.distributed import checkpoint as dcp
 
 CHECKS = Path(__file__).with_name("_benchmark_checks.py")
 
 
+@pytest.mark.ratios
 def test_ratios_hold_with_wide_margins_and_each_check_can_fail():
     """Saving, loading, finding, idle cost, import and memory, against other libraries."""
     # Not the options of this run: no doctests, no selection by marker.

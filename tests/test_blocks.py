@@ -204,12 +204,14 @@ def each_write(monkeypatch):
 class TestEverySize:
     """Around the boundaries of blocks, alignment and the small ones."""
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_byte_arrives_with_its_digest(self, kind, size, write):
         """On the disk: the file has its true length, and the digest is that of the file."""
         write(kind(size))
 
+    @pytest.mark.sample(3)
     @pytest.mark.parametrize("size", [ALIGNMENT + 1, BLOCK + 1, LARGE])
     @pytest.mark.parametrize("kind", KINDS)
     def test_in_memory_filesystems_get_the_same_bytes(self, kind, size):
@@ -269,6 +271,7 @@ class TestEverySize:
 class TestDisksThatRefuse:
     """What doesn't write past the page cache gets the same bytes through it."""
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
     def test_refused_when_asked_for(self, kind, number, write, each_write, monkeypatch):
         """As by tmpfs in older kernels, and NFS."""
@@ -284,6 +287,7 @@ class TestDisksThatRefuse:
         write(kind())
         assert set(direct) == {False}
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
     @pytest.mark.parametrize("first", [0, 3])
     def test_taken_when_asked_for_and_refused_at_a_write(
@@ -301,6 +305,7 @@ class TestDisksThatRefuse:
         if takes_direct(tmp_path):
             assert direct == [True] * (first + 1) + [False] * (7 - first)
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("step", [ALIGNMENT, 1000, 1])
     def test_short_writes_are_gone_on_with(self, kind, step, write, each_write):
         """Also where the rest is not aligned any more."""
@@ -320,6 +325,7 @@ class TestDisksThatRefuse:
             write_source(path, kind())
         assert caught.value.errno == errno.EIO
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EINVAL])
     @pytest.mark.parametrize("at", [0, 3, 6])
     def test_a_disk_that_fails_is_an_error_at_once(
@@ -344,6 +350,7 @@ class TestDisksThatRefuse:
 class TestWhateverGoesWrong:
     """No thread, no open file, no lost buffer, and nobody waits forever; see the fixture."""
 
+    @pytest.mark.sample(2)
     @pytest.mark.parametrize("block", [0, 2, 5, 6])
     def test_an_interrupt_while_a_block_is_filled(self, block, path, write):
         """Control-C, a real signal, comes out as itself."""
@@ -459,6 +466,7 @@ class TestWhateverGoesWrong:
 class TestMemory:
     """A save to the disk needs a few buffers, whatever the size of the state."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("disk", ["direct", "refusing"])
     def test_a_save_of_300_mb_needs_less_than_64_mb_more(self, tmp_path, disk):
         """Measured by the kernel as the peak of a real process, at its second save as well."""

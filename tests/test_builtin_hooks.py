@@ -438,6 +438,7 @@ def same(first, second):
 class TestMetrics:
     """Metrics in the middle of an epoch: their `state_dict` is empty, their state is not."""
 
+    @pytest.mark.sample(19)
     @pytest.mark.parametrize("cut", [0, 1, 2, 4])
     @pytest.mark.parametrize("kind", METRICS)
     def test_the_value_of_the_epoch_is_that_of_the_uninterrupted_one(self, tmp_path, kind, cut):

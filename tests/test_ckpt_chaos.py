@@ -32,6 +32,7 @@ def judged(name, at, folder, points):
     return found
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "points"), [("loop-prune", 5), ("example", 2)])
 def test_what_ckpt_chaos_ends_goes_on_exactly_from_the_newest_checkpoint(
     tmp_path, at, name, points

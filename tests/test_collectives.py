@@ -55,6 +55,7 @@ def what_ranks_get(folder, may_hang):
 WAYS = [True] if collectives._MAY_HANG else [True, False]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("may_hang", WAYS)
 def test_a_group_ends_at_once_after_objects_were_handed_about(tmp_path, may_hang):
     """And all ranks have what was sent, however long; nothing is left waiting for a lock."""

@@ -230,6 +230,7 @@ print((peak() - before) / 1e6)
 """
 
 
+@pytest.mark.long
 def test_large_tensors_are_compared_in_little_memory(save):
     """Two states of 200 MB take less than 50 MB more, in a process of its own."""
     big = torch.zeros(25_000_000)

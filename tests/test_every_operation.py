@@ -298,6 +298,7 @@ def audited_run(root, mode, results):
 class TestErrors:
     """The disk answers with an error, once or from then on."""
 
+    @pytest.mark.sample(1)
     @parts
     @modes
     def test_at_any_operation_one_error_costs_at_most_the_checkpoint_being_saved(
@@ -375,6 +376,7 @@ def fail_once(root, states, mode, part, at, code, persistent):
 class TestGoingOn:
     """The process that saw the error does not end."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("policy", ["raise", "warn"])
     @modes
     def test_the_next_save_of_the_same_process_works(self, memory, states, mode, policy):
@@ -438,6 +440,7 @@ def kill_at(states, deaths):
 class TestKills:
     """Real processes die by SIGKILL just before an operation."""
 
+    @pytest.mark.sample(1)
     @modes
     def test_some_operations_of_every_part(self, memory, states, mode):
         """A seeded share."""
@@ -535,6 +538,7 @@ modes_and_waits = pytest.mark.parametrize(
 class TestPowerCuts:
     """What was not flushed is lost, or not, as it comes."""
 
+    @pytest.mark.sample(1)
     @modes_and_waits
     def test_before_any_operation(self, memory, mode, waits):
         """A seeded half, a fifth in the other modes: nothing, all, and some of it survives."""

@@ -39,6 +39,7 @@ def test_every_example_is_tested_here():
     assert {path.name for path in EXAMPLES.glob("*.py")} == TESTED
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_like_its_twin(example):
     """Digits: SIGKILL in mid-epoch, the same command again, and the end is the same bit for bit."""
     printed = example("digits.py", "--dir", "story", "--epochs", "3")

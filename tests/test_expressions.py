@@ -418,6 +418,7 @@ except MissingDependencyError as error:
 """
 
 
+@pytest.mark.long
 def test_without_the_parser_the_message_says_how_to_install_it_and_the_rest_works():
     """The library is optional, and imported when an expression is first read."""
     assert issubclass(MissingDependencyError, ImportError)

@@ -97,6 +97,7 @@ def save_for_ever(root, pipe):
         pipe.send(number)
 
 
+@pytest.mark.sample(1)
 def test_everything_works_on_filesystems_that_lack_something(filesystem):
     """Saves of each mode, replacement, links, retention, recovery, one writer at a time, a kill."""
     root = filesystem
@@ -164,6 +165,7 @@ def test_filesystem_that_is_mounted_anew_is_saved_to_again(tmp_path):
         assert not (place / "run" / ".lock").exists()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_error_that_comes_when_a_file_is_closed_fails_the_save(tmp_path, mode):
     """As on NFS, when the server has no more room: the bytes were not taken."""

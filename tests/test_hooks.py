@@ -184,6 +184,7 @@ class TestRegistry:
         assert other.saver(collections.Counter()) is not None
         assert calls == [collections.Counter] * 2
 
+    @pytest.mark.long
     def test_torchmetrics_is_not_imported_for_its_hooks(self):
         """Neither by the package nor by saving and loading; met later, it still gets its hooks."""
         script = """

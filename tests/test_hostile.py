@@ -208,6 +208,7 @@ EVERYWHERE = [
 class TestCode:
     """Code in every place where a file is read."""
 
+    @pytest.mark.sample(8)
     @pytest.mark.parametrize(("place", "code", "described"), EVERYWHERE)
     def test_none_of_it_runs(self, run, make, hostile, canary, place, code, described):
         """Whether the manifest vouches for it or is missing; and the next save works."""
@@ -326,6 +327,7 @@ FILES = ["CKPT.yaml", "MANIFEST.yaml", "ANNOTATIONS.yaml", "model.ckpt"]
 class TestNoRegularFiles:
     """Something else in the place of a file."""
 
+    @pytest.mark.sample(15)
     def test_it_is_neither_waited_on_nor_followed_nor_loaded(
         self, run, make, healthy, hostile, outside, name, kind
     ):
@@ -364,6 +366,7 @@ class TestNoRegularFiles:
         else:
             assert (recovered.path, model.value) == (healthy.path, 1.0)
 
+    @pytest.mark.sample(10)
     def test_verification_names_it_and_pruning_removes_it_alone(
         self, run, hostile, healthy, outside, name, kind
     ):
@@ -620,6 +623,7 @@ class TestNames:
         assert sorted(os.listdir(run.parent)) == around
         assert not (run / name).exists()
 
+    @pytest.mark.long
     def test_tens_of_thousands_of_entries_hide_no_healthy_one(self, run, make, healthy):
         """Files and folders named like checkpoints among them."""
         for number in range(20_000):

@@ -517,6 +517,7 @@ SPOILT = {
 class TestASpoiltIndex:
     """It is ignored, and replaced when there is reason to."""
 
+    @pytest.mark.sample(10)
     @pytest.mark.parametrize("kind", SPOILT)
     def test_the_folders_are_read(self, tmp_path, reads, caplog, kind):
         """As if there were none, without a word; and the next process has a good one."""

@@ -253,6 +253,7 @@ def run_with_path(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long
 def test_using_every_core_name_leaves_lightning_unloaded():
     """A new process that has touched all of the core has not loaded Lightning."""
     done = run_with_path(TOUCH_EVERY_CORE_NAME, ROOT)

@@ -827,6 +827,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak")
 @pytest.mark.parametrize("begun", ["new", "begun"])
 def test_there_is_no_second_copy_in_memory(tmp_path, begun):

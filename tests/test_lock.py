@@ -178,6 +178,7 @@ class TestTwoProcesses:
             if fork:
                 os.kill(worker, signal.SIGKILL)
 
+    @pytest.mark.long
     def test_one_that_ends_in_good_order_leaves_no_file(self, tmp_path, start, caplog):
         """Neither by `release` nor at the end of the process."""
         caplog.set_level(logging.INFO)

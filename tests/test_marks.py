@@ -122,6 +122,7 @@ class TestReadBack:
         save(tmp_path / "run", one="a")
         assert load(tmp_path / "run") == [Word("a")]
 
+    @pytest.mark.long
     def test_another_process_of_the_user_reads_it(self, tmp_path):
         """The secret outlives the process."""
         save(tmp_path / "run", one="a")
@@ -453,6 +454,7 @@ class TestSecrets:
         with pytest.raises(ConfigurationError, match=because):
             save(tmp_path / "run", one="a")
 
+    @pytest.mark.long
     def test_processes_that_begin_together_agree(self, tmp_path, home):
         """Each makes the first secret, one of them wins, and all use that one."""
         code = (

@@ -363,6 +363,7 @@ class TestTheFastPath:
         if found is not None:
             assert same(found, yaml.safe_load(data))
 
+    @pytest.mark.long
     @given(
         st.dictionaries(
             st.sampled_from(KEYS) | st.text(max_size=8),

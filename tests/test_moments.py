@@ -332,6 +332,7 @@ class TestRetention:
         saved.delete_checkpoints(num_to_keep=1)
         assert {ckpt.path.name for ckpt in saved.list_checkpoints()} == {"CKPT+4", "CKPT+5"}
 
+    @pytest.mark.sample(10)
     @pytest.mark.parametrize("seed", range(20))
     def test_one_whole_checkpoint_always_stays(self, tmp_path, saved, seed):
         """Whatever is damaged, and whatever the rules."""
@@ -557,6 +558,7 @@ def wrong_on_one_rank(folder, rank, mode, wrong):
     return failed, sorted(ckpt.path.name for ckpt in checkpointer.list_checkpoints())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_argument_wrong_on_one_rank_reaches_all_and_leaves_them_in_step(both, mode, wrong):

@@ -49,6 +49,7 @@ def test_the_real_folder_is_left_alone(real, tmp_path, tree_bytes, names_in, sav
     assert (events.count("saved"), events.count("removed")) == (3, 2)
 
 
+@pytest.mark.long
 def test_the_old_folder_may_be_written_to_by_others_at_once(real, tmp_path):
     """Its lock is given up, and that of the new one is taken at the next save."""
     folder, _ = real

@@ -59,6 +59,7 @@ def look(root):
     report(root)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "line",
     [
@@ -108,6 +109,7 @@ def test_number_of_thousands_of_digits_is_refused_at_once():
     assert time.process_time() - began < 10
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "rule",
     [
@@ -187,6 +189,7 @@ def test_history_of_nothing_costs_nothing(root):
     assert time.process_time() - began < 2
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("when", ["NaN", "Infinity", "1e400", "-5", "1" + "0" * 400, "true", '"a"'])
 def test_event_at_no_time_is_left_out(root, when):
     """A time that no date can have would end whatever draws it."""
@@ -196,6 +199,7 @@ def test_event_at_no_time_is_left_out(root, when):
     look(root)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "meta",
     [

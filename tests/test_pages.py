@@ -89,6 +89,7 @@ def save_again_and_again(root, number, mode):
             checkpointer.wait()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_forked_processes_that_save_at_once_write_their_own_bytes(tmp_path, mode):
     """The parent has saved before, so that each has its memory for blocks from it."""

@@ -331,6 +331,7 @@ assert "matplotlib.pyplot" not in sys.modules, "a picture"
 """
 
 
+@pytest.mark.long
 def test_matplotlib_is_loaded_for_a_picture_alone_and_pyplot_never(checkpointer, tmp_path):
     """It is slow to load, and the figures of pyplot are the user's."""
     subprocess.run(

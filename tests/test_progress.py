@@ -80,6 +80,7 @@ WORKS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("work", WORKS)
 def test_it_grows_to_all_bytes_in_small_steps(work, run, told):
     """All are known from the first call on, and no step is more than a third of them."""

@@ -274,6 +274,7 @@ def operations(tmp_path, name):
 class TestFailingDisk:
     """An error of the disk at each of the operations, one after the other."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.usefixtures("each_way")
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
     @pytest.mark.parametrize("name", ["new", "kept"])
@@ -345,6 +346,7 @@ class Mortal(Recording):
 class TestInterruptedSteps:
     """The process ends between two operations, and the next one starts."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.usefixtures("each_way")
     @pytest.mark.parametrize("name", ["new", "kept"])
     def test_at_every_operation_all_is_whole_and_the_next_start_clears_up(self, tmp_path, name):

@@ -58,6 +58,7 @@ def run(request, tmp_path):
     assert child.exitcode == 0
 
 
+@pytest.mark.sample(1)
 def test_a_reader_sees_whole_checkpoints_and_never_trips_over_one_that_vanishes(run):
     """Listed, ranked, verified and loaded while they come and go; the numbers only grow."""
     numbers = {"one": Numbers(), "two": Numbers()}

@@ -296,6 +296,7 @@ def test_what_cannot_be_done_is_said(run, tmp_path):
     assert not (tmp_path / "a.html").exists()
 
 
+@pytest.mark.long
 def test_three_thousand_checkpoints_fit_on_a_page(tmp_path):
     """Of less than 5 MB, in a few seconds."""
     root = tmp_path / "run"

@@ -84,6 +84,7 @@ AS_SAVED += ["step500", "step600", "step700", "step800", "halt800"]
 BY_LOSS = ["step600", "step700", "step800", "step400", "step500", "step200", "step100"]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("fragment", "expected", "column", "way"),
     [
@@ -123,6 +124,7 @@ document.title = location.hash;
 """
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("count", "expected", "fragment"),
     [(1, BY_LOSS, "#sort=loss"), (2, BY_LOSS[::-1], "#sort=-loss"), (3, BY_LOSS, "#sort=loss")],
@@ -159,6 +161,7 @@ def test_a_foreign_script_does_not_run(browser, page):
     assert any("Content Security Policy" in line for line in console)
 
 
+@pytest.mark.long
 def test_it_is_light_or_dark_as_the_reader_prefers(browser, page):
     """And in both there is something to be seen: text, bars, the picture."""
     light = browser.picture(page, "--blink-settings=preferredColorScheme=1")

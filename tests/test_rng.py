@@ -121,6 +121,7 @@ def test_another_bit_generator_under_numpy_is_captured_too():
         np.random.set_bit_generator(before)
 
 
+@pytest.mark.long
 def test_numpy_is_left_alone_when_nothing_has_imported_it():
     """Capturing imports nothing, and says nothing about numpy then."""
     code = (

@@ -227,6 +227,7 @@ print((peak() - before) / 1e6)
 """
 
 
+@pytest.mark.long
 def test_many_large_checkpoints_take_no_more_memory_than_few(tmp_path):
     """Four states of 80 MB: the average, and not much more than one source, are in memory."""
     paths = []

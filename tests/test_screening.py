@@ -102,6 +102,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("layout", ["zip", "legacy"])
 def test_hostile_pickle_is_damage_in_bounded_time_and_memory(tmp_path, name, layout):

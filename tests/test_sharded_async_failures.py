@@ -188,6 +188,7 @@ def write_for_long(folder, rank):
     return time.monotonic() - began
 
 
+@pytest.mark.long
 def test_a_rank_may_write_for_longer_than_ranks_may_take_to_meet(tmp_path):
     """The time limit of the group is that of torch as soon as it is there."""
     seconds = run(write_for_long, tmp_path)

@@ -191,6 +191,7 @@ def look(root, mode):
     return wrong + [f"left over: {name}" for name in left]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_signals_at_random_moments_leave_nothing_that_hangs(tmp_path, mode):
     """From a timer and from another thread, one and several in a row."""

@@ -115,6 +115,7 @@ CHANGES = {
 class TestEveryChange:
     """What a catalog that watches says is what one that looks says."""
 
+    @pytest.mark.sample(10)
     @pytest.mark.parametrize("change", CHANGES)
     def test_is_seen_by_the_next_question(self, root, calm, change):
         """At once, without any waiting."""
@@ -124,6 +125,7 @@ class TestEveryChange:
         found = Catalog(root, keep_index=False).find(LOWEST, None, 1)
         assert calm.find(LOWEST, None, 1) == found
 
+    @pytest.mark.sample(8)
     @pytest.mark.parametrize("moment", ["while it begins", "while the folders are looked at"])
     @pytest.mark.parametrize("change", CHANGES)
     def test_is_seen_if_it_comes(self, root, monkeypatch, change, moment):

@@ -182,6 +182,7 @@ class TestHelp:
         """As click has it."""
         assert "No such command 'sl'" in call("sl", code=2).stderr
 
+    @pytest.mark.long
     def test_a_command_is_imported_only_when_it_is_called(self, run):
         """A picture needs libraries that a list does not."""
         code = (
@@ -205,6 +206,7 @@ def test_json_has_no_words_for_nan_and_still_is_json(capsys):
     assert set(found) == {"a", "b", "3"}
 
 
+@pytest.mark.long
 def test_what_the_encoding_lacks_is_spelled_out():
     """A terminal of another age still gets a table."""
     code = "from lightning_sbckpt.cli._common import echo; echo('─ ü …')"

@@ -163,6 +163,7 @@ class TestPrune:
         call("prune", run, "--keep", "Newest(1)", "--all-runs", "--yes")
         assert names(run) == ["CKPT+mine"]
 
+    @pytest.mark.long
     def test_while_a_run_saves_it_exits_with_3_and_says_who(self, run, held, call):
         """Nothing is removed and nothing is noted."""
         history = (run / "HISTORY.jsonl").read_bytes()
@@ -213,6 +214,7 @@ class TestPinAndAnnotate:
         call("pin", run / "CKPT+e1", run / "CKPT+nowhere", code=2)
         assert not (run / "CKPT+e1" / "ANNOTATIONS.yaml").exists()
 
+    @pytest.mark.sample(6)
     @pytest.mark.parametrize(
         ("text", "value"),
         [
@@ -280,6 +282,7 @@ class TestPinAndAnnotate:
             "tags": ["x"],
         }
 
+    @pytest.mark.long
     def test_a_run_that_saves_does_not_mind(self, run, held, call):
         """What is noted of a checkpoint is beside what the run writes."""
         call("pin", run / "CKPT+e1")

@@ -68,6 +68,7 @@ def test_every_byte_is_read_when_asked(run, call, tmp_path):
     assert said in out.read_text()
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("command", ["plot", "report"])
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),

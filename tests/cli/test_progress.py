@@ -91,6 +91,7 @@ COMMANDS = (
 )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_bar_shows_how_far_it_is_and_goes_away(command, commands, terminal):
     """With the word for what is done, and bytes; then the command prints what it always does."""
@@ -106,6 +107,7 @@ def test_a_bar_shows_how_far_it_is_and_goes_away(command, commands, terminal):
     assert answer.strip()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("command", ["averaging", "verifying"])
 def test_with_json_there_is_none(command, commands, terminal):
     """Also where stderr is a terminal."""
@@ -115,6 +117,7 @@ def test_with_json_there_is_none(command, commands, terminal):
     assert "\x1b" not in screen.raw
 
 
+@pytest.mark.long
 def test_there_is_none_where_stderr_is_no_terminal(commands):
     """A log file gets the words of the command, and nothing else."""
     done = python(*slowed(0.4), *commands["averaging"], env=ENVIRONMENT)
@@ -150,6 +153,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(commands, terminal):
     assert screen.raw.rfind("\x1b[?25h") > screen.raw.rfind("\x1b[?25l")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("columns", [30, 60, 100])
 def test_a_row_is_one_line_however_narrow_the_screen(columns, run, terminal):
     """The words are cut, the figures are not."""

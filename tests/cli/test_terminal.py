@@ -82,6 +82,7 @@ class TestTable:
         assert len(screen.text.strip().splitlines()) == 1
         assert screen.text.startswith("Error: ")
 
+    @pytest.mark.long
     def test_a_reader_that_has_seen_enough_is_no_error_worth_a_traceback(self, run):
         """`lightning-sbckpt ls run | head -1`."""
         done = subprocess.run(
@@ -119,6 +120,7 @@ class TestWatch:
         # The cursor, which a table that moves hides, is back.
         assert screen.raw.rfind("\x1b[?25h") > screen.raw.rfind("\x1b[?25l")
 
+    @pytest.mark.long
     def test_a_pipe_gets_a_line_for_each_event(self, run):
         """With the reason for what is removed; SIGINT ends it with 0."""
         process = subprocess.Popen(
@@ -170,6 +172,7 @@ class TestCompletion:
         script = call("completion", shell).stdout
         assert f"_LIGHTNING_SBCKPT_COMPLETE={shell}_complete" in script
 
+    @pytest.mark.long
     def test_bash_really_completes(self):
         """The function that the script defines gives what begins so."""
         code = (

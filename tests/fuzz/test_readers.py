@@ -33,6 +33,7 @@ def mutants(draw):
 class TestReaders:
     """Whatever a file holds, its reader returns or raises our own error."""
 
+    @pytest.mark.sample(1)
     @given(data=st.binary(max_size=200) | TEXTS | mutants())
     @settings(max_examples=120, deadline=None, derandomize=True)
     def test_no_bytes_make_it_do_anything_else(self, name, data):

@@ -213,6 +213,7 @@ class TestCopies:
         "save_mode": "async",
     }
 
+    @pytest.mark.sample(1)
     @WAYS
     def test_a_copy_fits_as_the_original_would(self, tmp_path, duplicate):
         """Before a fit, within it, and after it."""
@@ -237,6 +238,7 @@ class TestCopies:
             go(again)
             assert steps_saved(tmp_path / str(number)) == expected
 
+    @pytest.mark.sample(3)
     @WAYS
     def test_a_copy_knows_what_was_best(self, tmp_path, duplicate):
         """Sweeps hand the callback back to the process that began them."""

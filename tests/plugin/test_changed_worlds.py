@@ -228,6 +228,7 @@ class StopFit(L.Callback):
             raise ZeroDivisionError
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("before", "after", "samples", "batches", "workers"),
     [

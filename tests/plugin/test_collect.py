@@ -170,6 +170,7 @@ class TestOneFileEach:
         """Named after it; the second optimizer and scheduler with a number."""
         assert tuple(newest(folder).paramfiles) == tuple(sorted(self.FILES)) == self.FILES
 
+    @pytest.mark.sample(10)
     @pytest.mark.parametrize("name", FILES)
     def test_plain_torch_opens_the_file(self, folder, name):
         """With weights_only=True, and nothing of ours in what it returns."""

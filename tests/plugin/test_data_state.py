@@ -544,12 +544,14 @@ WORKER_LOADERS = {
 }
 
 
+@pytest.mark.sample(14)
 @pytest.mark.parametrize(("make", "stops"), cells(LOADERS))
 def test_data_with_a_state_goes_on_bit_for_bit(make, stops):
     """All batches after three stops, and all random numbers, are those of a run never stopped."""
     assert stopped(make, stops, None)[0] == whole(make, None)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("make", "stops"), cells(WORKER_LOADERS))
 def test_data_with_a_state_goes_on_in_workers(make, stops):
     """The copy of a dataset, and of a collate function, in each worker, too."""
@@ -566,6 +568,7 @@ def test_a_loader_whose_epoch_was_cut_is_named():
     assert any("its last epoch was cut" in sentence for sentence in report)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("name", CUTTABLE)
 def test_data_with_a_state_goes_on_from_an_epoch_that_was_cut(name):
     """Where `limit_train_batches` ends an epoch, its data may go on, or begin anew."""

@@ -290,6 +290,7 @@ def fit_with_disk(folder: Path, rank: int, options: dict) -> None:
     trainer.fit(module, **loaders)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save_mode", ["sync", "async"])
 def test_a_disk_that_fails_ends_both_ranks(tmp_path, save_mode):
     """Both with the reason, since the failure of a save is told to every rank."""
@@ -322,6 +323,7 @@ def fit_and_die(folder: Path, rank: int, dying: int, options: dict) -> None:
     trainer.fit(module, **loaders)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save_mode", ["sync", "async"])
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_rank_killed_in_a_save_leaves_nothing_visible_and_the_other_ends(
@@ -366,6 +368,7 @@ def fit_behind(folder: Path, rank: int, ckpt_path: str | None) -> None:
     (folder / f"report{rank}.txt").write_text(str(callback.resume_report))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("explicit", [False, True])
 def test_a_rank_that_sees_an_older_listing_is_told_what_there_is(tmp_path, through, explicit):
     """Rank zero looks and decides, whether it is to resume, to save, to prune or to take the best."""

@@ -121,6 +121,7 @@ def test_only_checkpoints_of_that_run_are_there(run):
     assert [ckpt.meta["global_step"] for ckpt in saved(run)] == [8, 12]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "imports", ["import lightning, lightning_sbckpt", "from lightning_sbckpt import SBCheckpoint"]
 )

@@ -37,6 +37,7 @@ def marks(name):
     return slow
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=marks(name)) for name in exact_cells.CELLS]
 )

@@ -385,6 +385,7 @@ class TestDescription:
         assert found["data"]["train"][0]["size"] == 4
         assert set(found["digests"]) == set(found) - {"digests"}
 
+    @pytest.mark.long
     def test_a_large_hyperparameter_is_a_digest(self, tmp_path):
         """A long list, a large tensor, a deep configuration."""
         extra = {

@@ -75,6 +75,7 @@ def elsewhere(tmp_path, monkeypatch):
 class TestTuner:
     """It fits for itself, before the run."""
 
+    @pytest.mark.sample(1)
     @kinds
     def test_what_it_tries_is_not_saved(self, tmp_path, kind):
         """Not even the folder is made; the run after it begins anew."""
@@ -86,6 +87,7 @@ class TestTuner:
         assert steps_saved(tmp_path / "run") == [BATCHES, 2 * BATCHES, 3 * BATCHES]
         assert run.callback.resume_report is None
 
+    @pytest.mark.sample(1)
     @kinds
     def test_what_it_tries_does_not_begin_where_a_run_was_interrupted(self, tmp_path, kind):
         """It finds what it found when the run began, and the run goes on as if it had not been."""
@@ -125,6 +127,7 @@ whole_epochs = needs_lightning("2.6", "an epoch, the first after a search, that 
 class TestAmongTheCallbacks:
     """It searches within the fit of the run, before the first step."""
 
+    @pytest.mark.sample(1)
     @whole_epochs
     @finders
     def test_only_the_run_is_saved(self, tmp_path, finder):
@@ -142,6 +145,7 @@ class TestAmongTheCallbacks:
         assert steps_saved(tmp_path) == [*range(1, run.trainer.global_step + 1)]
         assert run.callback.resume_report is None
 
+    @pytest.mark.sample(1)
     @whole_epochs
     @finders
     def test_a_run_that_goes_on_does_not_search_again(self, tmp_path, finder):

@@ -65,6 +65,7 @@ def lightnings(tmp_path, settings, hooks, rows, val):
     return trainer
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("val", [True, False])
 @pytest.mark.parametrize(
     "limits",

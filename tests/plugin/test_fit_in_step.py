@@ -88,6 +88,7 @@ def test_hook_that_fails_on_one_rank_fails_the_save_on_all(tmp_path, hook, rank,
     assert steps == list(range(1, len(steps) + 1)) and steps
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hook_that_fails_on_one_rank_is_a_warning_with_warn(tmp_path, hook, rank):

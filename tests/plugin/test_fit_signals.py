@@ -106,6 +106,7 @@ def preempt(folder: Path, mode: str, seed: int) -> None:
     count("fits preempted by several signals")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", MODES)
 def test_fit_that_a_signal_ends_goes_on_exactly(tmp_path, mode, unbroken):
     """Raised from a timer at a random moment, once or again and again."""

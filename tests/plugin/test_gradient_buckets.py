@@ -388,6 +388,7 @@ def test_four_ranks_go_on_to_the_same_bits(tmp_path):
     assert_exact(names, outcomes(tmp_path, list(CELLS.values()), size=4))
 
 
+@pytest.mark.long
 def test_what_cannot_be_exact_differs_and_is_said(tmp_path):
     """The buckets that a new process begins with, a hook's own state, a static graph's first batch."""
     unmended, hooked, early = outcomes(

@@ -107,6 +107,7 @@ def test_every_scheduler_of_torch_is_in_the_table():
     assert known - {"LRScheduler", "_LRScheduler"} <= set(TABLE)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", TABLE)
 def test_the_rates_are_those_of_this_runs_schedule(tmp_path, name):
     """As if this run had made the steps of before; no rate, and no momentum, of the other schedule."""
@@ -118,6 +119,7 @@ def test_the_rates_are_those_of_this_runs_schedule(tmp_path, name):
     assert kept == whole[-len(kept) :]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
 def test_the_first_beta_follows_this_runs_schedule_too(tmp_path, name):
     """Both schedulers move it against the rate."""

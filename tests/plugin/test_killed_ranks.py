@@ -109,6 +109,7 @@ def kill(folder: Path, whole, size: int, mode: str, dying: int, at: int) -> None
     count("ranks killed, each at one operation or collective of a save")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("size", "dying"), [(2, 1), (3, 0)])
 def test_rank_killed_in_a_collective_of_a_save_ends_the_others(tmp_path, whole, size, dying):
     """In the last one before anything is published."""

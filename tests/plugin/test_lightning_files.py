@@ -85,6 +85,7 @@ def straight(alone):
 
 
 # 2.4 does so with a file of its own as well, if it was saved when a validation ended.
+@pytest.mark.sample(1)
 @needs_lightning("2.5", "a resume that doesn't step an epoch's scheduler twice")
 @pytest.mark.parametrize("kind", ["whole", "split"])
 def test_lightning_alone_goes_on_from_an_exported_checkpoint(alone, straight, kind):

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import _ranks
+import pytest
 import torch
 from _foreign import forget_manifest
 from _ranks import checkpoints, differences, run, traced_fit
@@ -42,6 +43,7 @@ def as_lists(checkpoint) -> None:
     forget_manifest(checkpoint.path)
 
 
+@pytest.mark.long
 def test_two_ranks_go_on_to_the_same_bits_from_files_with_lists(tmp_path):
     """Random states, places in the data and logged values of each rank, batch by batch."""
     through, killed = tmp_path / "through", tmp_path / "killed"

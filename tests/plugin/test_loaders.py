@@ -540,6 +540,7 @@ def cells(loaders: dict[str, Callable[[], Any]]) -> list[Any]:
     ]
 
 
+@pytest.mark.sample(52)
 @pytest.mark.parametrize(("make", "stops"), cells(LOADERS))
 def test_a_loader_without_workers_goes_on_bit_for_bit(make, stops):
     """All batches after three stops, and all random numbers, are those of a run never stopped."""
@@ -547,6 +548,7 @@ def test_a_loader_without_workers_goes_on_bit_for_bit(make, stops):
     assert stopped(make, stops, None)[0] == expected
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("make", "stops"), cells(WORKER_LOADERS))
 def test_a_loader_with_workers_goes_on_bit_for_bit(make, stops):
     """So with workers, whose random streams live and die in their processes."""
@@ -554,6 +556,7 @@ def test_a_loader_with_workers_goes_on_bit_for_bit(make, stops):
     assert stopped(make, stops, None)[0] == expected
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "make",
     [LOADERS["shuffle"], WORKER_LOADERS["workers"], WORKER_LOADERS["persistent"]],
@@ -651,6 +654,7 @@ MECHANISMS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("mechanism", "make", "stops"), MECHANISMS.values(), ids=list(MECHANISMS))
 def test_each_mechanism_is_needed(mechanism, make, stops, monkeypatch):
     """With any one of them switched off, a run that was stopped does not go on as it would have."""
@@ -674,6 +678,7 @@ def one_batch_at_a_time(saved: Any, connection: Any, context: str | None) -> Non
     run.close()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_go_on_in_a_new_process_whatever_their_start_method(context):
     """What is sent to the workers survives pickling, and nothing is taken from the old process."""

@@ -43,6 +43,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_optimizer_of_torch_resumes_exactly(tmp_path, name):
     """Factored, flat or as large as the parameters: its state is its own affair."""

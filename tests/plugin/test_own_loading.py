@@ -177,6 +177,7 @@ class Parametrized(Net):
         nn.utils.parametrizations.weight_norm(self.net[0])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "module",
     [

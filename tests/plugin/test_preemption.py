@@ -116,6 +116,7 @@ def test_any_rank_that_is_signalled_ends_both_at_one_place(tmp_path, through, ra
     assert_goes_on(tmp_path, through)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save_mode", ["sync", "async", "overlap"])
 def test_a_single_process_saves_at_once_in_every_save_mode(tmp_path, through, save_mode):
     """SIGUSR1 is as good; and what is published is whole when the process ends."""
@@ -160,6 +161,7 @@ def test_a_signal_before_the_first_batch_ends_the_run_without_a_checkpoint(tmp_p
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("trainer", [{"max_epochs": 1}, {"max_steps": 2, "max_epochs": -1}])
 def test_a_signal_in_the_last_batch_lets_the_run_end_as_usual(tmp_path, trainer):
     """It is done: whoever starts it again by the exit code must not."""
@@ -314,6 +316,7 @@ def fit_with_workers(folder, rank, name):
     trainer.fit(module, **loaders)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGINT", 1)])
 def test_a_signal_to_the_whole_group_leaves_the_workers_of_loaders_alone(tmp_path, name, code):
     """They are needed until the save; else an error of the loader would end the run before it."""

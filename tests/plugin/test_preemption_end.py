@@ -64,6 +64,7 @@ SCRIPT = textwrap.dedent(
 )
 
 
+@pytest.mark.long
 def test_signals_after_the_first_leave_the_exit_code_alone(tmp_path):
     """As the fit ends, after the fit, while threads and the interpreter shut down: 75, and no lock."""
     ended = subprocess.run(

@@ -122,6 +122,7 @@ def last_line(printed):
     return [line for line in printed.splitlines() if line.startswith("done after")]
 
 
+@pytest.mark.long
 def test_the_loop_starts_the_example_again_until_it_is_done(tmp_path):
     """Taken away once, it ends with the weights of one that was left in peace."""
     code, whole = run_example(tmp_path, "--dir", "whole", loop=False)

@@ -31,6 +31,7 @@ def fit(folder, rank, when, ranks, epochs):
     trainer.fit(module, **loaders)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("refusing", [0, 1])
 def test_a_rank_that_refuses_its_weights_leaves_none_waiting(tmp_path, refusing):
     """At a resume."""

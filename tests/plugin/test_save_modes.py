@@ -247,6 +247,7 @@ class TestSameBits:
             assert found["model.ckpt"] == same["model.ckpt"]
             assert found["callbacks.ckpt"] == same["callbacks.ckpt"]
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("stop", ["max_epochs", "should_stop"])
     def test_the_last_checkpoint_is_not_lost_to_what_changes_the_weights_at_the_end(
         self, tmp_path, stop, monkeypatch, caplog
@@ -398,6 +399,7 @@ class TestFailures:
 class TestAtTheEnd:
     """A fit that has ended has saved."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("mode", MODES)
     def test_the_best_is_restored_from_a_checkpoint_that_is_durable(
         self, tmp_path, slow_disk, mode
@@ -419,6 +421,7 @@ class TestAtTheEnd:
             assert run.callback.best_model_score == 1
             assert all(find_damage(ckpt.path) == [] for ckpt in saved(tmp_path / name))
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("mode", MODES)
     def test_loggers_are_told_of_what_is_durable_only(self, tmp_path, slow_disk, mode):
         """And, by the end, of everything."""

@@ -79,6 +79,7 @@ def test_a_run_that_resumes_exactly_passes(tmp_path):
     assert "within epoch 0, at global step 3" in line
 
 
+@pytest.mark.long
 def test_what_differs_first_is_named_with_how_far(tmp_path):
     """State in a plain attribute is lost: the first batch with other weights is in the table."""
     with pytest.raises(AssertionError, match="does not resume exactly") as caught:
@@ -124,6 +125,7 @@ def test_no_kill_point_is_refused_with_what_one_looks_like(text):
         KillPoint.parse(text)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [("exact", 0, "every bit agrees"), ("forgetful", 1, "DIFFERS"), ("nothing", 2, "expected")],
@@ -170,6 +172,7 @@ def three(dirpath):
     return exact_cells.on_ranks(dirpath, **FEW)
 
 
+@pytest.mark.long
 def test_three_ranks_are_started_killed_and_compared_each(tmp_path):
     """The first to come there dies, and the others with it."""
     report = assert_resume_exact(three, ["on_train_batch_start:5"], ranks=3)
@@ -180,6 +183,7 @@ def forgetful_on_two(dirpath):
     return exact_cells.on_ranks(dirpath, size=2, model=Forgetful, **FEW)
 
 
+@pytest.mark.long
 def test_what_differs_on_several_ranks_is_named_by_rank(tmp_path):
     """Each has its own state."""
     report = run_selftest(forgetful_on_two, ["on_train_batch_start:5"], ranks=2)

@@ -90,6 +90,7 @@ def exact(dirpath):
     return exact_cells.make(dirpath, **FEW)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("make", "points", "said"),
     [

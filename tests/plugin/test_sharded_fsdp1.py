@@ -64,6 +64,7 @@ def resumes_exactly(folder, options, kill="on_train_batch_end:6", size=2):
     assert all(find_damage(ckpt.path) == [] for ckpt in found)
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     """Within a window of accumulation, in which each rank has gradients of its own."""
     resumes_exactly(tmp_path, {"trainer": ACCUMULATING})

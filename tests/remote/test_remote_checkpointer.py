@@ -33,6 +33,7 @@ def machines(place, tmp_path):
     return Machines(*place, tmp_path)
 
 
+@pytest.mark.sample(2)
 def test_what_one_machine_saves_another_finds_ranks_and_loads(machines):
     """Nothing but the URL is known to both."""
     first = machines.another({"model": filled(1.0)})
@@ -129,6 +130,7 @@ def test_the_store_is_listed_once_for_each_retention(machines, monkeypatch):
     assert len(asked) == 5
 
 
+@pytest.mark.sample(2)
 def test_what_another_machine_removes_and_replaces_is_seen(machines):
     """Between two looks, with nothing told to this one."""
     first, second = machines.another(), machines.another()
@@ -247,6 +249,7 @@ def test_a_card_of_a_checkpoint_has_the_files_that_are_in_the_store(machines):
     assert "missing" not in card
 
 
+@pytest.mark.sample(1)
 def test_verify_reads_what_is_in_the_store_and_keeps_nothing_of_it(machines):
     """A byte that flips over there is found, although the copy here is sound."""
     first = machines.another()
@@ -343,6 +346,7 @@ def test_a_budget_counts_what_checkpoints_take_in_the_store(machines):
     assert sorted(each.checkpoint.path.name for each in kept if each.keep) == ["CKPT+c", "CKPT+d"]
 
 
+@pytest.mark.sample(2)
 def test_checkpoints_of_a_url_are_averaged_and_compared(machines):
     """By their URLs and by their records; what is needed is brought."""
     first = machines.another({"model": filled(1.0)})

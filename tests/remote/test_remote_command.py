@@ -68,6 +68,7 @@ def call_process(server, cache, *args, code=0, **changed):
     return done
 
 
+@pytest.mark.sample(1)
 def test_a_shell_finds_the_store_by_its_environment(run, server, tmp_path):
     """And a script gets the URL of the best checkpoint, which it can give to anything else."""
     done = call_process(server, tmp_path / "cache", "best", run)
@@ -75,6 +76,7 @@ def test_a_shell_finds_the_store_by_its_environment(run, server, tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.sample(1)
 def test_looking_tells_what_is_there_and_writes_nothing(run, machines, call, tmp_path):
     """`ls`, `best`, `show`, `verify`, `plot`, `watch`: by the URL, and called by it."""
     before = machines.objects()
@@ -111,6 +113,7 @@ def test_changing_changes_the_store(run, machines, call):
     assert [ckpt.path.name for ckpt in other.list_checkpoints()] == ["CKPT+e1", "CKPT+e4"]
 
 
+@pytest.mark.sample(1)
 def test_what_was_made_of_it_is_what_is_there(run, call, tmp_path):
     """`diff`, `export` and `average` bring what they read."""
     assert "equal" in call("diff", f"{run}/CKPT+e1", "CKPT+e3", "--name", "model").stdout
@@ -122,12 +125,14 @@ def test_what_was_made_of_it_is_what_is_there(run, call, tmp_path):
     assert "CKPT+mean" in names
 
 
+@pytest.mark.sample(1)
 def test_damage_in_the_store_is_an_answer_of_verify(run, machines, call):
     """With the exit code for it."""
     machines.flip_a_byte("CKPT+e4/model.ckpt")
     assert "2 sound, 1 damaged" in call("verify", run, code=1).stdout
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("server", ["s3"], indirect=True)
 @pytest.mark.parametrize(
     ("path", "code", "said"),
@@ -153,6 +158,7 @@ def test_a_wrong_url_is_one_line_with_its_code(path, code, said, run, bucket, ca
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.sample(1)
 def test_who_names_the_run_where_a_checkpoint_is_meant_is_told(run, call):
     """And how to name one."""
     done = call("show", run, code=2)

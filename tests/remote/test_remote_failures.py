@@ -68,6 +68,7 @@ def test_a_save_whose_upload_fails_raises_and_names_the_url(server, machines, mo
     assert {found.status for found in verify(other.checkpoints_dir)} == {"sound"}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["sync", "async", "overlap"])
 def test_training_goes_on_without_the_store_if_it_is_asked_to(
     mode, server, machines, monkeypatch, caplog, url
@@ -269,6 +270,7 @@ def test_a_look_while_a_save_is_uploaded_takes_it_for_neither_gone_nor_new(machi
     assert names_in(checkpointer) == ["CKPT+a", "CKPT+b"]
 
 
+@pytest.mark.sample(1)
 def test_threads_that_read_at_once_share_what_is_brought(machines, monkeypatch):
     """Each file is brought once a machine, and whole."""
     machines.another({"model": filled(5.0)}).save_checkpoint(name="a")

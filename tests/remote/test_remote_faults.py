@@ -42,6 +42,7 @@ def once(work):
     return callback
 
 
+@pytest.mark.sample(1)
 def test_a_server_killed_in_the_middle_of_an_upload_is_an_error_in_bounded_time(
     own_server, tmp_path
 ):
@@ -64,6 +65,7 @@ def test_a_server_killed_in_the_middle_of_an_upload_is_an_error_in_bounded_time(
     assert (tmp_path / "back").read_bytes() == (local / "model.ckpt").read_bytes()
 
 
+@pytest.mark.sample(1)
 def test_a_server_that_is_back_after_two_seconds_costs_only_time(own_server, tmp_path, caplog):
     """Even one that has forgotten the parts it had: the file is sent again."""
     caplog.set_level(logging.INFO, "lightning_sbckpt")
@@ -86,6 +88,7 @@ def impatient(server, seconds) -> RemoteFolder:
     return remote(server, Retries(attempts=2, first_delay=0.1), **server.impatient(seconds))
 
 
+@pytest.mark.sample(1)
 def test_a_server_that_hangs_does_not_hang_us(own_server, tmp_path):
     """An answer is waited for so long, so often; and the folder works when the server goes on."""
     folder = remote(own_server)
@@ -102,6 +105,7 @@ def test_a_server_that_hangs_does_not_hang_us(own_server, tmp_path):
     assert list(folder.listing()) == ["CKPT+a"]
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_in_the_middle_of_an_upload_does_not_hang_us(own_server, tmp_path):
     """Its parts end within their waits, all together and not one after the other.
 
@@ -117,6 +121,7 @@ def test_a_server_that_hangs_in_the_middle_of_an_upload_does_not_hang_us(own_ser
     assert remote(own_server).listing() == {}
 
 
+@pytest.mark.sample(1)
 def test_a_server_that_is_not_there_is_never_an_empty_folder(own_server):
     """A run would start from scratch; the error says where it looked."""
     folder = remote(own_server)
@@ -147,6 +152,7 @@ def test_a_wrong_secret_is_not_tried_again(s3_server, tmp_path, caplog):
     assert not any("attempt" in line for line in caplog.messages)
 
 
+@pytest.mark.long
 def test_credentials_and_endpoint_come_from_the_environment(s3_server):
     """So a job script has them, and neither code nor configuration of the run."""
     s3_server.bucket("from-environment")
@@ -198,6 +204,7 @@ def killed_uploads(server, tmp_path: Path, count: int, seed: int) -> list[bool]:
     return visible
 
 
+@pytest.mark.sample(1)
 def test_an_uploader_killed_at_any_time_leaves_nothing_or_a_whole_checkpoint(own_server, tmp_path):
     """A few random times, the same at every run of the tests."""
     killed_uploads(own_server, tmp_path, 8, seed=6)

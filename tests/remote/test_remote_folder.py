@@ -107,6 +107,7 @@ def test_a_tag_changes_when_the_content_does_and_only_then(folder, tmp_path):
     assert before["model.ckpt"].tag == after["model.ckpt"].tag
 
 
+@pytest.mark.sample(2)
 def test_what_another_process_changes_is_seen(folder, place, tmp_path):
     """No listing is remembered, neither by us nor by the library."""
     url, options = place
@@ -118,6 +119,7 @@ def test_what_another_process_changes_is_seen(folder, place, tmp_path):
     assert folder.listing() == {}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("size", [0, 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
 def test_a_file_of_any_size_comes_back_bit_for_bit(folder, tmp_path, size):
     """Fetched and by its checksum, at and around the size of a block."""
@@ -136,6 +138,7 @@ def test_a_file_of_any_size_comes_back_bit_for_bit(folder, tmp_path, size):
     assert sum(arrived) == sum((local / file).stat().st_size for file in FILES)
 
 
+@pytest.mark.sample(1)
 def test_a_block_that_comes_short_is_asked_for_again(folder, tmp_path):
     """A connection that ends early is no end of the file."""
     local = local_checkpoint(tmp_path / "local", large=2 * BLOCK + 5)
@@ -157,6 +160,7 @@ def test_a_block_that_comes_short_is_asked_for_again(folder, tmp_path):
     assert (tmp_path / "model.ckpt").read_bytes() == (local / "model.ckpt").read_bytes()
 
 
+@pytest.mark.sample(1)
 def test_a_file_that_is_replaced_while_it_is_read_is_said_and_not_mixed(folder, tmp_path):
     """Half of the old and half of the new would be neither."""
     folder.publish(local_checkpoint(tmp_path / "local", large=2 * BLOCK), "CKPT+a")

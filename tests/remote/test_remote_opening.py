@@ -19,6 +19,7 @@ from lightning_sbckpt.errors import (
 from remote._local_checkpoint import local_checkpoint
 
 
+@pytest.mark.sample(2)
 def test_it_may_be_used_after_a_fork_on_both_sides(folder, tmp_path):
     """The connections of an asynchronous filesystem don't survive one; they are opened anew."""
     local = local_checkpoint(tmp_path / "local", large=2 * BLOCK)
@@ -39,6 +40,7 @@ def test_it_may_be_used_after_a_fork_on_both_sides(folder, tmp_path):
     assert ("CKPT+child" in there) == (folder._store.scheme != "memory")
 
 
+@pytest.mark.sample(1)
 def test_many_threads_may_use_one_folder(folder, tmp_path):
     """A writer uploads while the training process lists and reads."""
     local = local_checkpoint(tmp_path / "local", large=BLOCK + 1)

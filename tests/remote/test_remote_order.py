@@ -17,6 +17,7 @@ from remote._local_checkpoint import FILES, local_checkpoint
 from remote._recorder import record
 
 
+@pytest.mark.sample(1)
 def test_the_marker_is_put_last_and_removed_first(folder, tmp_path):
     """In every operation: publishing, replacing, removing."""
     recorder = record(folder)
@@ -49,6 +50,7 @@ def test_replacing_leaves_nothing_of_the_old_one(folder, tmp_path):
     assert folder.read("CKPT+a", "MANIFEST.yaml") == b"manifest 2"
 
 
+@pytest.mark.sample(1)
 def test_stopping_at_any_operation_leaves_nothing_visible_or_the_whole(folder, tmp_path):
     """As if the process had died there: each changing operation in turn is the first not done."""
     local = local_checkpoint(tmp_path / "local", large=2 * BLOCK + 1)
@@ -135,6 +137,7 @@ def test_a_file_that_arrived_shorter_is_found_before_the_marker_is_put(folder, t
     assert ("pipe_file", "CKPT.yaml") not in recorder.events
 
 
+@pytest.mark.sample(1)
 def test_errors_that_pass_are_outlived_in_every_operation(folder, tmp_path):
     """Two of three attempts fail, at whatever is asked; nobody notices but the log."""
     recorder = record(folder)
@@ -178,6 +181,7 @@ def test_a_link_is_not_followed_and_nothing_becomes_visible(folder, tmp_path):
     assert folder._folders() == {}
 
 
+@pytest.mark.sample(2)
 def test_files_that_stay_here_are_not_uploaded(folder, tmp_path):
     """A mirror keeps notes of its own in the folder."""
     local = local_checkpoint(tmp_path / "local")
@@ -186,6 +190,7 @@ def test_files_that_stay_here_are_not_uploaded(folder, tmp_path):
     assert sorted(folder.listing()["CKPT+a"]) == FILES
 
 
+@pytest.mark.sample(1)
 def test_the_store_copies_what_another_checkpoint_has(folder, tmp_path):
     """Nothing of it is sent; where it can't be copied it is uploaded all the same."""
     local = local_checkpoint(tmp_path / "local", large=2 * BLOCK)

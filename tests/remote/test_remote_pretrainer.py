@@ -27,6 +27,7 @@ def pretrainer(machines, tmp_path, models, **kwargs):
     return Pretrainer(tmp_path / "collected", models, **options, **kwargs)
 
 
+@pytest.mark.sample(2)
 def test_files_of_a_checkpoint_in_a_store_are_collected_and_loaded(machines, tmp_path, monkeypatch):
     """By the checkpoint as the default source, by a URL of one file, and as `pathlib` spells it."""
     # As in another process, which knows no more of the store than it is told here.
@@ -59,6 +60,7 @@ def test_files_of_folders_and_stores_go_together(machines, tmp_path):
     assert (tmp_path / "collected" / "local.ckpt").samefile(tmp_path / "local.ckpt")
 
 
+@pytest.mark.sample(1)
 def test_what_a_checkpointer_knows_of_its_store_is_known_here(machines, tmp_path):
     """The options need not be said twice."""
     model = filled(0.0)

@@ -135,6 +135,7 @@ def size_below(folder):
 class TestSent:
     """What the files of one checkpoint tell on their way."""
 
+    @pytest.mark.sample(1)
     def test_a_large_file_is_told_in_blocks(self, folder, tmp_path):
         """On every kind of store; and back."""
         local = local_checkpoint(tmp_path / "local", large=3 * BLOCK + 7)
@@ -203,6 +204,7 @@ def shown(screen, word):
 class TestBars:
     """In a real terminal, by a slow connection to a real server."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize(
         ("command", "word"),
         [
@@ -222,6 +224,7 @@ class TestBars:
         assert screen.process.returncode == (1 if command[0] == "diff" else 0), screen.text
         assert "━" not in screen.raw.rpartition("\x1b[?25h")[2]
 
+    @pytest.mark.long
     def test_what_is_uploaded_has_a_bar(self, run, slow):
         """The average of checkpoints in a store goes there, too."""
         screen = slow("average", run, "--newest", "2", "--name", "mean")

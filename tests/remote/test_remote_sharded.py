@@ -36,6 +36,7 @@ def load_from_url(folder, rank, url, options, mirror):
     return found.path.name, states_of(model, optimizer)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_pieces_go_to_the_store_and_come_back_to_another_number_of_ranks(mode, s3_server, tmp_path):
     """Every rank's file is there; two ranks and one get the saved bits, by the URL alone."""
