@@ -215,6 +215,7 @@ class TestTheTally:
 class TestRandomKills:
     """A seeded soak."""
 
+    @pytest.mark.sample(1)
     @pytest.mark.parametrize("mode", SAVE_MODES)
     @pytest.mark.parametrize(
         "kills", [15, pytest.param(120, marks=pytest.mark.slow)], ids=["15", "120"]

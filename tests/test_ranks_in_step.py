@@ -88,6 +88,7 @@ SAVES = {"recoverable": "HookError", "name": "CheckpointNameError", "meta": "Met
 OTHERS = ("document", "rules", "delete", "predicate", "keys", "annotation")
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrong", [0, 1])
 @pytest.mark.parametrize("how", [*SAVES, *OTHERS])
@@ -105,6 +106,7 @@ def test_argument_that_is_wrong_on_one_rank_leaves_the_ranks_in_step(tmp_path, h
         assert answers[0][1] == ["CKPT+earlier", "CKPT+later"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", ["async", pytest.param("overlap", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrong", [0, 1])
 @pytest.mark.parametrize("how", ["recoverable", "meta"])
@@ -130,6 +132,7 @@ def fail_before_the_collective(folder, rank, wrong):
     return outcome(checkpointer.save_checkpoint), os.listdir(folder)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_hook_that_fails_before_its_own_collective_ends_every_rank(tmp_path, wrong, size):

@@ -155,6 +155,7 @@ def die_before_meeting(folder, rank, dying):
     return "saved", 0.0, os.listdir(folder)
 
 
+@pytest.mark.sample(1)
 @needs_torch("2.9", "the time limit of a group that can be changed")
 @pytest.mark.parametrize(
     ("dying", "size"), [(1, 2), (0, 2), pytest.param(1, 3, marks=pytest.mark.slow)]

@@ -73,6 +73,7 @@ def test_each_rank_writes_its_pieces_and_a_checkpoint_is_one_folder(tmp_path):
     assert all(each < 0.9 * sum(of_ranks) for each in of_ranks) and sum(of_ranks) > size
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_two_ranks_saved_any_number_loads_to_the_bit_and_goes_on(tmp_path, size):
     """1, 2 and 3 ranks have the saved weights and optimizer, and go on as the two would have."""

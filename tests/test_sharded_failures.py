@@ -67,6 +67,7 @@ def save_to_full(folder, rank, failing, operation, ending):
     return answer, seconds, entries(folder), staged(folder)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("failing", "operation", "ending"),
     [

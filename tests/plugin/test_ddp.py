@@ -45,6 +45,7 @@ def through(tmp_path_factory):
     return folder
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("save_mode", ["sync", "async", "overlap"])
 @pytest.mark.parametrize(
     "kill",
@@ -86,6 +87,7 @@ LATE = {1: "on_train_batch_start:15", 2: "on_train_batch_start:8", 3: "on_train_
 """Before the last batches of the second epoch, by the number of ranks."""
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("before", "after", "kill"),
     [
@@ -221,6 +223,7 @@ def assert_none_waited(ended, rank, message):
     assert message in ended.outputs[rank] and "Traceback" in ended.outputs[rank]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     "where", ["training_step", "validation_step", "on_save_checkpoint", "on_train_batch_end"]

@@ -72,6 +72,7 @@ class FailsOn:
 HOOKS = ("on_save_checkpoint", "configure_recoverables")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("hook", HOOKS)

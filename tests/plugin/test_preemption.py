@@ -88,6 +88,7 @@ def assert_goes_on(folder, through, size=2, **options):
 # ---------------------------------------------------------------------- to the bits
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("ranks", "where", "step"),
     [
@@ -190,6 +191,7 @@ def test_without_the_argument_nothing_is_caught(tmp_path):
 # ---------------------------------------------------------------------- Ctrl+C
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("ranks", [(0,), pytest.param((1,), marks=pytest.mark.slow), (0, 1)])
 def test_ctrl_c_saves_and_ends_as_lightning_ends_it(tmp_path, through, ranks):
     """By exit code 1: nothing is to start it again but its user."""

@@ -43,6 +43,7 @@ def fit_on_slow_disk(folder, rank, options):
     trainer.fit(module, **loaders)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("size", "save_mode"),
     [

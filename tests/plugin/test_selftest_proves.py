@@ -142,6 +142,7 @@ def is_running(pid):
         return False
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc which processes run")
 @pytest.mark.parametrize(
     "name",

@@ -43,6 +43,7 @@ def kept(folder: Path, name: str) -> str:
     return (folder / name).read_text()
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kill", "options"),
     [

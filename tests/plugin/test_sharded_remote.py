@@ -36,6 +36,7 @@ def fit(folder, rank, size, url, epochs, options):
     (folder / f"report{rank}.txt").write_text(str(report))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["async", pytest.param("sync", marks=pytest.mark.slow)])
 def test_a_run_in_pieces_goes_on_elsewhere_from_its_url(mode, server, tmp_path):
     """Two ranks end with the bits of a run without a seam; one rank goes on, and says from where."""

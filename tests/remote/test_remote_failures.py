@@ -215,6 +215,7 @@ with Checkpointer(sys.argv[1], {"model": filled(0.0), "other": filled(0.0)}) as 
 
 # 1: before the upload; 2 to 4: among the files; 5: before they are compared; 6: before the
 # CKPT.yaml; 7: before it is noted that all is there.
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "point", [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4, 5)] + [3, 6, 7]
 )

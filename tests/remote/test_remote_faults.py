@@ -274,6 +274,7 @@ for work in (
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "own_server", ["s3", pytest.param("sftp", marks=pytest.mark.slow)], indirect=True
 )

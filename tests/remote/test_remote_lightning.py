@@ -49,6 +49,7 @@ def flat(value, place=""):
         yield place, value
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("mode", "kill_at"), [("sync", 14), pytest.param("async", 20, marks=pytest.mark.slow)]
 )
