@@ -1,14 +1,12 @@
 """SpeechBrain's checkpointing for PyTorch and Lightning, exact and crash-safe.
 
 The core (`Checkpointer` and what is beside it) needs torch alone. `SBCheckpoint`, the Lightning
-callback, and `assert_resume_exact` are imported when first asked for, and Lightning with them. If
-Lightning is there already, its Trainers and modules take checkpoint folders from now on.
+callback, and `assert_resume_exact` are imported when first asked for. Lightning is not imported here:
+its Trainers and modules take checkpoint folders as soon as a script has imported both.
 """
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from lightning_sbckpt._format.load import trusting_pickle
@@ -28,6 +26,7 @@ from lightning_sbckpt.hooks import (
 )
 from lightning_sbckpt.hooks.builtin import torch_parameter_transfer, torch_recovery, torch_save
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.plugin.packages import when_loaded
 from lightning_sbckpt.transfer import Pretrainer
 
 if TYPE_CHECKING:
@@ -82,7 +81,10 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-if "lightning.pytorch" in sys.modules:
-    # It may be in the middle of its own import; then the first name above that is asked for does it.
-    with suppress(ImportError, AttributeError):
-        import lightning_sbckpt.plugin.callback  # noqa: F401
+def _join(package: str) -> None:
+    from lightning_sbckpt.plugin.callback import join
+
+    join(package)
+
+
+when_loaded(_join)

@@ -33,7 +33,8 @@ LAYERS = """
     plotting inspect verify
     folder
     checkpointer report
-    averaging consolidation difference export transfer plugin._private
+    averaging consolidation difference export transfer plugin.packages
+    plugin._private
     plugin.data
     plugin.state
     plugin

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt.errors import MismatchError, SBCheckpointError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.trainer import Undo
 from lightning_sbckpt.plugin.doors import load_weights
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.state.adapt import REFUSALS, Adaptation
 from lightning_sbckpt.plugin.state.parts import FolderReader
 from lightning_sbckpt.selection import importance

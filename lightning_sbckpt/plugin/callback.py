@@ -7,13 +7,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import proxy
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
 
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
@@ -22,6 +21,7 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin import options as _options
 from lightning_sbckpt.plugin._private.loading import ForNewModule
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer, catch_up
 from lightning_sbckpt.plugin.preemption import Preemption, as_preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run
@@ -52,7 +52,18 @@ _OF_A_FIT = (
 """The attributes that belong to one fit in one process: no copy of a callback has them."""
 
 
-class SBCheckpoint(LightningCheckpoint):
+if TYPE_CHECKING:
+    from lightning_sbckpt.plugin.packages import Checkpoint as _Base
+else:
+    # A Trainer asks whether a callback is a `Checkpoint` of its own package, and neither package is
+    # imported for the other's sake, nor need either have been imported when a callback is made. So
+    # `Checkpoint` of each becomes a base of this one class when that package has been imported, see
+    # `join` below; callbacks that are there already, and classes derived from this one, follow.
+    class _Base:
+        pass
+
+
+class SBCheckpoint(_Base):
     """Saves a run into checkpoint folders, resumes it by itself and exactly, and keeps the best.
 
     Run the same command again after any interruption and it goes on from its newest sound
@@ -172,6 +183,7 @@ class SBCheckpoint(LightningCheckpoint):
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name in _options.KINDS}
+        catch_up()
         super().__init__()
         # Hydra's containers become plain ones.
         keep, triggers, optional, skip, split_model = map(
@@ -234,6 +246,7 @@ class SBCheckpoint(LightningCheckpoint):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Be a callback with that configuration, which takes part in no fit."""
+        catch_up()
         vars(self).update(state)
         self._take_no_part()
 
@@ -393,11 +406,22 @@ class SBCheckpoint(LightningCheckpoint):
         self.current_score = None if value_now is None else torch.tensor(value_now, device="cpu")
 
 
-_private.trainer.let_load_from_checkpoint_read(
-    is_readable,
-    lambda path, **options: read_to_load(cast("str", checkpoint_at(path)), **options),
-    check_loaded,
-    lambda dump: ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump,
-)
-open_for_every_trainer(SBCheckpoint)
-hand_back_attributes(SBCheckpoint)
+def join(package: str) -> None:
+    """Be a callback of a package's Trainers, which take checkpoint folders from now on, as its modules do.
+
+    Args:
+        package: The name of the package, which has just been imported.
+    """
+    checkpoint = import_module(f"{package}.callbacks").Checkpoint
+    SBCheckpoint.__bases__ = (checkpoint, *SBCheckpoint.__bases__)
+    _private.trainer.let_load_from_checkpoint_read(
+        package,
+        is_readable,
+        lambda path, **options: read_to_load(cast("str", checkpoint_at(path)), **options),
+        check_loaded,
+        lambda dump: (
+            ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump
+        ),
+    )
+    open_for_every_trainer(package, SBCheckpoint)
+    hand_back_attributes(package, SBCheckpoint)

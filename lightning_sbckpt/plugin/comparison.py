@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 import xxhash
-from lightning.pytorch import LightningModule
+
+from lightning_sbckpt.plugin.packages import LightningModule
 
 BY_UP_TO = " differing by up to "
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._layout.publish import read_checkpoint
 from lightning_sbckpt._world.world import decided_by_main
@@ -17,6 +16,7 @@ from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin._private.loading import FolderDump
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.experiment import Experiment
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.preemption import requeued_if_newer
 from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
 from lightning_sbckpt.plugin.run import Run

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_sbckpt._load.module_state import as_it_was_if_refused
 from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt.plugin._private.loading import FolderDump, load_by
 from lightning_sbckpt.plugin._private.trainer import Undo
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.resume import Resumption
 from lightning_sbckpt.plugin.state.adapt import Adaptation, mismatches
 from lightning_sbckpt.plugin.state.names import renamed_state

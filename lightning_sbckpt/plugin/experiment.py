@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin import _private, identity
 from lightning_sbckpt.plugin.identity import Change
+from lightning_sbckpt.plugin.packages import Trainer
 
 ON_CHANGE = ("warn", "raise", "restart")
 

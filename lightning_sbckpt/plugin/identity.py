@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_sbckpt._format.yaml import parse_yaml
 from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
 from lightning_sbckpt.errors import MetaError
 from lightning_sbckpt.meta import dump_meta
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.rendering import (
     class_path,
     content_digest,

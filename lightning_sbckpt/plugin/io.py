@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.strategies import Strategy
-
 from lightning_sbckpt.plugin._private.trainer import Undo, wrap
+from lightning_sbckpt.plugin.packages import Strategy
 from lightning_sbckpt.plugin.state.parts import FolderReader, is_folder
 
 

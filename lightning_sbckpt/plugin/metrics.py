@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.schedule import Place, place_of
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_sbckpt._format.keys import share_with_ranks
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.typing import World
 
 

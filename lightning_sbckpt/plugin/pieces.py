@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.trainer import Undo
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.parts import FolderReader, is_folder
 from lightning_sbckpt.plugin.state.sharded import Pieces
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.typing import World
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
-
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private, stopping
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.epoch_position import EpochPosition
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.parts import (
     CALLBACKS,

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._layout.publish import folder_names
 from lightning_sbckpt._remote.urls import is_url
@@ -20,6 +19,7 @@ from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.io import read_folders
+from lightning_sbckpt.plugin.packages import Callback, Trainer
 from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.retention.noted import best_by, run_rules
@@ -66,10 +66,11 @@ def checkpoint_at(path: object, *, newest: bool = False) -> object:
     return str(found.path)
 
 
-def open_for_every_trainer(kind: type[Callback]) -> None:
+def open_for_every_trainer(package: str, kind: type[Callback]) -> None:
     """Have every Trainer take folders, also one that has no callback of this kind.
 
     Args:
+        package: Whose Trainers.
         kind: `SBCheckpoint`.
     """
 
@@ -93,7 +94,7 @@ def open_for_every_trainer(kind: type[Callback]) -> None:
         finally:
             undo()
 
-    _private.trainer.let_every_trainer_read(is_readable, reading)
+    _private.trainer.let_every_trainer_read(package, is_readable, reading)
 
 
 def _refuse_other_formats(trainer: Trainer, path: object) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt._world.world import decided_together
@@ -17,6 +16,7 @@ from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.metrics import Metrics
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.preemption import Watch
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.schedule import (

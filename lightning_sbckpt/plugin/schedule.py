@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_sbckpt._save.request import SaveResult
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.triggers import AnyOf, Due, Moment, ask, together
 from lightning_sbckpt.typing import World
 

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 
 from lightning_sbckpt.errors import ConfigurationError, SBCheckpointError
 from lightning_sbckpt.plugin import _private
@@ -36,6 +34,15 @@ from lightning_sbckpt.plugin.comparison import (
     differences,
     fingerprint,
     weights,
+)
+from lightning_sbckpt.plugin.packages import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    loaded,
+    package_of,
+    some_package,
 )
 from lightning_sbckpt.rng import capture_rng
 
@@ -82,7 +89,11 @@ class KillPoint:
         if isinstance(text, KillPoint):
             return text
         hook, _, count = text.partition(":")
-        if not hasattr(Callback, hook) or not (count or "1").isdigit() or count == "0":
+        if (
+            not hasattr(some_package().Callback, hook)
+            or not (count or "1").isdigit()
+            or count == "0"
+        ):
             raise ConfigurationError(
                 f"{text!r} is no kill point: expected a hook of lightning.pytorch.Callback and the "
                 "number of the call, such as 'on_train_batch_end:4'"
@@ -231,7 +242,7 @@ def _run(
     """Run all ranks to their end; return what each ended with, or nothing if they were killed."""
     # A server forks each process before it has started any thread: quick, and nothing inherited.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *(package.__name__ for package in loaded())])
     folders = [folder / f"rank-{rank}" for rank in range(ranks)]
     for each in folders:
         shutil.rmtree(each, ignore_errors=True)
@@ -366,12 +377,7 @@ def _child(
     try:
         trainer, module, *data = factory(checkpoints)
         _check_ranks(trainer, int(environment.get("WORLD_SIZE", "1")))
-        recorder = _Recorder(folder / "trace.jsonl", checkpoints)
-        # First, so that a kill comes before anything that the hook would make durable.
-        trainer.callbacks.insert(0, recorder)
-        if kill is not None:
-            trainer.callbacks.insert(0, _killer(kill, folder / _KILLED))
-        trainer.loggers = [*trainer.loggers, _TraceLogger(recorder)]
+        recorder = record(trainer, folder / "trace.jsonl", checkpoints, kill, folder / _KILLED)
         trainer.fit(module, **_fit_arguments(data))
         torch.save(
             {"at the end of training": recorder.state, "after the fit": clone(weights(module))},
@@ -406,7 +412,33 @@ def _fit_arguments(data: Sequence[Any]) -> dict[str, Any]:
     return {"train_dataloaders": data[0]} | ({"val_dataloaders": data[1]} if data[1:] else {})
 
 
-def _killer(kill: KillPoint, note: Path) -> Callback:
+def record(
+    trainer: Any, trace: Path, checkpoints: Path, kill: KillPoint | None, note: Path
+) -> _Recorder:
+    """Have a fit write down what there is to compare, and kill its process where it is told to.
+
+    Args:
+        trainer: About to fit.
+        trace: The file to write to.
+        checkpoints: Where its `SBCheckpoint` has to save.
+        kill: Where it kills itself.
+        note: The file that says that it did.
+
+    Returns:
+        The callback that does so.
+    """
+    callback, logger = package_of(trainer).Callback, package_of(trainer, "loggers").Logger
+    recorder = type("_Recorder", (_Recorder, callback), {})(trace, checkpoints)
+    # First, so that a kill comes before anything that the hook would make durable.
+    trainer.callbacks.insert(0, recorder)
+    if kill is not None:
+        trainer.callbacks.insert(0, _killer(callback, kill, note))
+    trace_logger = type("_TraceLogger", (_TraceLogger, logger), {})(recorder)
+    trainer.loggers = [*trainer.loggers, trace_logger]
+    return cast("_Recorder", recorder)
+
+
+def _killer(base: type, kill: KillPoint, note: Path) -> Callback:
     calls = 0
 
     def hook(*_args: Any, **_kwargs: Any) -> None:
@@ -417,10 +449,10 @@ def _killer(kill: KillPoint, note: Path) -> Callback:
             note.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return cast("Callback", type("_Killer", (Callback,), {kill.hook: hook})())
+    return cast("Callback", type("_Killer", (base,), {kill.hook: hook})())
 
 
-class _Recorder(Callback):
+class _Recorder:
     """Writes down what there is to compare, line by line."""
 
     def __init__(self, path: Path, checkpoints: Path) -> None:
@@ -479,7 +511,7 @@ class _Recorder(Callback):
         }
 
 
-class _TraceLogger(Logger):
+class _TraceLogger:
     """Writes every logged value down, exactly."""
 
     def __init__(self, recorder: _Recorder) -> None:

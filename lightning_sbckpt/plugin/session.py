@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
@@ -22,6 +21,7 @@ from lightning_sbckpt.plugin.io import read_folders
 from lightning_sbckpt.plugin.metrics import Metrics
 from lightning_sbckpt.plugin.opening import open_checkpointer
 from lightning_sbckpt.plugin.options import Options
+from lightning_sbckpt.plugin.packages import Callback, LightningModule, Trainer
 from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Watch
 from lightning_sbckpt.plugin.resume import Resumption

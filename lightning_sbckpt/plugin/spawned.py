@@ -5,9 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
-
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import Callback, Trainer
 
 __all__ = ["hand_back_attributes"]
 
@@ -21,10 +20,11 @@ _ATTRIBUTES = (
 )
 
 
-def hand_back_attributes(kind: type[Callback]) -> None:
+def hand_back_attributes(package: str, kind: type[Callback]) -> None:
     """Have the parent's callback end with the attributes that rank zero's ends with.
 
     Args:
+        package: Whose Trainers.
         kind: The class of the callback, which has the attributes of `SBCheckpoint`.
     """
 
@@ -45,4 +45,4 @@ def hand_back_attributes(kind: type[Callback]) -> None:
         for name, value in pickle.loads(collected).items():  # noqa: S301
             setattr(only(trainer), name, value)
 
-    _private.spawn.hand_back(collect, take)
+    _private.spawn.hand_back(package, collect, take)

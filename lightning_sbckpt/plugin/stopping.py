@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import EarlyStopping, Timer, Trainer
 
 
 def keep_patience(trainer: Trainer, patience: Mapping[str, int]) -> list[str]:

@@ -11,9 +11,7 @@ from pathlib import Path
 from types import CodeType
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint as LightningCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import SelectionError
@@ -21,6 +19,8 @@ from lightning_sbckpt.expressions import Expression
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.best import BestBy
+from lightning_sbckpt.plugin.packages import Checkpoint as LightningCheckpoint
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.retention import Where
 from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule, World
 

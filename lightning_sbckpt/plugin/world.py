@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 
 from lightning_sbckpt._world.world import TorchDistributed
+from lightning_sbckpt.plugin.packages import Trainer
 
 T = TypeVar("T")
 

@@ -290,13 +290,10 @@ def trace(
     trainer, module, callback, loaders = made
     lines = folder / f"trace{rank}.jsonl"
     lines.unlink(missing_ok=True)
-    recorder = selftest._Recorder(lines, folder / "checkpoints")
-    trainer.callbacks.insert(0, recorder)
-    if kill is not None:
-        trainer.callbacks.insert(
-            0, selftest._killer(selftest.KillPoint.parse(kill), folder / f"killed{rank}")
-        )
-    trainer.loggers = [selftest._TraceLogger(recorder)]
+    point = None if kill is None else selftest.KillPoint.parse(kill)
+    recorder = selftest.record(
+        trainer, lines, folder / "checkpoints", point, folder / f"killed{rank}"
+    )
     trainer.fit(module, **loaders)
     after = {"at the end of training": recorder.state, "after the fit": weights(module)}
     torch.save(after, folder / f"final{rank}.pt")

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
+
+from lightning_sbckpt.plugin._private.trainer import callbacks_of
+from lightning_sbckpt.plugin.packages import (
     GradientAccumulationScheduler,
+    LightningModule,
     ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    Trainer,
 )
-
-from lightning_sbckpt.plugin._private.trainer import callbacks_of
 
 
 def brings_its_scheduler(trainer: Trainer) -> bool:

@@ -18,12 +18,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import Strategy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt.plugin._private.trainer import wrap
+from lightning_sbckpt.plugin.packages import Strategy, Trainer
 
 __all__ = ["Reductions"]
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.utilities.parsing import (
-    lightning_getattr,
-    lightning_hasattr,
-    lightning_setattr,
-)
-
 from lightning_sbckpt.plugin._private.trainer import Undo, callbacks_of, is_dev_run, wrap
+from lightning_sbckpt.plugin.packages import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    LightningModule,
+    Trainer,
+    package_of,
+)
 
 _FINDERS = (LearningRateFinder, BatchSizeFinder)
 
@@ -55,9 +55,9 @@ def is_of_a_finder(path: object) -> bool:
 
 def found_values(trainer: Trainer) -> dict[str, float]:
     """Return what finders have set, or will, in module or datamodule, by the attribute's name."""
-    module = trainer.lightning_module
+    module, parsing = trainer.lightning_module, package_of(trainer, "utilities.parsing")
     names = [_attribute(callback, module) for callback in callbacks_of(trainer)]
-    values = {name: lightning_getattr(module, name) for name in names if name is not None}
+    values = {name: parsing.lightning_getattr(module, name) for name in names if name is not None}
     return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
@@ -81,7 +81,7 @@ def search_no_more(
         name = _attribute(callback, module)
         taken = ""
         if name is not None and name in found:
-            lightning_setattr(module, name, found[name])
+            package_of(trainer, "utilities.parsing").lightning_setattr(module, name, found[name])
             taken = f": {name} is {found[name]:g}, as it was when the checkpoint was saved"
         note(f"{type(callback).__name__} does not search again as a run goes on{taken}")
         undo.append(wrap(callback, "on_fit_start", _do_nothing))
@@ -102,4 +102,5 @@ def _attribute(callback: Callback, module: LightningModule) -> str | None:
         names = (callback._attr_name,) if callback._attr_name else ("lr", "learning_rate")
     elif isinstance(callback, BatchSizeFinder):
         names = (callback._batch_arg_name,)
-    return next((name for name in names if lightning_hasattr(module, name)), None)
+    has = package_of(module, "utilities.parsing").lightning_hasattr
+    return next((name for name in names if has(module, name)), None)

@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_sbckpt.plugin._private.trainer import Undo, loaded_checkpoint, wrap
+from lightning_sbckpt.plugin.packages import Trainer
 
 
 class FolderDump(dict[str, Any]):

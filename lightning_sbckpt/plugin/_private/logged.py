@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
+
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer, package_of
 
 
 def epoch_metrics(trainer: Trainer) -> dict[str, Any]:
@@ -83,26 +84,21 @@ def logged_state(trainer: Trainer) -> dict[str, object]:
 
 def restore_logged_state(trainer: Trainer, state: Mapping[str, Any]) -> list[str]:
     """Put back what `logged_state` returned; return what could not be, a sentence each."""
-    from lightning.pytorch.trainer.connectors.logger_connector.result import (
-        _Metadata,
-        _ResultMetric,
-        _Sync,
-    )
-
+    result = package_of(trainer, "trainer.connectors.logger_connector.result")
     connector = trainer._logger_connector
     module = trainer.lightning_module
     results = trainer.fit_loop.epoch_loop._results
     problems: list[str] = []
     for key, saved in state["results"].items():
-        meta = _Metadata(**saved["meta"])
+        meta = result._Metadata(**saved["meta"])
         sync = dict(saved["sync"])
-        meta.sync = _Sync(
+        meta.sync = result._Sync(
             fn=trainer.strategy.reduce,
             _should=sync["should"],
             rank_zero_only=sync["rank_zero_only"],
             _op=sync["op"],
         )
-        metric = _ResultMetric(meta, saved["is_tensor"])
+        metric = result._ResultMetric(meta, saved["is_tensor"])
         if saved["is_tensor"]:
             for name, value in saved["values"].items():
                 setattr(metric, name, _to(value, trainer.strategy.root_device))

@@ -12,8 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+from lightning_sbckpt.plugin.packages import Logger, MLFlowLogger, Trainer, WandbLogger
 
 _KNOWN = (MLFlowLogger, WandbLogger)
 _KEPT = "_checkpoint_callback"

@@ -7,11 +7,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataFetcher
-
 from lightning_sbckpt.plugin._private.trainer import Undo, wrap
+from lightning_sbckpt.plugin.packages import Trainer, fabric_of, package_of
 
 
 def loop_state(trainer: Trainer) -> dict[str, object]:
@@ -201,8 +198,9 @@ class LoopResumption:
         fit_loop.epoch_loop.max_steps = self.max_steps
         self._restore_progress()
         self._count_batches()
+        set_epoch = fabric_of(self._trainer, "utilities.data")._set_sampler_epoch
         for loader in fit_loop._combined_loader.flattened:
-            _set_sampler_epoch(loader, fit_loop.epoch_progress.current.processed)
+            set_epoch(loader, fit_loop.epoch_progress.current.processed)
 
     def _count_batches(self) -> None:
         """Count the batches of the epoch as this run divides it."""
@@ -241,8 +239,9 @@ class LoopResumption:
         if self._extra["combined_consumed"]:
             iterator._consumed = list(self._extra["combined_consumed"])
         if ahead and data_fetcher.length is None:
+            take = package_of(self._trainer, "loops.fetchers")._DataFetcher.__next__
             with suppress(StopIteration):
-                data_fetcher.batches += [_DataFetcher.__next__(data_fetcher) for _ in range(ahead)]
+                data_fetcher.batches += [take(data_fetcher) for _ in range(ahead)]
         # While "restarting", no release makes the loaders' iterators anew in here.
         fit_loop.epoch_loop._restarting = True
         original(data_fetcher)

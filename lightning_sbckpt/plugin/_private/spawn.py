@@ -11,25 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning_sbckpt.plugin.packages import Trainer
 
 _KEY = "lightning_sbckpt"
 
 
-def hand_back(collect: Callable[[Trainer], object], take: Callable[[Trainer, Any], None]) -> None:
+def hand_back(
+    package: str, collect: Callable[[Trainer], object], take: Callable[[Trainer, Any], None]
+) -> None:
     """Have the parent of spawned ranks `take` what rank zero has `collect`ed when it is done.
 
     Args:
+        package: Whose Trainers.
         collect: Returns what can be pickled and holds no tensor: those would be shared memory.
         take: Is not called if rank zero has handed back nothing.
     """
-    launcher = _MultiProcessingLauncher
+    launcher = import_module(f"{package}.strategies.launchers")._MultiProcessingLauncher
     get, update = launcher.get_extra_results, launcher.update_main_process_results
-    if getattr(get, "_hands_back", False):
-        return
 
     @wraps(get)
     def get_extra_results(self: Any, trainer: Trainer) -> dict[str, Any]:
@@ -42,6 +43,5 @@ def hand_back(collect: Callable[[Trainer], object], take: Callable[[Trainer, Any
         if mine is not None:
             take(trainer, mine)
 
-    get_extra_results._hands_back = True  # type: ignore[attr-defined]
-    launcher.get_extra_results = get_extra_results  # type: ignore[method-assign]
-    launcher.update_main_process_results = update_main_process_results  # type: ignore[method-assign]
+    launcher.get_extra_results = get_extra_results
+    launcher.update_main_process_results = update_main_process_results

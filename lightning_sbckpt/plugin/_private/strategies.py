@@ -11,14 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sbckpt._sharded.states import module_state, optimizer_state
 from lightning_sbckpt.plugin._private.trainer import Undo, wrap
+from lightning_sbckpt.plugin.packages import (
+    FSDPStrategy,
+    LightningOptimizer,
+    ModelParallelStrategy,
+    Strategy,
+    Trainer,
+)
 
 
 def shards_the_model(strategy: Strategy) -> bool:

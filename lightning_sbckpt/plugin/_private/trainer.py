@@ -13,17 +13,21 @@ import signal
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import update_wrapper, wraps
+from importlib import import_module
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn, cast
 
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.core import saving
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning_sbckpt.plugin.packages import (
+    Callback,
+    LightningDataModule,
+    LightningEnvironment,
+    SLURMEnvironment,
+    Strategy,
+    Trainer,
+    fabric_of,
+    package_of,
+)
 
 Undo = Callable[[], None]
 
@@ -116,6 +120,7 @@ def loaded_checkpoint(trainer: Trainer) -> dict[str, Any]:
 
 
 def let_load_from_checkpoint_read(
+    package: str,
     is_folder: Callable[[object], bool],
     read: Callable[..., dict[str, Any]],
     check: Callable[[type, object, Collection[str]], None],
@@ -123,21 +128,20 @@ def let_load_from_checkpoint_read(
 ) -> None:
     """Have `LightningModule.load_from_checkpoint` take checkpoint folders.
 
-    It reads by `lightning.pytorch.core.saving.pl_load` and has no other place to join in. Files
+    It reads by `core.saving.pl_load` of the package and has no other place to join in. Files
     and URLs go to Lightning's own function, as before. What was read reaches `_load_state` of that
     module, with the hyperparameters that the caller added, and nothing is imported or called before.
 
     Args:
+        package: Whose modules.
         is_folder: Says what is read by `read`.
         read: Returns Lightning's dictionary.
         check: Is called with the class, the dictionary, and the names of the hyperparameters that
             the caller passed; it raises if they must not be used.
         prepare: Returns what is to take the dictionary's place then.
     """
-    # By name: it is an import of that module, not one of its exports.
-    original_load, original_state = vars(saving)["pl_load"], vars(saving)["_load_state"]
-    if getattr(original_load, "_reads_folders", False):
-        return
+    saving: Any = import_module(f"{package}.core.saving")
+    original_load, original_state = saving.pl_load, saving._load_state
 
     @wraps(original_load)
     def pl_load(path_or_url: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,12 +154,12 @@ def let_load_from_checkpoint_read(
         check(cls, checkpoint, kwargs)
         return original_state(cls, prepare(checkpoint), *args, **kwargs)
 
-    pl_load._reads_folders = True  # type: ignore[attr-defined]
-    vars(saving)["pl_load"] = pl_load
-    vars(saving)["_load_state"] = load_state
+    saving.pl_load = pl_load
+    saving._load_state = load_state
 
 
 def let_every_trainer_read(
+    package: str,
     is_ours: Callable[[object], bool],
     reading: Callable[[Trainer, object], AbstractContextManager[object]],
 ) -> None:
@@ -165,12 +169,12 @@ def let_every_trainer_read(
     where every restore begins, of a fit or an evaluation.
 
     Args:
+        package: Whose Trainers.
         is_ours: Says for which paths `reading` is asked.
         reading: Gives what to read in the place of such a path, and has the Trainer able to.
     """
-    original = _CheckpointConnector.resume_start
-    if getattr(original, "_reads_folders", False):
-        return
+    connectors: Any = import_module(f"{package}.trainer.connectors.checkpoint_connector")
+    original = connectors._CheckpointConnector.resume_start
 
     @wraps(original)
     def resume_start(self: Any, checkpoint_path: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -178,15 +182,15 @@ def let_every_trainer_read(
             original(self, checkpoint_path, *args, **kwargs)
             return
         with reading(self.trainer, checkpoint_path) as path:
-            original(self, cast("Any", path), *args, **kwargs)
+            original(self, path, *args, **kwargs)
 
-    resume_start._reads_folders = True  # type: ignore[attr-defined]
-    _CheckpointConnector.resume_start = resume_start  # type: ignore[method-assign]
+    connectors._CheckpointConnector.resume_start = resume_start
 
 
 def has_own_checkpoint_format(strategy: Strategy) -> bool:
     """Return whether a strategy writes checkpoints in a way of its own (FSDP, DeepSpeed, ...)."""
-    return type(strategy).save_checkpoint is not Strategy.save_checkpoint
+    lightnings = package_of(strategy, "strategies").Strategy.save_checkpoint
+    return type(strategy).save_checkpoint is not lightnings
 
 
 # ---------------------------------------------------------------------- saving
@@ -345,7 +349,7 @@ def is_child_of_launcher(trainer: Trainer) -> bool:
     `_ChildProcessObserver` kills every process of a node as soon as one that it started ends by
     another exit code than 0. With other launchers the environment is another one.
     """
-    launched = isinstance(trainer.strategy.launcher, _SubprocessScriptLauncher)
+    launched = _script_launcher(trainer) is not None
     own = isinstance(cluster_environment(trainer), LightningEnvironment)
     return launched and own and trainer.local_rank != 0
 
@@ -366,10 +370,16 @@ def end_at_once(trainer: Trainer, code: int) -> NoReturn:
     `os._exit` is the one way out of a process whose main thread may never come back from the disk
     or from a collective.
     """
-    launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
+    if launcher := _script_launcher(trainer):
         launcher.kill(signal.SIGKILL)
     os._exit(code)
+
+
+def _script_launcher(trainer: Trainer) -> Any:
+    """Return what has started the ranks of a node as processes of the same script, or None."""
+    launcher = trainer.strategy.launcher
+    kind = package_of(trainer, "strategies.launchers")._SubprocessScriptLauncher
+    return launcher if isinstance(launcher, kind) else None
 
 
 def hpc_checkpoint(trainer: Trainer) -> str | None:
@@ -377,6 +387,7 @@ def hpc_checkpoint(trainer: Trainer) -> str | None:
 
     `_CheckpointConnector._hpc_resume_path` is the newest `hpc_ckpt_*.ckpt` in the default root.
     """
-    if not SLURMEnvironment.detect():
+    environments = fabric_of(trainer, "plugins.environments")
+    if not environments.SLURMEnvironment.detect():
         return None
     return cast("str | None", cast("Any", trainer._checkpoint_connector)._hpc_resume_path)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded import fsdp1
 from lightning_sbckpt._sharded.states import (
@@ -22,6 +20,7 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.buffers import NonPersistentBuffers
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.gradients import take_gradients
 from lightning_sbckpt.plugin.state.parts import (

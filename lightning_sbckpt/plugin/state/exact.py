@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import torch
 import xxhash
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torchmetrics import Metric, MetricCollection
 
 from lightning_sbckpt._save.items import TakenState
@@ -24,6 +23,7 @@ from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.hooks.builtin import is_metric, metric_state, set_metric_state
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.state.gradients import put_gradients
 from lightning_sbckpt.plugin.state.hardware import (
     changes,

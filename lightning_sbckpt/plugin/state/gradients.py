@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 
 from lightning_sbckpt._format.load import load_state
 from lightning_sbckpt._layout.publish import SHARDED_EXT
@@ -22,6 +21,7 @@ from lightning_sbckpt._sharded.fsdp1_gradients import BY_RANK
 from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt._sharded.states import is_fsdp1, is_sharded_tensor
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.sharded import Pieces
 
 

@@ -13,17 +13,18 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule
-
 from lightning_sbckpt.errors import MismatchError, UntrustedPickleError
+from lightning_sbckpt.plugin.packages import LightningDataModule, LightningModule
 
 _ALLOWED_INSTANTIATORS = frozenset(
     {"lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module"}
 )
 _OWNERS = (LightningModule, LightningDataModule)
-# Lightning still reads the two that its first releases wrote.
-_KEYS = ("hparams", "module_arguments", *(cls.CHECKPOINT_HYPER_PARAMS_KEY for cls in _OWNERS))
-_TYPE_KEYS = tuple(cls.CHECKPOINT_HYPER_PARAMS_TYPE for cls in _OWNERS)
+# Lightning still reads the first two, which its first releases wrote.
+_KEYS = ("hparams", "module_arguments", "hyper_parameters", "datamodule_hyper_parameters")
+_TYPE_KEYS = ("hparams_type", "datamodule_hparams_type")
+HPARAMS_KEYS = (*_KEYS[2:], *_TYPE_KEYS, "hparams_name", "datamodule_hparams_name")
+"""What hyperparameters are under in Lightning's dictionary, its `CHECKPOINT_HYPER_PARAMS_*`."""
 _DOTTED_NAME = re.compile(r"([^\W\d]\w*)(?:\.[^\W\d]\w*)+")
 
 

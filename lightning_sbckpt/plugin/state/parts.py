@@ -12,9 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-
 from lightning_sbckpt._format.load import (
     load_own_state,
     load_state,
@@ -48,8 +45,9 @@ from lightning_sbckpt.errors import (
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import FolderDump
+from lightning_sbckpt.plugin.packages import LightningModule, Trainer, some_package
 from lightning_sbckpt.plugin.state.gradients import read_gradients
-from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, names_calls
+from lightning_sbckpt.plugin.state.hyperparameters import HPARAMS_KEYS, LoadedFolder, names_calls
 from lightning_sbckpt.plugin.state.sharded import Pieces
 
 MODEL = "model"
@@ -75,15 +73,6 @@ RESERVED = frozenset(
 """The names that recoverables of the user can't have; nor those that `_numbered` makes."""
 
 _PROGRESS_KEYS = ("epoch", "global_step", "pytorch-lightning_version", "loops")
-_HPARAMS_KEYS = tuple(
-    key
-    for cls in (LightningModule, LightningDataModule)
-    for key in (
-        cls.CHECKPOINT_HYPER_PARAMS_NAME,
-        cls.CHECKPOINT_HYPER_PARAMS_KEY,
-        cls.CHECKPOINT_HYPER_PARAMS_TYPE,
-    )
-)
 _OURS = "lightning_sbckpt"
 
 
@@ -118,7 +107,7 @@ def divide(
     progress = {key: rest.pop(key) for key in _PROGRESS_KEYS if key in rest}
     parts[LOOPS] = {**progress, _OURS: {"position": position, "submodules": list(submodules)}}
     parts[CALLBACKS] = rest.pop("callbacks", {})
-    parts[HPARAMS] = {key: rest.pop(key) for key in _HPARAMS_KEYS if key in rest}
+    parts[HPARAMS] = {key: rest.pop(key) for key in HPARAMS_KEYS if key in rest}
     # Lightning files these under the name of their class, which an `on_save_checkpoint` may use.
     owners: dict[str, object] = {}
     if trainer is not None:
@@ -317,7 +306,11 @@ class FolderReader:
 
         # Of weights alone, an average, say. Without these Lightning would take them for those of one
         # of its first releases.
-        nowhere = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": L.__version__}
+        nowhere = {
+            "epoch": 0,
+            "global_step": 0,
+            "pytorch-lightning_version": some_package().__version__,
+        }
         dump = dict(read(LOOPS) or nowhere)
         submodules = submodules_in(dump)
         dump.pop(_OURS, None)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,6 +23,7 @@ from lightning_sbckpt._sharded.states import (
 )
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.packages import LightningOptimizer, Trainer
 from lightning_sbckpt.plugin.state.names import OwnNames
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch.optim import Optimizer
 
 from lightning_sbckpt._sharded.names import plain_name
@@ -19,6 +18,7 @@ from lightning_sbckpt._sharded.states import is_fsdp1
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import FolderDump
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.adapt import REFUSALS, Adaptation
 from lightning_sbckpt.plugin.state.by_name import Arrangement, Trained, arrange, misfits
 from lightning_sbckpt.plugin.state.parts import OPTIMIZER, SCHEDULER, numbered
