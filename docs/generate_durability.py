@@ -3,7 +3,7 @@
     python docs/generate_durability.py                 everything, the long share too: about 100 minutes
     python docs/generate_durability.py --share         the seeded share that every test run has
     python docs/generate_durability.py --processes 2   two tests at a time
-    python docs/generate_durability.py tests/fuzz      one suite: the other rows stay as they are
+    python docs/generate_durability.py tests/security/fuzz      one suite: the other rows stay as they are
 
 The tests count what they do themselves; nothing here knows a figure.
 """
@@ -25,22 +25,22 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE / "durability.md"
 BEGIN, END = "<!-- counts: begin -->", "<!-- counts: end -->"
 SUITES = (
-    "tests/test_every_operation.py",
-    "tests/test_random_kills.py",
-    "tests/test_full_disk.py",
-    "tests/test_damage.py",
+    "tests/durability/test_every_operation.py",
+    "tests/durability/test_random_kills.py",
+    "tests/durability/test_full_disk.py",
+    "tests/_layout/test_damage.py",
     "tests/test_verify.py",
-    "tests/test_lock.py",
-    "tests/test_hostile.py",
-    "tests/test_clocks.py",
-    "tests/test_moments.py",
-    "tests/test_signals.py",
-    "tests/test_filesystems.py",
-    "tests/test_ranks_in_step.py",
+    "tests/_layout/test_lock.py",
+    "tests/security/test_hostile.py",
+    "tests/durability/test_clocks.py",
+    "tests/durability/test_moments.py",
+    "tests/durability/test_signals.py",
+    "tests/durability/test_filesystems.py",
+    "tests/_world/test_ranks_in_step.py",
     "tests/plugin/test_fit_in_step.py",
     "tests/plugin/test_killed_ranks.py",
     "tests/plugin/test_fit_signals.py",
-    "tests/fuzz",
+    "tests/security/fuzz",
 )
 
 

@@ -1,8 +1,8 @@
 """Fixtures that several test files share.
 
-`pytest --original tests/test_speechbrain_behaviour*.py` runs the tests that take the `api` fixture
+`pytest --original tests/speechbrain/test_speechbrain_behaviour*.py` runs the tests that take the `api` fixture
 against the real SpeechBrain instead of this package: every behaviour claimed there is one of
-SpeechBrain's. `pytest --original tests/test_speechbrain_faults.py` shows the other side: there,
+SpeechBrain's. `pytest --original tests/speechbrain/test_speechbrain_faults.py` shows the other side: there,
 what fails is a fault of the original that this package must not have.
 """
 
@@ -27,6 +27,9 @@ from hypothesis import settings
 # Deadlines say how busy the machine is, not what the code does.
 settings.register_profile("patient", settings(), deadline=None)
 settings.load_profile("patient")
+
+# What tests and commands import has no examples to run.
+collect_ignore_glob = ["harness/*", *(f"{folder}/_*.py" for folder in ("durability", "security"))]
 
 # Every public name that needs no Lightning.
 CORE_NAMES = (

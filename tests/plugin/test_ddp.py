@@ -264,7 +264,7 @@ def test_lightnings_own_launcher_ends_the_job_too(tmp_path, rank):
     script = tmp_path / "train.py"
     script.write_text(UNDER_LAUNCHER)
     here = Path(__file__).resolve()
-    path = os.pathsep.join([str(here.parent), str(here.parents[1]), str(here.parents[2])])
+    path = os.pathsep.join(map(str, (here.parent, here.parents[1] / "harness", here.parents[2])))
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(rank)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
