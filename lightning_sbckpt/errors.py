@@ -8,6 +8,7 @@ Every one derives from `SBCheckpointError` and from the builtin that a caller wo
     ├── MetaError(ValueError)                meta that YAML cannot hold or that is not meta
     ├── SelectionError(ValueError)           contradicting or unusable ways to choose a checkpoint
     ├── ConfigurationError(ValueError)       arguments that contradict each other
+    │   └── MixedPackagesError(TypeError)    objects of Lightning's two packages, put together
     ├── CheckpointNameError(ValueError)      a name that would not stay inside its folder
     ├── CheckpointNotFoundError(FileNotFoundError)  nothing there, or not a checkpoint
     ├── DamagedCheckpointError(RuntimeError) bytes that are not the bytes that were written
@@ -38,6 +39,7 @@ __all__ = [
     "MetaError",
     "MismatchError",
     "MissingDependencyError",
+    "MixedPackagesError",
     "RemoteError",
     "RemovalError",
     "SBCheckpointError",
@@ -75,6 +77,10 @@ class SelectionError(SBCheckpointError, ValueError):
 
 class ConfigurationError(SBCheckpointError, ValueError):
     """Arguments that contradict each other, refused at construction."""
+
+
+class MixedPackagesError(ConfigurationError, TypeError):
+    """A Trainer was given a module of the other of Lightning's two packages."""
 
 
 class CheckpointNameError(SBCheckpointError, ValueError):

@@ -425,3 +425,4 @@ def join(package: str) -> None:
     )
     open_for_every_trainer(package, SBCheckpoint)
     hand_back_attributes(package, SBCheckpoint)
+    _private.trainer.name_mixed_packages(package)

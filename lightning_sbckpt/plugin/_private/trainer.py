@@ -18,10 +18,12 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, NoReturn, cast
 
+from lightning_sbckpt.errors import MixedPackagesError
 from lightning_sbckpt.plugin.packages import (
     Callback,
     LightningDataModule,
     LightningEnvironment,
+    LightningModule,
     SLURMEnvironment,
     Strategy,
     Trainer,
@@ -185,6 +187,41 @@ def let_every_trainer_read(
             original(self, path, *args, **kwargs)
 
     connectors._CheckpointConnector.resume_start = resume_start
+
+
+def name_mixed_packages(package: str) -> None:
+    """Have a package's Trainers name both packages when they are given a module of the other one.
+
+    Lightning says that a `LightningModule` must be a `LightningModule`, or "Expected a parent". Every
+    method of a Trainer has `_maybe_unwrap_optimized` look at the module and `_DataConnector.attach_data`
+    at the data before anything else.
+
+    Args:
+        package: Whose Trainers.
+    """
+    trainers: Any = import_module(f"{package}.trainer.trainer")
+    connectors: Any = import_module(f"{package}.trainer.connectors.data_connector")
+    kinds = {"LightningModule": LightningModule, "LightningDataModule": LightningDataModule}
+    own = tuple(getattr(import_module(package), name) for name in kinds)
+
+    def checked(original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def check(*args: Any, **kwargs: Any) -> Any:
+            for given in (*args, *kwargs.values()):
+                for name, kind in kinds.items():
+                    if isinstance(given, kind) and not isinstance(given, own):
+                        raise MixedPackagesError(
+                            f"{type(given).__qualname__} is a {name} of {package_of(given).__name__}, and "
+                            f"the Trainer is one of {package}: these are two packages, and no Trainer of "
+                            "one takes what is of the other. Import both from one of them, as in "
+                            f"`from {package} import {name}, Trainer`"
+                        )
+            return original(*args, **kwargs)
+
+        return check
+
+    trainers._maybe_unwrap_optimized = checked(trainers._maybe_unwrap_optimized)
+    connectors._DataConnector.attach_data = checked(connectors._DataConnector.attach_data)
 
 
 def has_own_checkpoint_format(strategy: Strategy) -> bool:

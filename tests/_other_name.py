@@ -1,0 +1,84 @@
+"""The tests of `lightning.pytorch`, read as tests of `pytorch_lightning`.
+
+The two packages differ in the names of their modules alone, so a test of one is that of the other
+when these are replaced in its source.
+
+`python tests/_other_name.py [FILE...]` runs test files so, by default those of the core.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+TESTS = Path(__file__).resolve().parent
+CORE = [f"plugin/test_{name}.py" for name in ("callback", "ddp", "spawned", "best", "metrics")]
+CORE += [f"plugin/test_{name}.py" for name in ("evaluation_process", "loaders", "lightning_files")]
+
+_NAMES = {
+    r"\bimport lightning as\b": "import pytorch_lightning as",
+    r"\blightning\.pytorch\b": "pytorch_lightning",
+    r"\blightning\.fabric\b": "lightning_fabric",
+    r"\bimport lightning$": "import pytorch_lightning",
+}
+
+
+def translated(source: str) -> str:
+    """Return a source with the other names.
+
+    Example:
+        >>> translated("import lightning as L\\nfrom lightning.pytorch.callbacks import Timer")
+        'import pytorch_lightning as L\\nfrom pytorch_lightning.callbacks import Timer'
+    """
+    for name, other in _NAMES.items():
+        source = re.sub(name, other, source, flags=re.MULTILINE)
+    return source
+
+
+@cache
+def of_other_name(name: str) -> ModuleType:
+    """Return a module of the tests with the other names; its classes have the names they have."""
+    spec = find_spec(name)
+    assert spec is not None and spec.origin is not None
+    module = ModuleType(name)
+    exec(compile(translated(Path(spec.origin).read_text()), spec.origin, "exec"), vars(module))
+    return module
+
+
+class Cell:
+    """One of `exact_cells`, by name, so that it reaches another process; read there."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, dirpath):
+        sys.path.append(str(TESTS / "plugin"))
+        return of_other_name("exact_cells").CELLS[self.name](dirpath)
+
+
+def main(*arguments: str) -> int:
+    """Run test files with the other names; what begins with a dash is pytest's."""
+    files = [each for each in arguments if not each.startswith("-")]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "tests"
+        shutil.copytree(TESTS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in copy.rglob("*.py"):
+            path.write_text(translated(path.read_text()))
+        run = [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", folder),
+            *(argument for argument in arguments if argument.startswith("-")),
+            *(str(copy / each) for each in files or CORE),
+        ]
+        return subprocess.run(run, cwd=folder, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))
