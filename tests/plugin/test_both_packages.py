@@ -52,7 +52,7 @@ def runs(request):
 @pytest.mark.parametrize("share", [ORDERS[:2], pytest.param(ORDERS[2:], marks=pytest.mark.long)])
 def test_any_order_of_imports_gives_a_callback_of_both_packages(tmp_path, share):
     """Also of a callback that was made before either was imported, and neither imports the other."""
-    script = str(Path(__file__).with_name("_import_orders.py"))
+    script = str(Path(_runs.__file__).with_name("_import_orders.py"))
     subprocess.run([sys.executable, script, str(tmp_path), *share], check=True, timeout=300)
     wrong = {order: (tmp_path / str(number)).read_text() for number, order in enumerate(share)}
     assert wrong == dict.fromkeys(share, "")

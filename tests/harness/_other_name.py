@@ -3,7 +3,7 @@
 The two packages differ in the names of their modules alone, so a test of one is that of the other
 when these are replaced in its source.
 
-`python tests/_other_name.py [FILE...]` runs test files so, by default those of the core.
+`python tests/harness/_other_name.py [FILE...]` runs test files so, by default those of the core.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-TESTS = Path(__file__).resolve().parent
-CORE = [f"plugin/test_{name}.py" for name in ("callback", "ddp", "spawned", "best", "metrics")]
-CORE += [f"plugin/test_{name}.py" for name in ("evaluation_process", "loaders", "lightning_files")]
+TESTS = Path(__file__).resolve().parents[1]
+CORE = [
+    *("plugin/test_callback.py", "plugin/test_best.py", "plugin/test_metrics.py"),
+    *("plugin/test_ddp.py", "plugin/test_spawned.py", "plugin/test_evaluation_process.py"),
+    *("plugin/data/test_loaders.py", "plugin/test_lightning_files.py"),
+]
 
 _NAMES = {
     r"\bimport lightning as\b": "import pytorch_lightning as",
@@ -31,12 +34,7 @@ _NAMES = {
 
 
 def translated(source: str) -> str:
-    """Return a source with the other names.
-
-    Example:
-        >>> translated("import lightning as L\\nfrom lightning.pytorch.callbacks import Timer")
-        'import pytorch_lightning as L\\nfrom pytorch_lightning.callbacks import Timer'
-    """
+    """Return a source with the other names."""
     for name, other in _NAMES.items():
         source = re.sub(name, other, source, flags=re.MULTILINE)
     return source
@@ -59,7 +57,6 @@ class Cell:
         self.name = name
 
     def __call__(self, dirpath):
-        sys.path.append(str(TESTS / "plugin"))
         return of_other_name("exact_cells").CELLS[self.name](dirpath)
 
 
@@ -69,11 +66,11 @@ def main(*arguments: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tests"
         shutil.copytree(TESTS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(TESTS.parent / "pyproject.toml", folder)
         for path in copy.rglob("*.py"):
             path.write_text(translated(path.read_text()))
         run = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            *("-c", str(TESTS.parent / "pyproject.toml"), "--rootdir", folder),
             *(argument for argument in arguments if argument.startswith("-")),
             *(str(copy / each) for each in files or CORE),
         ]
