@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lightning_sbckpt._views.columns import columns_of, metric_keys, printable
+from lightning_sbckpt._display.wording import printable
+from lightning_sbckpt._views.columns import columns_of, metric_keys
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import Criterion, importance, newest_first, rank_checkpoints
 

@@ -98,3 +98,15 @@ def say_when(moment: object) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):  # no time there can be
         return "unknown"
+
+
+def printable(text: str) -> str:
+    r"""Return text of which no character does anything: names may hold any, and steer a terminal.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb"))
+        a\x1b[2Jb
+    """
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )

@@ -10,7 +10,13 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
 
-from lightning_sbckpt._display.wording import say_duration, say_number, say_size, say_when
+from lightning_sbckpt._display.wording import (
+    printable,
+    say_duration,
+    say_number,
+    say_size,
+    say_when,
+)
 from lightning_sbckpt._io.records import absent_files
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
@@ -53,18 +59,6 @@ class Size(NamedTuple):
         if self.own == self.total:
             return say_size(self.total)
         return f"{say_size(self.total)}, {say_size(self.own)} own"
-
-
-def printable(text: str) -> str:
-    r"""Return text of which no character does anything: names may hold any, and steer a terminal.
-
-    Example:
-        >>> print(printable("a\x1b[2Jb"))
-        a\x1b[2Jb
-    """
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in text
-    )
 
 
 def columns_of(

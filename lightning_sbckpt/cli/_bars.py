@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._io.progress import Progress, Told, listening
-from lightning_sbckpt._views.columns import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 
 import click
 
-from lightning_sbckpt._views.columns import printable
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt.cli._bars import hush
 from lightning_sbckpt.errors import (
     DamagedCheckpointError,

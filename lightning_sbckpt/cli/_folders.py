@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._layout.manifest import lineage_of
 from lightning_sbckpt._layout.publish import (
     CKPT_PREFIX,
@@ -18,7 +19,6 @@ from lightning_sbckpt._layout.publish import (
 )
 from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
-from lightning_sbckpt._views.columns import printable
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import NO, REFUSED, Failure, collected_warnings, echo

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._remote.places import said
-from lightning_sbckpt._views.columns import printable
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,

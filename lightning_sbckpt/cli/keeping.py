@@ -11,11 +11,11 @@ from typing import Any
 import click
 import yaml
 
-from lightning_sbckpt._display.wording import say_number, say_size
+from lightning_sbckpt._display.wording import printable, say_number, say_size
 from lightning_sbckpt._io.progress import Tally
 from lightning_sbckpt._layout.history import History
 from lightning_sbckpt._remote.places import said
-from lightning_sbckpt._views.columns import freed_by, metric_keys, printable
+from lightning_sbckpt._views.columns import freed_by, metric_keys
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import click
 import torch
 
-from lightning_sbckpt._display.wording import say_number, say_size, say_when
+from lightning_sbckpt._display.wording import printable, say_number, say_size, say_when
 from lightning_sbckpt._io.records import absent_files
 from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT
 from lightning_sbckpt._remote.places import said
 from lightning_sbckpt._sharded.contents import SavedTensor
-from lightning_sbckpt._views.columns import age_of, files_of, printable, size_of
+from lightning_sbckpt._views.columns import age_of, files_of, size_of
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import locate
 from lightning_sbckpt.errors import MetaError, SBCheckpointError

@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from lightning_sbckpt._display.wording import say_number
-from lightning_sbckpt._views.columns import metric_keys, printable, step_of
+from lightning_sbckpt._display.wording import printable, say_number
+from lightning_sbckpt._views.columns import metric_keys, step_of
 from lightning_sbckpt.cli._bars import hush
 from lightning_sbckpt.cli._common import Failure, collected_warnings, counted, echo, json_option
 from lightning_sbckpt.cli._folders import Folder, open_folder

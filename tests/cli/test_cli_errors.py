@@ -182,6 +182,19 @@ class TestHelp:
         """As click has it."""
         assert "No such command 'sl'" in call("sl", code=2).stderr
 
+    @pytest.mark.parametrize("word", ["--help", "--version"])
+    def test_neither_help_nor_version_imports_torch(self, word):
+        """They take a twentieth of a second, and torch alone a whole one."""
+        code = (
+            "import sys\nfrom lightning_sbckpt.cli import main\n"
+            f"main([{word!r}], standalone_mode=False)\n"
+            "assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
     @pytest.mark.long
     def test_a_command_is_imported_only_when_it_is_called(self, run):
         """A picture needs libraries that a list does not."""
