@@ -354,7 +354,7 @@ class TestRulesAndPredicates:
 
     def test_a_key_is_asked_for_once(self):
         """The rule that min_key makes is no second one."""
-        wanted = SBCheckpoint("run", min_key="val_loss", keep=[Where("a > 1")])._wanted
-        assert isinstance(wanted, WantedKeys)
+        options = SBCheckpoint("run", min_key="val_loss", keep=[Where("a > 1")])._options
+        wanted = WantedKeys(options.best_by, options.rules, options.predicate)
         assert wanted.named == {"val_loss", "a"}
         assert len(wanted._open) == 2
