@@ -17,12 +17,16 @@ import re
 import runpy
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from lightning_sbckpt._save.request import SaveRequest, SaveResult
 
 STEPS = 2
 WIDTH = 600
@@ -199,26 +203,27 @@ def stock_lightning(out: Path) -> None:
     lightning(out, callbacks, "last")
 
 
-def name_by_step(out: Path) -> None:
+def name_by_step(out: Path, save_mode: str) -> None:
     """Let every checkpoint of ours be named after its step, as ckpt-chaos wants it."""
     from lightning_sbckpt import Checkpointer
 
-    save = Checkpointer.save_checkpoint
+    save = Checkpointer.save
 
-    def named(self: Checkpointer, meta: Any = None, **more: Any) -> Any:
-        saved = save(self, meta, name=f"step={meta['global_step']}", **more)
-        if self.saver.policy.mode == "sync":
-            reported(out, meta["global_step"])
+    def named(self: Checkpointer, request: SaveRequest) -> SaveResult:
+        step = request.meta["global_step"]
+        saved = save(self, replace(request, name=f"step={step}"))
+        if save_mode == "sync":
+            reported(out, step)
         return saved
 
-    Checkpointer.save_checkpoint = named
+    Checkpointer.save = named
 
 
 def ours_in_lightning(out: Path, save_mode: str) -> None:
     """Fit with an `SBCheckpoint` that keeps everything."""
     from lightning_sbckpt import SBCheckpoint
 
-    name_by_step(out)
+    name_by_step(out, save_mode)
     checkpoint = SBCheckpoint(out / "run", num_to_keep=99, save_mode=save_mode)
     lightning(out, lambda _: [checkpoint], None)
     report = checkpoint.resume_report
@@ -229,19 +234,19 @@ def example(out: Path) -> None:
     """Run the example that is shipped, which keeps the best and the newest."""
     from lightning_sbckpt import Checkpointer, SBCheckpoint
 
-    save, begin = Checkpointer.save_checkpoint, SBCheckpoint.__init__
+    save, begin = Checkpointer.save, SBCheckpoint.__init__
     callbacks: list[SBCheckpoint] = []
 
-    def noted(self: Checkpointer, meta: Any = None, **more: Any) -> Any:
-        saved = save(self, meta, **more)
-        reported(out, meta["global_step"])
+    def noted(self: Checkpointer, request: SaveRequest) -> SaveResult:
+        saved = save(self, request)
+        reported(out, request.meta["global_step"])
         return saved
 
     def remembered(self: SBCheckpoint, *arguments: Any, **more: Any) -> None:
         begin(self, *arguments, **more)
         callbacks.append(self)
 
-    Checkpointer.save_checkpoint = noted
+    Checkpointer.save = noted
     SBCheckpoint.__init__ = remembered
     devices = os.environ.get("WORLD_SIZE", "1")
     sys.argv = [str(PREEMPTIBLE), "--dir", str(out / "run"), "--devices", devices]
