@@ -412,8 +412,6 @@ def join(package: str) -> None:
     Args:
         package: The name of the package, which has just been imported.
     """
-    checkpoint = import_module(f"{package}.callbacks").Checkpoint
-    SBCheckpoint.__bases__ = (checkpoint, *SBCheckpoint.__bases__)
     _private.trainer.let_load_from_checkpoint_read(
         package,
         is_readable,
@@ -426,3 +424,6 @@ def join(package: str) -> None:
     open_for_every_trainer(package, SBCheckpoint)
     hand_back_attributes(package, SBCheckpoint)
     _private.trainer.name_mixed_packages(package)
+    # Last: what fails above is tried again when a callback is made, and no base can be there twice.
+    checkpoint = import_module(f"{package}.callbacks").Checkpoint
+    SBCheckpoint.__bases__ = (checkpoint, *SBCheckpoint.__bases__)

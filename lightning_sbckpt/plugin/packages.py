@@ -155,15 +155,19 @@ class _Watch(MetaPathFinder):
     def __init__(self, act: Callable[[str], object]) -> None:
         self._act = act
         self._told: set[str] = set()
+        self._sought: set[str] = set()
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in PACKAGES:
+        # It asks all finders in turn, this one too, and others of its kind may do so as well.
+        if name not in PACKAGES or name in self._sought:
             return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((each for each in found if each is not None), None)
+        self._sought.add(name)
+        try:
+            spec = find_spec(name)
+        finally:
+            self._sought.remove(name)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader, self)
         return spec
@@ -191,7 +195,7 @@ class _Loader(Loader):
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         # Nobody's import of Lightning fails of us; `catch_up` tells why when a callback is made.
-        with suppress(ImportError, AttributeError):
+        with suppress(Exception):
             self._watch.catch_up()
 
 
@@ -203,16 +207,11 @@ def when_loaded(act: Callable[[str], object]) -> None:
     watch = _Watch(act)
     _watches.append(watch)
     sys.meta_path.insert(0, watch)
-    with suppress(ImportError, AttributeError):
+    with suppress(Exception):
         watch.catch_up()
 
 
 def catch_up() -> None:
-    """Act on packages that were in the middle of their import, or have failed to be acted on.
-
-    Raises:
-        ImportError: A package is of a release that is not supported.
-        AttributeError: As above.
-    """
+    """Act on packages that were in the middle of their import; raise what went wrong with others."""
     for watch in _watches:
         watch.catch_up()

@@ -30,6 +30,7 @@ _NAMES = {
     r"\blightning\.pytorch\b": "pytorch_lightning",
     r"\blightning\.fabric\b": "lightning_fabric",
     r"\bimport lightning$": "import pytorch_lightning",
+    r"\bL\.pytorch\.": "L.",
 }
 
 
@@ -67,10 +68,12 @@ def main(*arguments: str) -> int:
         copy = Path(folder) / "tests"
         shutil.copytree(TESTS, copy, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(TESTS.parent / "pyproject.toml", folder)
+        shutil.copytree(TESTS.parent / "examples", Path(folder) / "examples")
         for path in copy.rglob("*.py"):
             path.write_text(translated(path.read_text()))
         run = [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            "--ignore-glob=*packages.py",  # They know both.
             *(argument for argument in arguments if argument.startswith("-")),
             *(str(copy / each) for each in files or CORE),
         ]

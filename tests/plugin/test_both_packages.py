@@ -13,7 +13,7 @@ import exact_cells
 import lightning.pytorch
 import pytest
 import pytorch_lightning
-from _other_name import Cell, main, of_other_name
+from _other_name import CORE, Cell, main, of_other_name
 from _processes import start_server
 
 from lightning_sbckpt import SBCheckpoint
@@ -130,10 +130,13 @@ def test_a_killed_run_of_pytorch_lightning_ends_with_the_same_bits(name):
     assert_resume_exact(Cell(name), points, ranks=ranks, timeout=300)
 
 
-@pytest.mark.long
-def test_the_tests_of_the_callback_pass_with_the_other_name():
-    """Those of saves, loaders, metrics, ranks and of what evaluates."""
-    assert main() == 0
+@pytest.mark.parametrize(
+    "files",
+    [pytest.param(CORE, marks=pytest.mark.long), pytest.param(["plugin"], marks=pytest.mark.slow)],
+)
+def test_the_tests_of_the_callback_pass_with_the_other_name(files):
+    """Those of saves, loaders, metrics, ranks and of what evaluates; or all of them."""
+    assert main(*files) == 0
 
 
 # ---------------------------------------------------------------------- what can't be mixed
