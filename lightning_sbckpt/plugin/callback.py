@@ -53,7 +53,10 @@ _OF_A_FIT = (
 
 
 if TYPE_CHECKING:
-    from lightning_sbckpt.plugin.packages import Checkpoint as _Base
+    from lightning.pytorch.callbacks import Checkpoint as _Checkpoint
+    from pytorch_lightning.callbacks import Checkpoint as _OtherCheckpoint
+
+    class _Base(_Checkpoint, _OtherCheckpoint): ...  # type: ignore[misc] # one code, two names
 else:
     # A Trainer asks whether a callback is a `Checkpoint` of its own package, and neither package is
     # imported for the other's sake, nor need either have been imported when a callback is made. So

@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning
 from _other_name import CORE, Cell, main, of_other_name
 from _processes import start_server
+from _releases import needs_lightning
 
 from lightning_sbckpt import SBCheckpoint
 from lightning_sbckpt.errors import MixedPackagesError
@@ -165,6 +166,7 @@ def test_what_is_of_the_other_package_is_refused_by_both_names(package, what, tm
     assert isinstance(error.value, TypeError)
 
 
+@needs_lightning("2.6", "a Trainer that takes callbacks of the other package")
 def test_callbacks_and_loggers_of_the_other_package_take_part(runs, tmp_path):
     """Lightning takes them; what the callback knows of a class holds for that of either package."""
     (other,) = (each for each in PACKAGES if not issubclass(runs.Steps, each.LightningModule))
