@@ -70,7 +70,7 @@ class LateCopy:
         self._deciding = Lock()
         self._parts = sorted(parts, key=lambda part: part[1])
         self._files = sorted(files, key=lambda file: address_of(file.memory))
-        self._versions = [(tensor, _version(tensor)) for tensor in tensors]
+        self._versions = [(tensor, version_of(tensor)) for tensor in tensors]
         self._left = left
         self._hidden = [(s, s.nbytes(), s.data_ptr()) for each in left for s in each.hidden]
         self._copied_here = Event()
@@ -162,7 +162,7 @@ class LateCopy:
     def _is_written_to(self) -> bool:
         return (
             self._moved
-            or any(_version(tensor) != version for tensor, version in self._versions)
+            or any(version_of(tensor) != version for tensor, version in self._versions)
             or any((s.nbytes(), s.data_ptr()) != (size, at) for s, size, at in self._hidden)
         )
 
@@ -221,6 +221,7 @@ class _Hashing:
         self._hasher, self._done = xxhash.xxh3_128(), 0
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to in place, or -1 if nothing counts it."""
     # Tensors made in inference mode have no counter, and nothing may write to them outside it.
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - torch has no other name

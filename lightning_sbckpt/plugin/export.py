@@ -25,6 +25,7 @@ from lightning_sbckpt.export import Exported, Source, bytes_to_export, publish_f
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.state.hyperparameters import refuse_calls
 from lightning_sbckpt.plugin.state.parts import (
+    COMM_HOOKS,
     GRADIENTS,
     LOADERS,
     LOOPS,
@@ -47,6 +48,7 @@ _NOT_LIGHTNINGS = {
     GRADIENTS: "the gradients gathered so far",
     NONPERSISTENT: "the non-persistent buffers",
     RANK_BUFFERS: "the buffers of the other ranks",
+    COMM_HOOKS: "the states of communication hooks",
 }
 
 

@@ -18,6 +18,7 @@ from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.parts import (
     CALLBACKS,
+    COMM_HOOKS,
     GRADIENTS,
     LOADERS,
     LOOPS,
@@ -36,7 +37,7 @@ from lightning_sbckpt.plugin.state.training_state import Description
 ENDED = "ended"
 """The key under which a checkpoint says why the fit that ended with it did."""
 
-_PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS, RANK_BUFFERS)
+_PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS, RANK_BUFFERS, COMM_HOOKS)
 _OF_RANKS = (*_PER_RANK, NONPERSISTENT)
 
 
@@ -341,6 +342,7 @@ class Resumption:
         self.report.skipped += exact.restore(self._trainer, self._state)
         if same_ranks:
             self.report.notes += self._reductions.restore(position.get("reductions"))
+            self.report.notes += self._reductions.restore_hooks(self._state.get(COMM_HOOKS, ()))
         self.report.notes += self._tracker.report()
         self.report.notes += exact.changes_of_hardware(self._trainer, self._state)
         self.report.notes += exact.weak_points(self._trainer)

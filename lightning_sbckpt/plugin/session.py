@@ -219,6 +219,7 @@ class FitSession:
             for sentence in [
                 *self._tracker.news(),
                 *exact.weak_points(self._trainer),
+                *self._gatherer.unsaved(self._trainer),
                 *self._reductions.weak_points(),
                 *_private.callbacks.neighbours(self._trainer, self._options.dirpath),
                 *artifacts.warnings(),

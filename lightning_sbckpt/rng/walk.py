@@ -2,8 +2,8 @@
 
 A dataset may hold half of the program. So the walk doesn't leave the objects of the data (it enters
 no module, class, tensor, array or file, and nothing of Lightning's); lists of a million samples are
-looked at type by type, without a name for each sample; and where the walk stops all the same, it says
-so.
+looked at type by type, and entered only if some of them may change by themselves; and where the walk stops
+all the same, it says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from dis import get_instructions
 from functools import cache, partial
 from itertools import chain
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
@@ -22,12 +23,46 @@ import torch
 T = TypeVar("T")
 K = TypeVar("K")
 
-__all__ = ["Findings", "Walk", "is_opaque", "members"]
+__all__ = ["Findings", "Walk", "has_attributes", "is_opaque", "members", "slots"]
 
 # What a walk enters at most, about 20 ms.
 MOST_OBJECTS = 10_000
 # More items than these are looked at by their types first.
-_MANY = 64
+_MANY = _SOME = 64
+# Of more items than these, only some are entered, if none has a method that could change it.
+_MANY_RECORDS = 1_000
+# What makes an object doesn't change it.
+_MAKERS = frozenset(
+    {"__init__", "__new__", "__post_init__", "__setstate__", "__setattr__", "__delattr__"}
+)
+_CHANGING_OPS = ("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE", "DELETE_ATTR", "DELETE_SUBSCR")
+_CHANGING_CALLS = frozenset(
+    {
+        *(
+            "append",
+            "appendleft",
+            "extend",
+            "insert",
+            "pop",
+            "popleft",
+            "popitem",
+            "rotate",
+            "next",
+        ),
+        *(
+            "add",
+            "update",
+            "clear",
+            "remove",
+            "discard",
+            "setdefault",
+            "reverse",
+            "sort",
+            "shuffle",
+        ),
+        *("setattr", "__setattr__", "copy_", "fill_", "add_", "mul_", "zero_"),
+    }
+)
 # Of a large container: how deep its items are looked into, and how many of them.
 _DEEPEST = 8
 _MOST_ITEMS = 4_000_000
@@ -60,12 +95,14 @@ class Findings:
         wanted: The objects of the wanted kinds.
         objects: What has attributes of its own.
         iterators: Iterators whose place nothing can tell: generators, and those of `itertools`.
-        is_whole: Whether nothing was left out.
+        sampled: Large containers of which only some objects were entered, and how many they hold.
+        is_whole: Whether nothing else was left out.
     """
 
     wanted: dict[str, Any] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
     iterators: dict[str, Any] = field(default_factory=dict)
+    sampled: dict[str, int] = field(default_factory=dict)
     is_whole: bool = True
 
 
@@ -86,7 +123,7 @@ class Walk:
 
     def __init__(self, wanted: tuple[type, ...]) -> None:
         self._wanted = wanted
-        self._large: dict[int, tuple[int, object, bool | None]] = {}
+        self._large: dict[int, tuple[int, object, str | None]] = {}
 
     def through(self, root: object, *, skip: frozenset[str] = frozenset()) -> Findings:
         """Return what is found at and below `root`.
@@ -102,7 +139,8 @@ class Walk:
         while level:
             below: list[tuple[str, object]] = []
             for path, holder in level:
-                for name, value in members(holder, self._wanted):
+                some = _SOME if path[:-1] in found.sampled else None
+                for name, value in members(holder, self._wanted, some=some):
                     if isinstance(value, _LEAVES) or id(value) in seen:
                         continue
                     if not path and name in skip:
@@ -111,12 +149,12 @@ class Walk:
                     if isinstance(value, self._wanted):
                         seen.add(id(value))
                         found.wanted[where] = value
-                    elif self._may_enter(value, found):
+                    elif self._may_enter(where, value, found):
                         if len(seen) > MOST_OBJECTS:
                             found.is_whole = False
                             return found
                         seen.add(id(value))
-                        if _has_attributes(value):
+                        if has_attributes(value):
                             found.objects[where] = value
                         below.append((f"{where}.", value))
                     elif is_opaque(value):
@@ -125,24 +163,26 @@ class Walk:
             level = below
         return found
 
-    def _may_enter(self, value: object, found: Findings) -> bool:
+    def _may_enter(self, where: str, value: object, found: Findings) -> bool:
         if isinstance(value, _CONTAINERS):
             if len(value) <= _MANY:
-                return bool(value)
-            hides = self._hides(value)
-            if hides is None:
+                return bool(value) or type(value) not in _CONTAINERS
+            holds = self._holds(value)
+            if holds is None:
                 found.is_whole = False
-            return bool(hides)
+            if holds == _RECORDS and len(value) > _MANY_RECORDS:
+                found.sampled[where] = len(value)
+            return bool(holds)
         if isinstance(value, (partial, MethodType)):
             return True
         if isinstance(value, BuiltinMethodType):
             return isinstance(value.__self__, self._wanted)
         if isinstance(value, FunctionType):
             return _root(value) not in _NOT_USERS
-        return (hasattr(value, "__dict__") or _slots(type(value)) != ()) and _is_open(type(value))
+        return (hasattr(value, "__dict__") or slots(type(value)) != ()) and _is_open(type(value))
 
-    def _hides(self, value: Any) -> bool | None:
-        """Return whether something wanted lies below a large container; None if that is unknown."""
+    def _holds(self, value: Any) -> str | None:
+        """Return what a large container holds; None if that is unknown."""
         # It is kept, so that no other gets its id.
         known = self._large.get(id(value))
         if known is None or known[0] != len(value):
@@ -151,22 +191,28 @@ class Walk:
         return known[2]
 
 
-def members(holder: object, wanted: tuple[type, ...] = ()) -> list[tuple[str, object]]:
+def members(
+    holder: object, wanted: tuple[type, ...] = (), *, some: int | None = None
+) -> list[tuple[str, object]]:
     """Return what an object holds, by name.
 
     Args:
         holder: An object with attributes, a container, a function, a partial function...
         wanted: Kinds of objects that are looked for among class attributes and globals, too.
+        some: Of a container, return about so many only, from its beginning to its end.
 
     Example:
         >>> members([3, 4])
         [('0', 3), ('1', 4)]
     """
-    if isinstance(holder, dict):
-        found = [(str(key), value) for key, value in list(holder.items())]
-        return found if type(holder) is dict else found + list(vars(holder).items())
-    if isinstance(holder, (list, tuple, deque)):
-        return [(str(index), value) for index, value in enumerate(list(holder))]
+    if isinstance(holder, _CONTAINERS):
+        step = 1 if some is None else max(1, len(holder) // some)
+        found: list[tuple[str, object]]
+        if isinstance(holder, dict):
+            found = [(str(key), value) for key, value in list(holder.items())[::step]]
+        else:
+            found = [(str(i * step), value) for i, value in enumerate(list(holder)[::step])]
+        return found + list(getattr(holder, "__dict__", {}).items())
     if isinstance(holder, partial):
         return [("func", holder.func), ("args", holder.args), ("keywords", holder.keywords)]
     if isinstance(holder, MethodType):
@@ -182,7 +228,7 @@ def members(holder: object, wanted: tuple[type, ...] = ()) -> list[tuple[str, ob
         found += attributes.get("_modules", {}).items()
     else:
         found = list(attributes.items())
-    for name in _slots(cls):
+    for name in slots(cls):
         try:
             found.append((name, getattr(holder, name)))
         except AttributeError:
@@ -266,7 +312,8 @@ def _names_in(code: CodeType) -> tuple[str, ...]:
 
 
 @_cached
-def _slots(cls: type) -> tuple[str, ...]:
+def slots(cls: type) -> tuple[str, ...]:
+    """Return the names of the attributes that a class keeps in `__slots__`."""
     found: list[str] = []
     for owner in cls.__mro__:
         named = vars(owner).get("__slots__", ())
@@ -310,35 +357,65 @@ def is_opaque(value: object) -> bool:
     return not hasattr(value, "__dict__") or _root(type(value)) == "torch"
 
 
-def _has_attributes(value: object) -> bool:
-    """Return whether a value has attributes of its own, and is no part of the framework."""
-    if isinstance(value, (*_CONTAINERS, MethodType)) or not hasattr(value, "__dict__"):
+def has_attributes(value: object) -> bool:
+    """Return whether a value has attributes of its own, and is no part of the framework.
+
+    Example:
+        >>> has_attributes([1]), has_attributes(chain)
+        (False, True)
+    """
+    cls = type(value)
+    if cls in _CONTAINERS or isinstance(value, MethodType) or _is_of_framework(cls):
         return False
-    return not _is_of_framework(type(value))
+    return hasattr(value, "__dict__") or slots(cls) != ()
 
 
-def _looked_into(value: Any, wanted: tuple[type, ...]) -> bool | None:
+# What a large container holds: nothing to enter, objects that others may change, or more than that.
+_NOTHING, _RECORDS, _ACTIVE = "", "records", "active"
+
+
+def _looked_into(value: Any, wanted: tuple[type, ...]) -> str | None:
     level: list[Any] = list(value.values() if isinstance(value, dict) else value)
-    total = 0
+    total, holds = 0, _NOTHING
     for _ in range(_DEEPEST):
         total += len(level)
         if total > _MOST_ITEMS:
             return None
         kinds = set(map(type, level))
         if any(issubclass(kind, wanted) or _holds_back(kind) for kind in kinds):
-            return True
+            return _ACTIVE
         below: list[Any] = []
         for kind in kinds:
-            if issubclass(kind, _LEAVES) or (
-                not issubclass(kind, _CONTAINERS) and not _is_open(kind)
-            ):
+            is_container = issubclass(kind, _CONTAINERS)
+            if issubclass(kind, _LEAVES) or (not is_container and not _is_open(kind)):
                 continue
+            if not is_container:
+                if _changes_itself(kind):
+                    return _ACTIVE
+                holds = _RECORDS
             some = level if len(kinds) == 1 else [item for item in level if type(item) is kind]
             below += chain.from_iterable(_values_of(kind, some))
         if not below:
-            return False
+            return holds
         level = below
     return None
+
+
+@_cached
+def _changes_itself(cls: type) -> bool:
+    """Return whether an object has a state to offer, or a method that looks as if it changed it."""
+    if hasattr(cls, "load_state_dict"):
+        return True
+    for owner in cls.__mro__:
+        if owner.__module__.partition(".")[0] in _NOT_USERS:
+            continue
+        for name, value in vars(owner).items():
+            if isinstance(value, FunctionType) and name not in _MAKERS:
+                if _CHANGING_CALLS.intersection(value.__code__.co_names):
+                    return True
+                if any(each.opname in _CHANGING_OPS for each in get_instructions(value)):
+                    return True
+    return False
 
 
 def _holds_back(kind: type) -> bool:
@@ -353,11 +430,11 @@ def _values_of(kind: type, some: list[Any]) -> Iterator[Any]:
         return map(kind.values, some)
     if issubclass(kind, _CONTAINERS):
         return iter(some)
-    slots = _slots(kind)
+    names = slots(kind)
     return (
         [
             *getattr(item, "__dict__", {}).values(),
-            *(getattr(item, name, None) for name in slots),
+            *(getattr(item, name, None) for name in names),
         ]
         for item in some
     )

@@ -11,9 +11,12 @@ first buckets again, so the order is saved, and a resumed process gets a reducer
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -23,8 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt.plugin._private.trainer import wrap
 from lightning_sbckpt.plugin.packages import Strategy, Trainer
+from lightning_sbckpt.rng import generator_state, set_generator_state
+from lightning_sbckpt.rng.generators import generator_kinds
+from lightning_sbckpt.rng.walk import slots
+from lightning_sbckpt.typing import Stateful
 
-__all__ = ["Reductions"]
+__all__ = ["Reductions", "give_state", "kept_state"]
+
+_NUMBERS = (bool, int, float, str)
 
 
 class Reductions:
@@ -87,15 +96,41 @@ class Reductions:
             for buffer in reduction.module.modules_buffers
         }
 
+    def hook_states(self) -> list[object]:
+        """Return the states of communication hooks on this rank, as far as they can be kept."""
+        states = [kept_state(state) for _, state in self._hooks()]
+        return states if any(state is not None for state in states) else []
+
+    def restore_hooks(self, saved: Sequence[object]) -> list[str]:
+        """Give communication hooks the states that `hook_states` returned; return what they lack."""
+        hooks = self._hooks()
+        if len(saved) != len(hooks):
+            note = (
+                f"the checkpoint has {len(saved)} states of DDP's communication hooks and this run "
+                f"has {len(hooks)}, which begin anew: the run goes on, but not bit for bit"
+            )
+            return [note] if any(_keeps_state(state) for _, state in hooks) else []
+        for (_, state), kept in zip(hooks, saved, strict=True):
+            if kept is not None:
+                give_state(state, kept)
+        return []
+
+    def _hooks(self) -> list[tuple[Any, object]]:
+        return [pair for found in self._found for pair in found.module._comm_hooks]
+
     def weak_points(self) -> list[str]:
         """Return what of the reduction keeps a resumed run from being exact, a sentence each."""
         return [
             f"the communication hook {hook.__qualname__} of DDP keeps a state "
             f"({type(state).__name__}) that no checkpoint has: a resumed run begins with a new one, "
-            "so it goes on, but not bit for bit"
-            for reduction in self._found
-            for hook, state in reduction.module._comm_hooks
-            if _keeps_state(state)
+            "so it goes on, but not bit for bit; give the state state_dict and load_state_dict"
+            for hook, state in self._hooks()
+            if _keeps_state(state) and kept_state(state) is None
+        ] + [
+            "with PostLocalSGDState each rank trains weights of its own between two averages, and a "
+            "checkpoint has those of rank zero: a resumed run goes on, but not bit for bit"
+            for _, state in self._hooks()
+            if type(state).__name__ == "PostLocalSGDState"
         ]
 
 
@@ -260,3 +295,99 @@ def _keeps_state(state: object) -> bool:
         return False
     # DDP's own, for its mixed precision.
     return type(state).__name__ != "_AllreduceUpcastHookState"
+
+
+def kept_state(state: Any) -> Any:
+    """Return the state of a communication hook as a file holds it; None if it can't be kept.
+
+    An object that offers a `state_dict` is asked. Of any other the attributes, and the items of a
+    dictionary, are kept if they are numbers, words, tensors, generators, or containers of these; groups
+    of ranks are the run's own. `PowerSGDState` has tensors for each bucket.
+
+    Example:
+        >>> kept_state({0: 1.5})
+        {'attributes': {}, 'items': [(0, 1.5)]}
+    """
+    if not _keeps_state(state) or isinstance(state, (FunctionType, MethodType, partial)):
+        return None
+    if isinstance(state, Stateful):
+        return {"state": copy.deepcopy(state.state_dict())}
+    own = _attributes(state)
+    if own is None:
+        return None
+    try:
+        return {
+            "attributes": {
+                name: generator_state(cast("Any", value))
+                if isinstance(value, generator_kinds())
+                else _kept(value)
+                for name, value in own.items()
+                if not isinstance(value, dist.ProcessGroup)
+            },
+            "items": _kept(state)["items"] if isinstance(state, dict) else None,
+        }
+    except TypeError:
+        return None
+
+
+def give_state(state: Any, kept: Any) -> None:
+    """Give a hook's state what `kept_state` returned.
+
+    Example:
+        >>> errors = {}
+        >>> give_state(errors, kept_state({0: 1.5}))
+        >>> errors
+        {0: 1.5}
+    """
+    if "state" in kept:
+        state.load_state_dict(kept["state"])
+        return
+    for name, value in kept["attributes"].items():
+        current = getattr(state, name, None)
+        if isinstance(current, generator_kinds()):
+            set_generator_state(cast("Any", current), value)
+        elif isinstance(current, dict):
+            current.clear()
+            current.update(_given(value))
+        else:
+            setattr(state, name, _given(value))
+    if kept["items"] is not None:
+        state.clear()
+        state.update(_given({"items": kept["items"]}))
+
+
+def _attributes(state: Any) -> dict[str, Any] | None:
+    names = slots(type(state))
+    if not names and not hasattr(state, "__dict__"):
+        return {} if type(state) is dict else None
+    found = {name: getattr(state, name) for name in names if hasattr(state, name)}
+    return {**getattr(state, "__dict__", {}), **found}
+
+
+def _kept(value: Any) -> Any:
+    if value is None or type(value) in _NUMBERS:
+        return value
+    if isinstance(value, torch.Tensor):
+        copied = value.detach().clone()
+        return copied if value.device.type == "cpu" else {"device": value.device.type, "at": copied}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_kept(item) for item in value]}
+    if isinstance(value, dict) and all(map(_is_key, value)):
+        return {"items": [(key, _kept(item)) for key, item in value.items()]}
+    raise TypeError
+
+
+def _is_key(key: object) -> bool:
+    return type(key) in _NUMBERS or (isinstance(key, tuple) and all(map(_is_key, key)))
+
+
+def _given(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "items" in value:
+        return {key: _given(item) for key, item in value["items"]}
+    if "device" in value:
+        # The ranks of a machine may have changed places.
+        return value["at"].to(value["device"])
+    ((kind, items),) = value.items()
+    return {"list": list, "tuple": tuple}[kind](map(_given, items))

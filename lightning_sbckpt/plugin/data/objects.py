@@ -3,37 +3,44 @@
 An object that offers `state_dict` and `load_state_dict` is asked. Of any other, the attributes that
 have changed since it was first seen are kept if they are plain: a count of epochs, an order that
 was shuffled in place, a table of weights. What has changed and can't be kept is named.
+
+What takes long to compare is compared at a few places each time, and wholly the more rarely the longer
+the fit lasts, until it is seen to change.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import sys
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
-import xxhash
+from torch.utils.data import IterableDataset
 
+from lightning_sbckpt.plugin.data.values import (
+    ABSENT,
+    UNKEEPABLE,
+    Mark,
+    attribute,
+    is_cache,
+    is_number,
+    is_shared,
+    kept,
+    put,
+)
 from lightning_sbckpt.rng.generators import Generator, generator_kinds, with_state
-from lightning_sbckpt.rng.walk import Findings, Walk
+from lightning_sbckpt.rng.walk import Findings, Walk, has_attributes, slots
 from lightning_sbckpt.typing import Stateful
 
 __all__ = ["Baseline", "DataState", "asks", "is_stateful"]
 
 Key = tuple[str, str]
 
-_NUMBERS = (bool, int, float, str)
-# Of containers: how many items, and of arrays: how many bytes, are kept at most.
-_MOST_ITEMS = 200_000
-_MOST_BYTES = 16 * 2**20
-# Arrays beyond this size are told apart by some of their bytes.
-_WHOLE = 2**20
-_SOME = 64
-# Generators and counters are made with the first samples, if not before.
-_LOOKS = 4
+# What is looked at only now and then: more objects, or more bytes, than this.
+_MANY_OBJECTS = 100
+_MANY_BYTES = 2**20
+_MANY_BYTES_OF_WORKERS = 2**14
 # They say how an object is used at the moment, and are not the data's.
 _NOT_DATA = frozenset({"training"})
 
@@ -46,13 +53,13 @@ class Baseline:
 
     def __init__(self) -> None:
         # The objects are kept, so that no other gets the id of one.
-        self._seen: dict[int, tuple[object, dict[str, object]]] = {}
+        self._seen: dict[int, tuple[object, dict[str, Mark]]] = {}
 
-    def of(self, obj: object) -> dict[str, object]:
+    def of(self, obj: object) -> dict[str, Mark]:
         """Return the marks of an object's attributes as of when it was first asked for."""
         known = self._seen.get(id(obj))
         if known is None:
-            marks = {name: _mark(value) for name, value in _attributes(obj)}
+            marks = {name: Mark.of(value) for name, value in _attributes(obj)}
             known = (obj, marks)
             self._seen[id(obj)] = known
         return known[1]
@@ -65,7 +72,8 @@ class DataState:
         root: A loader, or a dictionary of a dataset and a collate function.
         baseline: What the objects were like at the beginning.
         skip: Names of attributes of the root that are left out.
-        apart: Returns objects whose numbers and states somebody else keeps: samplers.
+        apart: Objects whose numbers and states somebody else keeps: samplers.
+        in_worker: Whether it is asked after every batch, and must be quick.
 
     Attributes:
         untold: What has changed and can't be kept, as "owner: attribute", until somebody reads it.
@@ -94,6 +102,7 @@ class DataState:
         *,
         skip: Iterable[str] = (),
         apart: Iterable[object] = (),
+        in_worker: bool = False,
     ) -> None:
         self._root = root
         self._skip = frozenset(skip)
@@ -105,10 +114,15 @@ class DataState:
         self._fresh_states: dict[str, object] = {}
         self.untold: dict[str, None] = {}
         self.found = Findings()
-        self._looks = 0
+        self._in_worker = in_worker
+        self._looks = self._takes = 0
+        # What was first seen at a path: another object of its class takes its place.
+        self._first: dict[str, object] = {}
+        # Attributes by their class: where one object's changes, those of the others may.
+        self._changing: set[tuple[type, str]] = set()
         self.look()
-        for _, obj in self._own():
-            baseline.of(obj)
+        for path, obj in self._own():
+            self._marks(path, obj)
 
     def look(self) -> Findings:
         """Walk anew, since objects may have been made; return what was found."""
@@ -119,9 +133,9 @@ class DataState:
         return self.found
 
     def look_again(self) -> Findings:
-        """Walk anew, but not time and again through what is large."""
+        """Walk anew, but ever more rarely through what is large."""
         self._looks += 1
-        if self._looks > _LOOKS and len(self.found.objects) > _SOME:
+        if len(self.found.objects) > _MANY_OBJECTS and not _is_due(self._looks):
             return self.found
         return self.look()
 
@@ -131,41 +145,47 @@ class DataState:
 
     def iterators(self) -> dict[str, object]:
         """Return the iterators that go on where they were and belong to nobody with a state."""
-        stateful = [path for path, obj in self._objects() if is_stateful(obj)]
+        stateful = {path for path, obj in self._objects() if is_stateful(obj)}
         return {
             path: iterator
             for path, iterator in self.found.iterators.items()
             if not _is_below(path, stateful)
         }
 
-    def take(self, *, states: bool = True, numbers_only: bool = False) -> dict[str, Any]:
+    def take(self, *, states: bool = True) -> dict[str, Any]:
         """Return what has changed, as plain values.
 
         Args:
             states: Ask the objects that offer a state, too.
-            numbers_only: Look at no array or container, which takes longer.
         """
+        self._takes += 1
         changed: dict[Key, object] = {}
         own: dict[str, object] = {}
-        for path, obj in self._own():
-            marks = self._baseline.of(obj)
+        found = self._own()
+        is_quick = self._in_worker and len(found) > _MANY_OBJECTS
+        most = _MANY_BYTES_OF_WORKERS if self._in_worker else _MANY_BYTES
+        for path, obj in found:
+            marks = self._marks(path, obj)
             kept_apart = id(obj) in self._apart
+            # What it counts is in its state, but for the epoch it was told.
+            names: tuple[str, ...] | None = None
             if not kept_apart and is_stateful(obj):
+                names = ("epoch", "_epoch")
                 if states:
                     self._ask(own, path, obj)
-                # What it counts is in its state, but for the epoch it was told.
-                names: tuple[str, ...] | None = ("epoch", "_epoch")
-            else:
-                names = None
             for name, value in _attributes(obj):
-                if names is not None and name not in names:
+                if (names is not None and name not in names) or (kept_apart and is_number(value)):
                     continue
-                is_number = isinstance(value, (*_NUMBERS, type(None)))
-                if (kept_apart and is_number) or (numbers_only and not is_number):
+                if self._in_worker and is_shared(value):
+                    # It is the main process's, too, which keeps it.
                     continue
-                mark = _mark(value)
-                if mark is not None and marks.get(name, _ABSENT) != mark:
-                    self._keep(changed, marks, path, obj, name, value)
+                was, kind = marks.get(name, _NOTHING), (type(obj), name)
+                takes_long = was.size > most or (is_quick and not is_number(value))
+                looks = not takes_long or kind in self._changing or _is_due(self._takes)
+                if (looks or not is_quick) and was.differs(value, whole=looks):
+                    if takes_long and looks and not self._was_seen(kind, was, value, is_quick):
+                        self._tell(path, obj, f"{name}, until now,")
+                    self._keep(changed, marks, (path, name), obj, value)
         state: dict[str, Any] = {}
         if own:
             state["states"] = own
@@ -189,14 +209,18 @@ class DataState:
         for key in [*changed, *(key for key in self._fresh if key not in changed)]:
             path, name = key
             if path not in objects:
+                # An iterable makes it again as it is iterated.
+                if key in changed and not self._is_iterable():
+                    problems.append(
+                        f"its {path!r} is not there yet, and can't be given its {name!r}"
+                    )
                 continue
             obj = objects[path]
-            before = vars(obj).get(name, _ABSENT)
             if key not in self._fresh:
-                self._fresh[key] = _ABSENT if before is _ABSENT else _kept(before)
-            wanted = changed.get(key, self._fresh[key])
+                before = attribute(obj, name)
+                self._fresh[key] = ABSENT if before is ABSENT else kept(before)
             try:
-                _put(obj, name, before, wanted)
+                put(obj, name, changed.get(key, self._fresh[key]))
             except Exception as error:
                 problems.append(f"its {path!r} refuses a value for {name!r} ({error})")
         if states:
@@ -229,6 +253,10 @@ class DataState:
             return [f"its {path!r} refused its state ({type(error).__name__}: {error})"]
         return []
 
+    def _is_iterable(self) -> bool:
+        dataset = self._root.get("dataset") if isinstance(self._root, dict) else None
+        return dataset is None or isinstance(dataset, IterableDataset)
+
     def _objects(self) -> list[tuple[str, Any]]:
         root = [] if isinstance(self._root, dict) else [("", self._root)]
         return [*root, *self.found.objects.items()]
@@ -236,39 +264,64 @@ class DataState:
     def _own(self) -> list[tuple[str, Any]]:
         """Return the objects whose attributes belong to the data, and aren't in another's state."""
         found: list[tuple[str, Any]] = []
-        stateful: list[str] = []
+        stateful: set[str] = set()
         for path, obj in self._objects():
-            if "@" in path or not hasattr(obj, "__dict__") or _is_below(path, stateful):
+            if "@" in path or not has_attributes(obj) or _is_below(path, stateful):
                 continue
             if is_stateful(obj) and id(obj) not in self._apart:
-                stateful.append(path)
+                stateful.add(path)
             found.append((path, obj))
         return found
+
+    def _marks(self, path: str, obj: object) -> dict[str, Mark]:
+        first = self._first.setdefault(path, obj)
+        return self._baseline.of(first if type(first) is type(obj) else obj)
+
+    def _was_seen(self, kind: tuple[type, str], was: Mark, value: object, is_quick: bool) -> bool:
+        """Return whether a change would have been seen when the value was last looked at."""
+        if kind in self._changing or self._takes <= 2:
+            return True
+        return not is_quick and was.differs(value, whole=False)
 
     def _keep(
         self,
         changed: dict[Key, object],
-        marks: Mapping[str, object],
-        path: str,
+        marks: dict[str, Mark],
+        key: Key,
         obj: object,
-        name: str,
         value: object,
     ) -> None:
-        was = marks.get(name, _ABSENT)
-        kept = _kept(value)
-        if kept is not _UNKEEPABLE:
+        path, name = key
+        was = marks.get(name, _NOTHING)
+        is_new = was in (_NOTHING, _NONE)
+        copied = UNKEEPABLE if _is_below(path, self.found.sampled) else kept(value)
+        if copied is not UNKEEPABLE:
             # A word where nothing was is found out at the first use: a path, a host.
-            if not (isinstance(value, str) and was in (_ABSENT, _mark(None))):
-                changed[path, name] = kept
-        elif was not in (None, _ABSENT, _mark(None)) and not isinstance(value, dict):
-            self.untold[f"{path or type(obj).__name__}: {name}"] = None
+            if isinstance(value, str) and is_new:
+                return
+            changed[key] = copied
+        elif is_new:
+            # Made at the first use; what changes after that is more than that.
+            marks[name] = Mark.of(value)
+            return
+        elif not is_cache(value, was):
+            self._tell(path, obj, name)
+        self._changing.add((type(obj), name))
+
+    def _tell(self, path: str, obj: object, what: str) -> None:
+        for sampled, count in self.found.sampled.items():
+            if path.startswith(f"{sampled}."):
+                path = f"{sampled}, of whose {count:,} objects not each is followed"
+        self.untold[f"{path or type(obj).__name__}: {what}"] = None
 
 
-class _Absent:
-    """Stands for an attribute that is not there, or a value that can't be kept."""
+_NOTHING = Mark(None)
+_NONE = Mark.of(None)
 
 
-_ABSENT, _UNKEEPABLE = _Absent(), _Absent()
+def _is_due(count: int) -> bool:
+    """Return whether what takes long is due: at each doubling."""
+    return count & (count - 1) == 0
 
 
 _asks: dict[type, bool] = {}
@@ -295,153 +348,17 @@ def asks(cls: type) -> bool:
     return _asks[cls]
 
 
-def _is_below(path: str, others: list[str]) -> bool:
-    return any(path.startswith(f"{other}.") if other else path != "" for other in others)
+def _is_below(path: str, others: Collection[str]) -> bool:
+    parts = path.split(".") if others else []
+    return any(".".join(parts[:count]) in others for count in range(len(parts)) if path)
 
 
 def _attributes(obj: object) -> list[tuple[str, object]]:
     is_module = isinstance(obj, torch.nn.Module)
+    found = list(getattr(obj, "__dict__", {}).items())
+    found += [(name, getattr(obj, name)) for name in slots(type(obj)) if hasattr(obj, name)]
     return [
         (name, value)
-        for name, value in list(vars(obj).items())
+        for name, value in found
         if name not in _NOT_DATA and not (is_module and name.startswith("_"))
     ]
-
-
-def _mark(value: object) -> object:
-    """Return what tells one value of an attribute from another; None for what is not looked at."""
-    kind = type(value)
-    if kind in _NUMBERS or value is None:
-        return kind, value
-    if kind is torch.Tensor:
-        return _mark_of_tensor(value)  # type: ignore[arg-type]
-    if _is_array(value):
-        return _mark_of_array(value)
-    if kind in (list, tuple, dict, deque):
-        some: Any = value.values() if isinstance(value, dict) else value
-        return kind, len(some), tuple(map(_mark_of_item, _spread(some)))
-    return None
-
-
-def _spread(items: Any) -> list[object]:
-    if len(items) <= _SOME:
-        return list(items)
-    if isinstance(items, (list, tuple)):
-        step = len(items) // _SOME
-        return [*items[:: step or 1], items[-1]]
-    # What is only appended to, or taken from one end.
-    return [len(items)]
-
-
-def _mark_of_item(item: object) -> object:
-    if type(item) in _NUMBERS or item is None:
-        return item
-    if type(item) in (list, tuple):
-        inner: Any = item
-        return len(inner), tuple(x if type(x) in _NUMBERS else id(x) for x in inner[:_SOME])
-    return id(item)
-
-
-def _mark_of_tensor(tensor: torch.Tensor) -> object:
-    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        return None
-    return tensor.dtype, tuple(tensor.shape), _digest(tensor.detach())
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()[: _SOME * 16]
-    if flat.numel() * flat.element_size() > _WHOLE:
-        flat = flat[:: flat.numel() // (_SOME * 16)]
-    data = flat.contiguous().view(torch.uint8)
-    return str(xxhash.xxh3_64_hexdigest(data.numpy().tobytes()))
-
-
-def _is_array(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "biufc"
-
-
-def _mark_of_array(array: Any) -> object:
-    flat = array.reshape(-1) if array.flags.c_contiguous else array.flatten()[: _SOME * 16]
-    if flat.nbytes > _WHOLE:
-        flat = flat[:: flat.size // (_SOME * 16)]
-    return array.dtype.str, array.shape, xxhash.xxh3_64_hexdigest(flat.tobytes())
-
-
-def _kept(value: Any) -> object:
-    """Return a copy of a value as a tensors-only file holds it, or `_UNKEEPABLE`."""
-    if type(value) in _NUMBERS or value is None:
-        return value
-    if type(value) is torch.Tensor:
-        small = value.numel() * value.element_size() <= _MOST_BYTES
-        return value.detach().clone() if small else _UNKEEPABLE
-    if _is_array(value):
-        if value.nbytes > _MOST_BYTES:
-            return _UNKEEPABLE
-        data = torch.frombuffer(bytearray(value.tobytes() or b"\0"), dtype=torch.uint8)
-        return {"array": data, "dtype": value.dtype.str, "shape": list(value.shape)}
-    if type(value) in (list, tuple, deque, dict):
-        items = _kept_items(value)
-        return _UNKEEPABLE if items is _UNKEEPABLE else {type(value).__name__: items}
-    return _UNKEEPABLE
-
-
-def _kept_items(value: Any) -> object:
-    budget = _MOST_ITEMS
-
-    def plain(item: Any) -> bool:
-        nonlocal budget
-        if type(item) in _NUMBERS or item is None:
-            budget -= 1
-            return budget >= 0
-        if type(item) in (list, tuple):
-            return all(map(plain, item))
-        if type(item) is dict:
-            return all(type(key) in _NUMBERS for key in item) and all(map(plain, item.values()))
-        return False
-
-    if isinstance(value, dict):
-        return copy.deepcopy(value) if plain(value) else _UNKEEPABLE
-    return copy.deepcopy(list(value)) if plain(list(value)) else _UNKEEPABLE
-
-
-def _put(obj: Any, name: str, before: Any, kept: Any) -> None:
-    if kept is _UNKEEPABLE:
-        return
-    if kept is _ABSENT:
-        if before is not _ABSENT:
-            delattr(obj, name)
-        return
-    value = _unkept(kept)
-    if before is not _ABSENT and _mark(before) == _mark(value):
-        return
-    # In place: others may hold the same list or array, or have it in shared memory.
-    if type(before) is list and type(value) is list:
-        before[:] = value
-    elif type(before) is deque and type(value) is deque:
-        before.clear()
-        before.extend(value)
-    elif type(before) is torch.Tensor and type(value) is torch.Tensor:
-        if before.shape == value.shape:
-            before.copy_(value)
-        else:
-            setattr(obj, name, value)
-    elif _is_array(before) and before.shape == getattr(value, "shape", None):
-        before[...] = value
-    else:
-        setattr(obj, name, value)
-
-
-def _unkept(kept: Any) -> Any:
-    if not isinstance(kept, dict):
-        return kept.clone() if isinstance(kept, torch.Tensor) else kept
-    if "array" in kept:
-        import numpy as np
-
-        shape = kept["shape"]
-        data = bytes(kept["array"].numpy())
-        size = np.dtype(kept["dtype"]).itemsize * int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(bytearray(data[:size]), dtype=kept["dtype"]).reshape(shape)
-    ((kind, items),) = kept.items()
-    make = {"list": list, "tuple": tuple, "deque": deque, "dict": dict}[kind]
-    return make(copy.deepcopy(items))

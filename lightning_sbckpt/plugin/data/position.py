@@ -134,9 +134,15 @@ class LoaderPosition(LoaderHandle):
 
     def untold(self) -> list[str]:
         """Return what changes as the data is iterated and can't be saved, here and in workers."""
+        return list(dict.fromkeys([*self.data.untold, *self._told_by_workers("untold")]))
+
+    def refused(self) -> list[str]:
+        """Return what workers could not be given back, a half sentence each."""
+        return list(dict.fromkeys(self._told_by_workers("refused")))
+
+    def _told_by_workers(self, what: str) -> list[str]:
         states = getattr(getattr(self.latest, "inner", None), "worker_states", {})
-        of_workers = [what for state in states.values() for what in state.get("untold", ())]
-        return list(dict.fromkeys([*self.data.untold, *of_workers]))
+        return [told for state in states.values() for told in state.get(what, ())]
 
     def let_go(self) -> None:
         """Forget the present iteration, and with it the last reference to its workers."""

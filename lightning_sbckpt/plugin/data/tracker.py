@@ -15,7 +15,6 @@ from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.plugin._private.trainer import wrap
 from lightning_sbckpt.plugin.data.objects import Baseline, asks
 from lightning_sbckpt.plugin.data.position import LoaderPosition
-from lightning_sbckpt.plugin.data.workers import MANY_OBJECTS
 from lightning_sbckpt.rng import isolated_rng
 from lightning_sbckpt.rng.walk import MOST_OBJECTS, is_opaque
 from lightning_sbckpt.typing import Stateful
@@ -259,13 +258,7 @@ def _weak_points(position: LoaderPosition) -> list[str]:
             "random generators and counters, which are then not saved; hold those in attributes "
             "of the dataset itself"
         )
-    in_workers = getattr(loader, "num_workers", 0) > 0
-    if in_workers and data.found.is_whole and len(data.found.objects) > MANY_OBJECTS:
-        found.append(
-            f"it holds {len(data.found.objects)} objects, and of more than {MANY_OBJECTS} its workers follow "
-            "only numbers and words: what else changes there, lists and arrays, is not saved; give "
-            "the dataset state_dict and load_state_dict, or hold it in fewer objects"
-        )
+    found += position.refused()
     found += [
         f"its {path} is a random.SystemRandom, which has no state; use random.Random"
         for path, generator in data.found.wanted.items()

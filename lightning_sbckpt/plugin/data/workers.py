@@ -25,7 +25,6 @@ from lightning_sbckpt.rng.generators import with_state
 from lightning_sbckpt.rng.streams import set_streams, streams
 
 __all__ = [
-    "MANY_OBJECTS",
     "StartWorker",
     "TagBatch",
     "TaggedBatch",
@@ -33,9 +32,6 @@ __all__ = [
     "WorkerState",
     "tagging",
 ]
-
-# Of more objects a worker looks at the numbers only, after every batch.
-MANY_OBJECTS = 100
 
 WorkerState = dict[str, Any]
 """Of one worker: the streams and generators that are not as when it was started."""
@@ -70,10 +66,11 @@ class _Worker:
         self.begun: WorkerState | None = None
         self.data = DataState({}, Baseline())
         self.sends_states = False
+        self.refused: list[str] = []
 
     def start(self, root: Mapping[str, object], *, sends_states: bool) -> None:
         """Note what there is before the first sample."""
-        self.data = DataState(dict(root), Baseline())
+        self.data = DataState(dict(root), Baseline(), in_worker=True)
         self.sends_states = sends_states
         self.base = {}
         self.base = self.now(states=False)
@@ -91,12 +88,13 @@ class _Worker:
             for name, generator in with_state(found.wanted).items()
         }
         state = {name: value for name, value in state.items() if value != self.base.get(name)}
-        many = len(found.objects) > MANY_OBJECTS
-        if data := self.data.take(states=states, numbers_only=many):
+        if data := self.data.take(states=states):
             # In a tuple, since what a user's state holds goes as it is.
             state["data"] = (data,)
         if self.data.untold:
             state["untold"] = list(self.data.untold)
+        if self.refused:
+            state["refused"] = self.refused
         return state
 
 
@@ -149,13 +147,17 @@ class StartWorker:
         root = {"dataset": dataset, "collate_fn": self.collate}
         _worker.start(root, sends_states=self.sends_states)
         state = dict(self.states.get(worker, {}))
+        _worker.refused = []
         for data in state.pop("data", ()):
-            _worker.data.set(data)
+            _worker.refused += _worker.data.set(data)
         # The releases before the first knew of the generators of the dataset alone.
         for name, generator in state.pop("generators", {}).items():
             install_generator(dataset, name, generator)
         for name, generator in state.pop("held", {}).items():
-            install_generator(root, name, generator)
+            if not install_generator(root, name, generator):
+                _worker.refused.append(
+                    f"its random generator {name!r} is gone, or of another kind now"
+                )
         set_streams(state)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
+
+import torch
+from torch.utils.data import Dataset
 
 from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded import fsdp1
@@ -20,10 +23,11 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.buffers import NonPersistentBuffers
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
-from lightning_sbckpt.plugin.packages import LightningModule, Trainer
+from lightning_sbckpt.plugin.packages import LightningModule, LightningOptimizer, Trainer
 from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.gradients import take_gradients
 from lightning_sbckpt.plugin.state.parts import (
+    COMM_HOOKS,
     GRADIENTS,
     NONPERSISTENT,
     RANK_BUFFERS,
@@ -33,7 +37,7 @@ from lightning_sbckpt.plugin.state.parts import (
 )
 from lightning_sbckpt.plugin.state.training_state import Description, first_rates
 from lightning_sbckpt.triggers import Due
-from lightning_sbckpt.typing import World
+from lightning_sbckpt.typing import Stateful, World
 
 HPARAMS_YAML = "hparams.yaml"
 
@@ -127,6 +131,8 @@ class Gatherer:
         if in_pieces:
             take_back_to_pieces(trainer.lightning_module)
         state = exact.capture(trainer, tracker)
+        if hooks := reductions.hook_states():
+            state[COMM_HOOKS] = hooks
         position = {
             "within_epoch": within_epoch,
             "loops": _private.loops.loop_state(trainer),
@@ -202,3 +208,33 @@ class Gatherer:
             check_names([*self.split_model, *found, *source], "recoverables")
             found.update(source)
         return found
+
+    def unsaved(self, trainer: Trainer) -> list[str]:
+        """Return which objects with a state nothing saves, a sentence each: averages of weights, scalers.
+
+        A module or callback that saves anything itself is taken to save them.
+        """
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        saved = {id(each) for each in [*trainer.optimizers, *schedulers]}
+        saved |= set(map(id, self.of_user(trainer).values()))
+        owners: list[Any] = [trainer.lightning_module, *_private.trainer.callbacks_of(trainer)]
+        return [
+            f"{type(owner).__name__}.{name} ({type(value).__name__}) has a state_dict that no checkpoint "
+            "has: a resumed run begins with a new one; save it in on_save_checkpoint, or offer it in "
+            "configure_recoverables"
+            for owner in owners
+            if not _saves_something(owner)
+            for name, value in vars(owner).items()
+            if isinstance(value, Stateful)
+            # Data is followed where it is loaded, and what is Lightning's is saved by it.
+            and not isinstance(value, (torch.nn.Module, Iterable, Dataset, LightningOptimizer))
+            and id(value) not in saved
+        ]
+
+
+def _saves_something(owner: object) -> bool:
+    own = type(owner)
+    bases = [base for base in own.__mro__ if base.__name__ in ("LightningModule", "Callback")]
+    base = bases[-1] if bases else object
+    names = ("on_save_checkpoint", "state_dict", "get_extra_state")
+    return any(getattr(own, name, None) is not getattr(base, name, None) for name in names)

@@ -65,10 +65,11 @@ METRICS = "metrics"
 GRADIENTS = "gradients"
 NONPERSISTENT = "nonpersistent"
 RANK_BUFFERS = "rank_buffers"
+COMM_HOOKS = "comm_hooks"
 
 RESERVED = frozenset(
     {MODEL, OPTIMIZER, SCHEDULER, LOOPS, CALLBACKS, PRECISION, DATAMODULE, HPARAMS, EXTRAS}
-    | {RNG, LOADERS, METRICS, GRADIENTS, NONPERSISTENT, RANK_BUFFERS}
+    | {RNG, LOADERS, METRICS, GRADIENTS, NONPERSISTENT, RANK_BUFFERS, COMM_HOOKS}
 )
 """The names that recoverables of the user can't have; nor those that `_numbered` makes."""
 

@@ -99,21 +99,6 @@ def test_a_search_that_stops_says_so(monkeypatch):
     assert any("not all of them were searched" in warning for warning in tracker.warnings())
 
 
-@pytest.mark.parametrize(
-    ("workers", "groups", "told"), [(1, 3, True), (0, 3, False), (1, 1, False)]
-)
-def test_what_workers_do_not_follow_among_many_objects_is_named(workers, groups, told):
-    """Only numbers and words are, of more than a hundred; in the main process all is."""
-    dataset = Cycles()
-    dataset.shifts = None
-    for number in range(groups):
-        setattr(dataset, f"parts{number}", [Remembers() for _ in range(50)])
-    tracker, _ = tracked(DataLoader(dataset, num_workers=workers))
-    warnings = [each for each in tracker.warnings() if "only numbers and words" in each]
-    assert len(warnings) == told
-    assert all("the dataset state_dict and load_state_dict" in each for each in warnings)
-
-
 def test_a_long_list_of_samples_is_searched_by_type():
     """A generator among a hundred thousand samples is found; without one, no sample is entered."""
     samples: list[object] = [(f"{number}.png", {"label": number}) for number in range(100_000)]
