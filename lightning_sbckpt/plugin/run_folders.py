@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -94,7 +95,22 @@ def open_for_every_trainer(package: str, kind: type[Callback]) -> None:
         finally:
             undo()
 
+    def path_of(trainer: Trainer, word: object, method: str) -> object:
+        """Look for the checkpoints of an earlier process, if there has been no fit in this one."""
+        callback: Any = trainer.checkpoint_callback
+        has_run = getattr(callback, "checkpointer", None) is not None
+        if has_run or not issubclass(type(callback), kind):
+            return word
+        root = callback.dirpath
+        if method == "fit":  # Of a whole run it would take the newest, as it does by itself.
+            paths = {"best": f"{root}/best"}
+        else:
+            paths = {"best": str(root), "last": f"{root}/newest"}
+        path = paths.get(str(word))
+        return path if is_readable(path) else word
+
     _private.trainer.let_every_trainer_read(package, is_readable, reading)
+    _private.trainer.let_words_be_paths(package, path_of)
 
 
 def _refuse_other_formats(trainer: Trainer, path: object) -> None:

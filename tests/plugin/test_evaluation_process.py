@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +84,39 @@ def test_a_fit_with_the_callback_goes_on_exactly(run, tmp_path, place, step):
     report = other.callback.resume_report
     assert report.meta["global_step"] == step
     assert {"rng", "loaders"} <= set(report.restored)
+
+
+@pytest.mark.parametrize("method", ["test", "validate", "predict"])
+@pytest.mark.parametrize(("word", "step"), [("best", 8), ("last", 12)])
+def test_best_and_last_of_an_earlier_process_are_found(run, method, word, step):
+    """By a new callback on the folder of the run."""
+    new = make(run, min_key="val_loss")
+    new.module.predict_step = lambda batch, batch_idx: 0
+    getattr(new.trainer, method)(new.module, loader(1), ckpt_path=word)
+    assert new.module.steps == step
+
+
+def test_best_is_the_newest_if_no_key_was_ever_given(tmp_path):
+    """As at the end of a fit."""
+    fit(tmp_path)
+    new = make(tmp_path)
+    new.trainer.test(new.module, loader(1), ckpt_path="best", verbose=False)
+    assert new.module.steps == 12
+
+
+def test_a_fit_goes_on_from_the_best_of_an_earlier_process(run, tmp_path):
+    """Exactly, with all that it has."""
+    shutil.copytree(run, tmp_path / "run")
+    new = go(make(tmp_path / "run", min_key="val_loss"), ckpt_path="best")
+    assert new.callback.resume_report.meta["global_step"] == 8
+    assert {"rng", "loaders"} <= set(new.callback.resume_report.restored)
+
+
+def test_a_new_callback_whose_folder_is_empty_has_no_best(tmp_path):
+    """Lightning says so, as ever."""
+    new = make(tmp_path, min_key="val_loss")
+    with pytest.raises(ValueError, match="not configured to save the best model"):
+        new.trainer.test(new.module, loader(1), ckpt_path="best")
 
 
 def test_a_damaged_newest_is_stepped_over(tmp_path, alone, caplog):

@@ -189,6 +189,25 @@ def let_every_trainer_read(
     connectors._CheckpointConnector.resume_start = resume_start
 
 
+def let_words_be_paths(package: str, path_of: Callable[[Trainer, object, str], object]) -> None:
+    """Have `path_of(trainer, given, method)` say what a `ckpt_path` stands for, `"best"` say.
+
+    `_CheckpointConnector._parse_ckpt_path` turns these words into paths, before a callback has a say.
+
+    Args:
+        package: Whose Trainers.
+        path_of: Returns a path, or what was given; the method is `"fit"`, `"test"` or their like.
+    """
+    connectors: Any = import_module(f"{package}.trainer.connectors.checkpoint_connector")
+    original = connectors._CheckpointConnector._parse_ckpt_path
+
+    @wraps(original)
+    def parse(self: Any, state_fn: str, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, state_fn, path_of(self.trainer, ckpt_path, state_fn), *args, **kwargs)
+
+    connectors._CheckpointConnector._parse_ckpt_path = parse
+
+
 def name_mixed_packages(package: str) -> None:
     """Have a package's Trainers name both packages when they are given a module of the other one.
 
