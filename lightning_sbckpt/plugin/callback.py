@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import proxy
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
@@ -20,6 +21,7 @@ from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin import options as _options
 from lightning_sbckpt.plugin._private.loading import ForNewModule
+from lightning_sbckpt.plugin.dirpath import absolute, folder, place_of
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer, catch_up
 from lightning_sbckpt.plugin.preemption import Preemption, as_preemption
@@ -74,7 +76,9 @@ class SBCheckpoint(_Base):
 
     Args:
         dirpath: The folder of the run's checkpoints, or a URL as `s3://bucket/run`; the same from
-            start to start.
+            start to start. A `{name}` in it is a hyperparameter, as in `"runs/{lr}-{depth}"`, and
+            `{hash}` a hash of them all. Without one it is `checkpoints` below the Trainer's
+            `default_root_dir`.
         min_key: The metric whose lowest value is best.
         max_key: The metric whose highest value is best.
         importance_key: A function of a checkpoint whose highest result is best. At most one of the
@@ -151,7 +155,7 @@ class SBCheckpoint(_Base):
 
     def __init__(
         self,
-        dirpath: str | Path,
+        dirpath: str | Path | None = None,
         *,
         min_key: str | None = None,
         max_key: str | None = None,
@@ -199,7 +203,7 @@ class SBCheckpoint(_Base):
         _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
         best_by = _options.best_by(importance_key, max_key, min_key)
         self._options = _options.Options(
-            dirpath=_options.folder(dirpath),
+            dirpath=folder(dirpath),
             best_by=best_by,
             rules=_options.retention_rules(best_by, num_to_keep, keep_recent, keep),
             predicate=as_predicate(ckpt_predicate),
@@ -219,10 +223,10 @@ class SBCheckpoint(_Base):
             meta=meta,
             split_model=tuple(split_model),
             trust_pickle=trust_pickle,
-            local_dir=None if local_dir is None else _options.absolute(local_dir),
+            local_dir=None if local_dir is None else absolute(local_dir),
             storage_options=storage_options,
         )
-        self.dirpath = self._options.dirpath
+        self.dirpath = self._placed = self._options.dirpath
         # What Lightning and its loggers read of a checkpoint callback.
         self.monitor = min_key or max_key
         self.mode = "max" if max_key else "min"
@@ -277,12 +281,14 @@ class SBCheckpoint(_Base):
             if isinstance(each, SBCheckpoint)
         ]
         refuse_what_cannot_work(trainer, [each.dirpath for each in others])
+        self.dirpath = self._placed = self._place(trainer)
+        if str(self.dirpath) != str(self._options.dirpath):
+            rank_zero_info(f"SBCheckpoint: the checkpoints of this run are in {self.dirpath}")
         if self._session is not None:
             self._session.forget()
         self._reset_scores()
         self._session = FitSession(
-            # The folder is an attribute that may be set.
-            replace(self._options, dirpath=_options.folder(self.dirpath)),
+            replace(self._options, dirpath=self.dirpath),
             trainer,
             self,
             begin_at=self._begin_at,
@@ -360,6 +366,11 @@ class SBCheckpoint(_Base):
         if session := self._session_of(trainer):
             session.beginning.note_callbacks(checkpoint.get("callbacks", {}))
 
+    def _place(self, trainer: Trainer) -> Path | str:
+        """Return the folder of the run; the attribute may have been set since."""
+        given = self._options.dirpath if self.dirpath == self._placed else folder(self.dirpath)
+        return place_of(given, trainer)
+
     def _session_of(self, trainer: Trainer) -> FitSession | None:
         """Return the fit that is under way; what a finder tries out is none."""
         return None if _private.finders.is_no_run(trainer) else self._session
@@ -424,7 +435,7 @@ def join(package: str) -> None:
             ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump
         ),
     )
-    open_for_every_trainer(package, SBCheckpoint)
+    open_for_every_trainer(package, SBCheckpoint, SBCheckpoint._place)  # noqa: SLF001 - its own
     hand_back_attributes(package, SBCheckpoint)
     _private.trainer.name_mixed_packages(package)
     # Last: what fails above is tried again when a callback is made, and no base can be there twice.

@@ -222,9 +222,14 @@ def _shape(tensor: Any) -> object:
         return "uninitialized"
 
 
-def _hyperparameters(owner: object) -> dict[str, Any]:
+def hyperparameters_of(owner: object) -> dict[str, Any]:
+    """Return the hyperparameters of a module or datamodule, by name."""
     hparams = cast("Mapping[str, object]", getattr(owner, "hparams", None) or {})
-    return {str(name): rendered(value) for name, value in dict(hparams).items()}
+    return {str(name): value for name, value in dict(hparams).items()}
+
+
+def _hyperparameters(owner: object) -> dict[str, Any]:
+    return {name: rendered(value) for name, value in hyperparameters_of(owner).items()}
 
 
 def _plain_attributes(owner: object) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint
@@ -118,29 +117,6 @@ def plain(given: Any) -> Any:
     if type(given) in (list, tuple):
         return type(given)(plain(value) for value in given)
     return given
-
-
-def folder(dirpath: str | os.PathLike[str]) -> Path | str:
-    """Return the folder as an absolute path, or its URL: the working directory may change.
-
-    Raises:
-        ConfigurationError: It is no path.
-
-    Example:
-        >>> folder("runs/digits").is_absolute()
-        True
-    """
-    if not isinstance(dirpath, (str, os.PathLike)):
-        raise ConfigurationError(
-            f"dirpath is {_shown(dirpath)}, expected a path or a URL, such as 'runs/digits'"
-        )
-    # Links stay as they are: the user may move them with what they point to.
-    return normal_url(dirpath) if is_url(dirpath) else absolute(dirpath)
-
-
-def absolute(path: str | os.PathLike[str]) -> Path:
-    """Return a path from the root, with `~` for the home folder of the user."""
-    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 - Path's raises without a home
 
 
 def check_kinds(given: Mapping[str, object]) -> None:

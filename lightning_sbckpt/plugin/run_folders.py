@@ -5,7 +5,7 @@ A path may be that of a checkpoint, or of a run: `run/best` and `run/newest`, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,15 @@ def checkpoint_at(path: object, *, newest: bool = False) -> object:
     return str(found.path)
 
 
-def open_for_every_trainer(package: str, kind: type[Callback]) -> None:
+def open_for_every_trainer(
+    package: str, kind: type[Callback], place_of: Callable[[Any, Trainer], Path | str]
+) -> None:
     """Have every Trainer take folders, also one that has no callback of this kind.
 
     Args:
         package: Whose Trainers.
         kind: `SBCheckpoint`.
+        place_of: Returns where a callback of that kind has its checkpoints.
     """
 
     @contextmanager
@@ -96,17 +99,21 @@ def open_for_every_trainer(package: str, kind: type[Callback]) -> None:
             undo()
 
     def path_of(trainer: Trainer, word: object, method: str) -> object:
-        """Look for the checkpoints of an earlier process, if there has been no fit in this one."""
+        """Return what this process knows, or else where an earlier one has left its checkpoints."""
         callback: Any = trainer.checkpoint_callback
-        has_run = getattr(callback, "checkpointer", None) is not None
-        if has_run or not issubclass(type(callback), kind):
+        # A fit goes on from the last anyway.
+        words = ("best",) if method == "fit" else ("best", "last")
+        if word not in words or not issubclass(type(callback), kind):
             return word
-        root = callback.dirpath
-        if method == "fit":  # Of a whole run it would take the newest, as it does by itself.
-            paths = {"best": f"{root}/best"}
+        known = callback.best_model_path if word == "best" else callback.last_model_path
+        if known or callback.checkpointer is not None:
+            return known or word
+        root = place_of(callback, trainer)
+        if word == "best" and method != "fit":
+            # Without a key it is the newest, as at the end of a fit.
+            path = str(root)
         else:
-            paths = {"best": str(root), "last": f"{root}/newest"}
-        path = paths.get(str(word))
+            path = f"{root}/{'best' if word == 'best' else 'newest'}"
         return path if is_readable(path) else word
 
     _private.trainer.let_every_trainer_read(package, is_readable, reading)

@@ -15,6 +15,7 @@ from lightning_sbckpt.plugin._private.loggers import Artifacts
 from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
 from lightning_sbckpt.plugin.continuing import Beginning
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.dirpath import versioned
 from lightning_sbckpt.plugin.doors import Doors
 from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.io import read_folders
@@ -222,6 +223,7 @@ class FitSession:
                 *self._gatherer.unsaved(self._trainer),
                 *self._reductions.weak_points(),
                 *_private.callbacks.neighbours(self._trainer, self._options.dirpath),
+                *versioned(self._trainer, self._options.dirpath),
                 *artifacts.warnings(),
             ]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
