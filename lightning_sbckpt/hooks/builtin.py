@@ -254,6 +254,25 @@ def set_metric_state(metric: Metric | MetricCollection, state: Mapping[str, obje
         set_metric_state(child, saved[name])
 
 
+def grow_tracker(tracker: torch.nn.ModuleList, steps: int) -> None:
+    """Let a `MetricTracker` have a metric for each step again, as `increment` makes them.
+
+    Args:
+        tracker: The tracker.
+        steps: How many metrics it had when it was saved.
+    """
+    # Before them the list has the metric that they are copied from.
+    while len(tracker) > 1 + steps:
+        delattr(tracker, str(len(tracker) - 1))
+    while len(tracker) < 1 + steps:
+        cast("Any", tracker).increment()
+
+
+def is_tracker(obj: object) -> bool:
+    """Return whether an object is torchmetrics' `MetricTracker`, which is a list of metrics and none itself."""
+    return _TRACKER in _class_names(obj)
+
+
 def _metrics_below(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, Metric]]:
     """Yield the nearest metrics in a module, also those in its lists of modules."""
     for name, child in module.named_children():
@@ -316,8 +335,28 @@ def load_metric(metric: Metric | MetricCollection, path: Path, end_of_epoch: boo
     set_metric_state(metric, state["live"])
 
 
+def save_tracker(tracker: torch.nn.ModuleList, path: Path) -> None:
+    """Save the live states of a tracker's metrics."""
+    live = [metric_state(cast("Metric", metric)) for metric in tracker]
+    save_state({"live": live, "state_dict": tracker.state_dict()}, path)
+
+
+def load_tracker(tracker: torch.nn.ModuleList, path: Path, end_of_epoch: bool) -> None:
+    """Load the live states of a tracker's metrics, of which it gets as many as were saved."""
+    del end_of_epoch
+    state = cast("dict[str, Any]", load_state(path))
+    if "live" not in state:  # Written by SpeechBrain, which takes it for a plain module.
+        apply_state(tracker, state, path)
+        return
+    grow_tracker(tracker, len(state["live"]) - 1)
+    apply_state(tracker, state["state_dict"], path)
+    for metric, live in zip(tracker, state["live"], strict=True):
+        set_metric_state(cast("Metric", metric), live)
+
+
 _METRIC = "torchmetrics.metric.Metric"
 _COLLECTION = "torchmetrics.collections.MetricCollection"
+_TRACKER = "torchmetrics.wrappers.tracker.MetricTracker"
 # What these classes gather in plain attributes, not in states made by `add_state`.
 _UNDECLARED_STATES = {
     "torchmetrics.wrappers.minmax.MinMaxMetric": ("min_val", "max_val"),
@@ -328,6 +367,11 @@ _UNDECLARED_STATES = {
 def _register_metric(registry: HookRegistry, cls: type) -> None:
     registry.save[cls] = save_metric
     registry.load[cls] = load_metric
+
+
+def _register_tracker(registry: HookRegistry, cls: type) -> None:
+    registry.save[cls] = save_tracker
+    registry.load[cls] = load_tracker
 
 
 def _register_sentencepiece(registry: HookRegistry, cls: type) -> None:
@@ -359,6 +403,7 @@ def _register_builtin_hooks(registry: HookRegistry) -> None:
     registry.load[torch.Generator] = load_generator
     registry.register_lazily(_METRIC, _register_metric)
     registry.register_lazily(_COLLECTION, _register_metric)
+    registry.register_lazily(_TRACKER, _register_tracker)
     registry.register_lazily("sentencepiece.SentencePieceProcessor", _register_sentencepiece)
     registry.register_lazily(
         "speechbrain.nnet.schedulers.InverseSquareRootScheduler", _register_inverse_square_root

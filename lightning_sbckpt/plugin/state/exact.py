@@ -20,7 +20,13 @@ from lightning_sbckpt._sharded.names import plain_module_name, plain_name
 from lightning_sbckpt._sharded.states import is_sharded_tensor
 from lightning_sbckpt._world.world import gather_tensors
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.hooks.builtin import is_metric, metric_state, set_metric_state
+from lightning_sbckpt.hooks.builtin import (
+    grow_tracker,
+    is_metric,
+    is_tracker,
+    metric_state,
+    set_metric_state,
+)
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer
@@ -204,6 +210,11 @@ def metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric | MetricCo
 
 def _restore_metrics(module: LightningModule, states: Mapping[str, Any]) -> list[str]:
     problems = []
+    for name, child in module.named_modules():
+        if is_tracker(child):
+            keys = [key.removeprefix(f"{name}.") for key in states if key.startswith(f"{name}.")]
+            steps = [int(key) for key in keys if key.isdecimal()]
+            grow_tracker(cast("torch.nn.ModuleList", child), max(steps, default=0))
     metrics = dict(metrics_in(module))
     for name, state in states.items():
         subject = f"the values gathered by the metric {name!r}"
