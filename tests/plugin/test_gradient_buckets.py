@@ -165,6 +165,13 @@ class ByHand(Model):
             self.optimizers().zero_grad()
 
 
+def compiled():
+    """Return a module whose forward is compiled; the backend needs no compiler of C++."""
+    module = Model()
+    module.compile(backend="aot_eager")
+    return module
+
+
 class Unfreezing(Model):
     """Trains a part of it from the second epoch on, which DDP has known from the beginning."""
 
@@ -281,6 +288,8 @@ CELLS: dict[str, dict] = {
     "built-in hook": {"model": Builtin},
     "hook with a state": {"model": partial(Hooked, Errors, with_feedback)},
     "PowerSGD": {"model": partial(Hooked, power_sgd, powerSGD_hook.powerSGD_hook)},
+    # A part of the graph for each bucket, by torch's own optimizer of DDP graphs.
+    "compiled": {"model": compiled, "ddp": {"bucket_cap_mb": 2}},
     "unfreezing": {"model": Unfreezing, "ddp": {"find_unused_parameters": True}},
     "default buckets": {"ddp": {"bucket_cap_mb": None}},
     "buffers of each rank": {"model": OwnBuffers, "ddp": {"broadcast_buffers": False}},
