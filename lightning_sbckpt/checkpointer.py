@@ -37,6 +37,7 @@ from lightning_sbckpt.hooks import HookRegistry, check_signature, default_regist
 from lightning_sbckpt.hooks.builtin import note_numbers
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.retention import rules_from_keys
+from lightning_sbckpt.run_paths import resolved
 from lightning_sbckpt.typing import (
     CheckpointPredicate,
     ImportanceKey,
@@ -529,7 +530,7 @@ class Checkpointer(CheckpointFolder):
         """Load a checkpoint into the recoverables.
 
         Args:
-            checkpoint: The checkpoint, or its folder.
+            checkpoint: The checkpoint, or its folder; also a run, `run/best` and `run/newest`.
 
         Raises:
             CheckpointNotFoundError: The folder is no checkpoint.
@@ -546,7 +547,9 @@ class Checkpointer(CheckpointFolder):
         # What is still being copied must not change yet.
         self.wait()
         if not isinstance(checkpoint, tuple):
-            checkpoint = read_checkpoint(self.folder_of(checkpoint))
+            given = checkpoint
+            place = decided_by_main(self.world, lambda: resolved(given))
+            checkpoint = read_checkpoint(self.folder_of(place))
         require_sound(checkpoint, self.recoverables)
         self._load(checkpoint)
 

@@ -34,6 +34,7 @@ from lightning_sbckpt._world.world import SingleProcess
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import META_NAME, Checkpoint, ckpt_recency, read_meta
+from lightning_sbckpt.run_paths import folder_of
 
 __all__ = ["CONSOLIDATED_FROM", "consolidate"]
 
@@ -95,7 +96,7 @@ def consolidate(
         >>> saved.paramfiles["model"].name, consolidate(saved).paramfiles["model"].name
         ('model.dcp', 'model.ckpt')
     """
-    given = checkpoint.path if isinstance(checkpoint, Checkpoint) else Path(checkpoint)
+    given = folder_of(checkpoint)
     source = read_checkpoint(given)
     sharded = [part for part, path in source.paramfiles.items() if path.suffix == SHARDED_EXT]
     if not sharded:

@@ -25,7 +25,6 @@ from lightning_sbckpt._io.progress import Progress, Tally, growth_counted
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.publish import read_checkpoint
 from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
-from lightning_sbckpt._remote.places import here
 from lightning_sbckpt.errors import (
     ConfigurationError,
     MismatchError,
@@ -34,6 +33,7 @@ from lightning_sbckpt.errors import (
     SBCheckpointError,
 )
 from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.run_paths import folder_of
 
 __all__ = ["Exported", "bytes_to_export", "publish_file", "to_safetensors", "to_state_dict"]
 
@@ -266,8 +266,7 @@ def bytes_to_export(source: Checkpoint, names: Collection[str]) -> int:
 
 
 def _source(checkpoint: Source, name: str) -> Checkpoint:
-    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
-    found = read_checkpoint(folder)
+    found = read_checkpoint(folder_of(checkpoint, name))
     if name not in found.paramfiles:
         raise MismatchError(
             f"{found.path} has no recoverable {name!r} to export; it has: "

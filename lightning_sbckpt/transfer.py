@@ -27,6 +27,7 @@ from lightning_sbckpt.errors import (
 )
 from lightning_sbckpt.hooks import check_signature, default_registry, speechbrain
 from lightning_sbckpt.hooks.builtin import has_state, torch_parameter_transfer, torch_recovery
+from lightning_sbckpt.run_paths import resolved
 from lightning_sbckpt.typing import TransferHook
 
 __all__ = ["Pretrainer", "torch_parameter_transfer"]
@@ -274,7 +275,7 @@ class Pretrainer:
             if _is_for_speechbrain(folder):
                 sources.fetched[name] = folder, filename
                 continue
-            folder = os.fspath(folder)
+            folder = os.fspath(resolved(folder))
             here: Path | None = local_path(folder)
             if here is None:
                 sources.urls[name] = f"{folder}/{filename}"

@@ -32,6 +32,7 @@ LAYERS = """
     _views
     plotting inspect verify
     folder
+    run_paths
     checkpointer report
     averaging consolidation difference export transfer plugin.packages
     plugin._private

@@ -16,7 +16,6 @@ from lightning_sbckpt._io.records import bring, bring_file
 from lightning_sbckpt._layout.copies import copy_paramfile
 from lightning_sbckpt._layout.publish import PARAMFILE_EXT, folder_for, read_checkpoint
 from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
-from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt._world.world import SingleProcess
@@ -25,6 +24,7 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.hooks import speechbrain
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.run_paths import folder_of
 
 __all__ = ["average_checkpoints", "average_state_dicts", "save_average"]
 
@@ -187,7 +187,7 @@ def save_average(
         >>> average.path.name, average.meta["averaged-epochs"]
         ('CKPT+ab', [0, 1])
     """
-    sources = [read_checkpoint(_folder(source)) for source in checkpoints]
+    sources = [read_checkpoint(folder_of(source)) for source in checkpoints]
     newest = max(sources, key=ckpt_recency, default=None)
     files = () if newest is None or not with_rest else newest.paramfiles
     # Of the newest one everything is read that is copied.
@@ -234,10 +234,6 @@ def save_average(
         assert saved is not None  # There is one process, and no background.
         checkpointer.pin(saved, f"the average of {len(sources)} checkpoints")
     return read_checkpoint(saved.path)
-
-
-def _folder(source: Source) -> Path:
-    return here(source) if isinstance(source, (str, os.PathLike)) else Path(source.path)
 
 
 def _bytes_to_save(
@@ -290,7 +286,7 @@ def _paramfiles(checkpoints: Iterable[Source], name: str) -> list[Path]:
     for checkpoint in checkpoints:
         # Any record with these fields will do, SpeechBrain's own among them.
         if isinstance(checkpoint, (str, os.PathLike)):
-            folder = here(checkpoint)
+            folder = folder_of(checkpoint, name)
             bring(folder)
             found = folder.glob(f"*{PARAMFILE_EXT}")
             files = {file.name.removesuffix(PARAMFILE_EXT): file for file in found}

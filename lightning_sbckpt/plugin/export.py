@@ -17,7 +17,6 @@ from lightning_sbckpt._format.load import (
 from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._layout.publish import folder_for, read_checkpoint
 from lightning_sbckpt._load.load import bytes_of
-from lightning_sbckpt._remote.places import here
 from lightning_sbckpt._save.request import SaveRequest
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
@@ -30,6 +29,7 @@ from lightning_sbckpt.plugin.state.parts import (
     LOADERS,
     LOOPS,
     METRICS,
+    MODEL,
     NONPERSISTENT,
     RANK_BUFFERS,
     RNG,
@@ -38,6 +38,7 @@ from lightning_sbckpt.plugin.state.parts import (
     is_reserved,
     submodules_in,
 )
+from lightning_sbckpt.run_paths import folder_of
 
 __all__ = ["from_lightning", "to_lightning"]
 
@@ -92,7 +93,7 @@ def to_lightning(
         >>> to_lightning(saved, folder / "model.ckpt").remarks
         ('no fit can go on from it: the checkpoint has the weights, and not the state of a fit',)
     """
-    folder = checkpoint.path if isinstance(checkpoint, Checkpoint) else here(checkpoint)
+    folder = folder_of(checkpoint, MODEL)
     reader = FolderReader(trust_pickle=trust_pickle, left_out=[])
     source = read_checkpoint(folder)
     size = bytes_of(source, source.paramfiles)

@@ -12,58 +12,27 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from lightning_sbckpt._layout.publish import folder_names
-from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._world.world import decided_by_main
-from lightning_sbckpt.checkpointer import Checkpointer
-from lightning_sbckpt.errors import CheckpointNotFoundError, ConfigurationError
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.io import read_folders
 from lightning_sbckpt.plugin.packages import Callback, Trainer
 from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder
 from lightning_sbckpt.plugin.world import TrainerWorld
-from lightning_sbckpt.retention.noted import best_by, run_rules
-from lightning_sbckpt.selection import Criterion
+from lightning_sbckpt.run_paths import checkpoint_of_run, means_run
 
 
 def is_readable(path: object) -> bool:
     """Return whether a path is a checkpoint folder, or means one of a run."""
-    return is_folder(path) or _run_of(path) is not None
+    return is_folder(path) or means_run(path)
 
 
 def checkpoint_at(path: object, *, newest: bool = False) -> object:
-    """Return the checkpoint that a path means; a path that means none, as it is.
-
-    Args:
-        path: Of the folder of a run it is the best, if the run noted what is best.
-        newest: Of the folder of a run it is the newest.
-
-    Raises:
-        CheckpointNotFoundError: No checkpoint there is whole, or it isn't known which is best.
-    """
-    run = None if is_folder(path) else _run_of(path)
-    if run is None:
+    """Return the checkpoint that a path means, see `checkpoint_of_run`; another path as it is."""
+    if is_folder(path) or not means_run(path):
         return path
-    root, word = run
-    criterion = None if word == "newest" or (newest and not word) else _best_by(root)
-    if word == "best" and criterion is None:
-        raise CheckpointNotFoundError(
-            f"{path}: which checkpoint of {root} is best is not known, since no rule Best(...) was "
-            f"noted there. Give the checkpoint itself, or {root / 'newest'}"
-        )
-    key = None if criterion is None else criterion.key
-    lowest = criterion is not None and criterion.lowest
-    found = Checkpointer(root, access="read").find_sound_checkpoint(
-        ckpt_predicate=_has_weights,
-        min_key=key if lowest else None,
-        max_key=None if lowest else key,
-    )
-    if found is None:
-        what = "has weights" if criterion is None else f"has the {criterion.describe()}"
-        raise CheckpointNotFoundError(f"{path}: no whole checkpoint in {root} {what}")
-    why = "the newest" if criterion is None else f"the best: {criterion.describe()}"
-    rank_zero_info(f"SBCheckpoint: {path} means {found.path.name}, {why}")
+    found, why = checkpoint_of_run(path, newest=newest, part=MODEL)
+    rank_zero_info(f"SBCheckpoint: {why}")
     return str(found.path)
 
 
@@ -130,23 +99,3 @@ def _refuse_other_formats(trainer: Trainer, path: object) -> None:
             "Add SBCheckpoint(...) to the Trainer's callbacks: it reads the folder for every strategy "
             "that it can save with"
         )
-
-
-def _run_of(path: object) -> tuple[Path, str] | None:
-    """Return the folder of a run and the word after it, if a path is of that form."""
-    if not isinstance(path, (str, Path)) or is_url(path):
-        return None
-    place = Path(path)
-    if place.is_dir():
-        return (place, "") if folder_names(place) else None
-    if place.name in ("best", "newest") and place.parent.is_dir() and folder_names(place.parent):
-        return place.parent, place.name
-    return None
-
-
-def _best_by(root: Path) -> Criterion | None:
-    return best_by(run_rules(root).rules)
-
-
-def _has_weights(checkpoint: Checkpoint) -> bool:
-    return MODEL in checkpoint.paramfiles
