@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_sbckpt.hooks.builtin import torch_parameter_transfer, torch_recovery, torch_save
     from lightning_sbckpt.meta import Checkpoint, ckpt_recency
     from lightning_sbckpt.plugin.callback import SBCheckpoint
+    from lightning_sbckpt.plugin.policies import ResumePolicy, SavePolicy, Store
     from lightning_sbckpt.plugin.preemption import Preempted, Preemption
     from lightning_sbckpt.plugin.selftest import assert_resume_exact
     from lightning_sbckpt.transfer import Pretrainer
@@ -46,8 +47,11 @@ __all__ = [
     "Preempted",
     "Preemption",
     "Pretrainer",
+    "ResumePolicy",
     "SBCheckpoint",
     "SBCheckpointError",
+    "SavePolicy",
+    "Store",
     "assert_resume_exact",
     "average_checkpoints",
     "average_state_dicts",
@@ -87,6 +91,7 @@ _HOMES = {
     "hooks.builtin": ("torch_parameter_transfer", "torch_recovery", "torch_save"),
     "meta": ("Checkpoint", "ckpt_recency"),
     "plugin.callback": ("SBCheckpoint",),
+    "plugin.policies": ("ResumePolicy", "SavePolicy", "Store"),
     "plugin.preemption": ("Preempted", "Preemption"),
     "plugin.selftest": ("assert_resume_exact",),
     "transfer": ("Pretrainer",),

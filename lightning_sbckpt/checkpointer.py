@@ -39,10 +39,14 @@ from lightning_sbckpt.meta import Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.retention import rules_from_keys
 from lightning_sbckpt.run_paths import resolved
 from lightning_sbckpt.typing import (
+    Access,
     CheckpointPredicate,
     ImportanceKey,
     LoadHook,
+    OnSaveError,
     SaveHook,
+    SaveMode,
+    WhenBusy,
     World,
 )
 
@@ -123,11 +127,11 @@ class Checkpointer(CheckpointFolder):
         registry: HookRegistry = default_registry,
         world: World | None = None,
         trust_pickle: bool = False,
-        save_mode: str = "sync",
-        on_save_error: str = "raise",
-        when_busy: str = "wait",
+        save_mode: SaveMode = "sync",
+        on_save_error: OnSaveError = "raise",
+        when_busy: WhenBusy = "wait",
         link_unchanged: bool = True,
-        access: str = "exclusive",
+        access: Access = "exclusive",
         storage: LocalStorage | None = None,
         local_dir: str | Path | None = None,
         storage_options: Mapping[str, object] | None = None,

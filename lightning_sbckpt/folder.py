@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from lightning_sbckpt._catalog.catalog import Catalog
 from lightning_sbckpt._io.storage import LocalStorage
@@ -39,7 +39,7 @@ from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
 from lightning_sbckpt.selection import importance
-from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule, World
+from lightning_sbckpt.typing import Access, CheckpointPredicate, ImportanceKey, RetentionRule, World
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ _OF_A_PROCESS = {
     *("_catalog", "_damage_found", "_history", "_lock", "_looked_at", "_looking", "_mirror"),
     *("_remover", "_saver", "_uploads", "_watched"),
 }
-_ACCESS = ("exclusive", "shared", "read")
+_ACCESS = get_args(Access)
 _LOOKS = 8
 
 C = TypeVar("C", bound="CheckpointFolder")
@@ -97,7 +97,7 @@ class CheckpointFolder:
         world: World | None = None,
         policy: SavePolicy | None = None,
         link_unchanged: bool = True,
-        access: str = "exclusive",
+        access: Access = "exclusive",
         storage: LocalStorage | None = None,
         local_dir: str | Path | None = None,
         storage_options: Mapping[str, object] | None = None,

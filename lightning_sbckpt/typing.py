@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:
     from lightning_sbckpt.meta import Checkpoint
 
 __all__ = [
+    "Access",
     "BytesOf",
     "CheckpointPredicate",
     "ImportanceKey",
     "LoadHook",
+    "OnChange",
+    "OnSaveError",
     "RetentionLimit",
     "RetentionRule",
     "SaveHook",
+    "SaveMode",
     "Stateful",
     "TransferHook",
+    "WhenBusy",
+    "WhenInUse",
     "World",
 ]
 
 T = TypeVar("T")
+
+SaveMode = Literal["sync", "async", "overlap"]
+"""When a checkpoint is on the disk, and what is copied beside training."""
+
+OnSaveError = Literal["raise", "warn"]
+"""What becomes of a checkpoint that could not be written."""
+
+WhenBusy = Literal["wait", "skip"]
+"""What a save does while another is still being written."""
+
+WhenInUse = Literal["raise", "read"]
+"""What a run does in a folder that another process writes to."""
+
+OnChange = Literal["warn", "raise", "restart"]
+"""What a resume does when the experiment is not the checkpoint's."""
+
+Access = Literal["exclusive", "shared", "read"]
+"""Whether other processes may write to a folder, or this one may."""
 
 SaveHook = Callable[..., object]
 """`hook(obj, path)` writes the state of `obj` to the file `path`."""

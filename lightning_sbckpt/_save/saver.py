@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import get_args
 
 from lightning_sbckpt._io.background import Background
 from lightning_sbckpt._save.commit import ChangedMeanwhileError, commit
@@ -30,14 +30,13 @@ from lightning_sbckpt.errors import (
     SBCheckpointError,
 )
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.typing import World
+from lightning_sbckpt.typing import OnSaveError, SaveMode, WhenBusy, World
 
 logger = logging.getLogger("lightning_sbckpt")
 
-SaveMode = Literal["sync", "async", "overlap"]
-SAVE_MODES = ("sync", "async", "overlap")
-ON_SAVE_ERROR = ("raise", "warn")
-WHEN_BUSY = ("wait", "skip")
+SAVE_MODES = get_args(SaveMode)
+ON_SAVE_ERROR = get_args(OnSaveError)
+WHEN_BUSY = get_args(WhenBusy)
 
 # What may go wrong with a save whose arguments are right.
 _OF_A_SAVE = (SaveError, RemovalError, RemoteError, MetaError, HookError)
@@ -45,7 +44,7 @@ _OF_A_SAVE = (SaveError, RemovalError, RemoteError, MetaError, HookError)
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """How saves go on.
+    """How saves go on: given to `SBCheckpoint` as `save_mode=SavePolicy(...)`.
 
     Attributes:
         mode: `"sync"`, `"async"` or `"overlap"`.
@@ -54,11 +53,15 @@ class SavePolicy:
 
     Raises:
         ConfigurationError: One is none of these.
+
+    Example:
+        >>> SavePolicy("async", on_error="warn").when_busy
+        'wait'
     """
 
-    mode: str = "sync"
-    on_error: str = "raise"
-    when_busy: str = "wait"
+    mode: SaveMode = "sync"
+    on_error: OnSaveError = "raise"
+    when_busy: WhenBusy = "wait"
 
     def __post_init__(self) -> None:
         """Refuse what is not known."""

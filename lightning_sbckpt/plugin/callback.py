@@ -15,16 +15,15 @@ from weakref import proxy
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.checkpointer import Checkpointer
-from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.plugin import _private
-from lightning_sbckpt.plugin import options as _options
 from lightning_sbckpt.plugin._private.loading import ForNewModule
-from lightning_sbckpt.plugin.dirpath import absolute, folder, place_of
+from lightning_sbckpt.plugin.dirpath import folder, place_of
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
+from lightning_sbckpt.plugin.options import checked
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer, catch_up
-from lightning_sbckpt.plugin.preemption import Preemption, as_preemption
+from lightning_sbckpt.plugin.policies import ResumePolicy, SavePolicy, Store
+from lightning_sbckpt.plugin.preemption import Preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.run_folders import (
@@ -34,16 +33,26 @@ from lightning_sbckpt.plugin.run_folders import (
 )
 from lightning_sbckpt.plugin.session import FitSession, open_folders
 from lightning_sbckpt.plugin.spawned import hand_back_attributes
-from lightning_sbckpt.plugin.state.adapt import Adaptation
 from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
 from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.state.names import names_of_module
 from lightning_sbckpt.plugin.state.parts import read_to_load
 from lightning_sbckpt.triggers import Trigger
-from lightning_sbckpt.typing import CheckpointPredicate, ImportanceKey, RetentionRule
+from lightning_sbckpt.typing import (
+    CheckpointPredicate,
+    ImportanceKey,
+    OnChange,
+    OnSaveError,
+    RetentionRule,
+    SaveMode,
+    WhenBusy,
+    WhenInUse,
+)
 
 __all__ = ["SBCheckpoint"]
 
+# What `__init__` has beside its arguments.
+_NO_ARGUMENTS = ("self", "__class__")
 _OF_A_FIT = (
     "_session",
     "_reading",
@@ -75,7 +84,7 @@ class SBCheckpoint(_Base):
     checkpoint, between the same two batches, with the same data and random numbers before it.
 
     Args:
-        dirpath: The folder of the run's checkpoints, or a URL as `s3://bucket/run`; the same from
+        dirpath: The folder of the run's checkpoints, or a URL as `s3://bucket/run`, or a `Store(...)`; the same from
             start to start. A `{name}` in it is a hyperparameter, as in `"runs/{lr}-{depth}"`, and
             `{hash}` a hash of them all. Without one it is `checkpoints` below the Trainer's
             `default_root_dir`.
@@ -96,11 +105,12 @@ class SBCheckpoint(_Base):
         train_time_interval: Save when so much time has passed since the last save, too.
         triggers: More triggers of `lightning_sbckpt.triggers`; a checkpoint is saved when any is due.
         resume: Go on from the newest sound checkpoint in `dirpath`, if there is one and `fit` was
-            given no `ckpt_path`.
+            given no `ckpt_path`. A `ResumePolicy(...)` does so and says how: it has the arguments `optional`
+            to `on_change` below, and `trust_pickle`.
         restore_best: Hold the best weights when the fit has ended.
         save_mode: `"sync"`: a checkpoint is on the disk when training goes on. `"async"`: its
             state is copied, and written while training goes on. `"overlap"`: large tensors are
-            copied under the next forward and backward, too.
+            copied under the next forward and backward, too. A `SavePolicy(...)` says this and the next two.
         on_save_error: `"raise"`, or `"warn"`: training goes on without a checkpoint that could not
             be written.
         when_busy: While a checkpoint is still being written, the next save is to `"wait"` for it
@@ -155,7 +165,7 @@ class SBCheckpoint(_Base):
 
     def __init__(
         self,
-        dirpath: str | Path | None = None,
+        dirpath: str | Path | Store | None = None,
         *,
         min_key: str | None = None,
         max_key: str | None = None,
@@ -168,13 +178,13 @@ class SBCheckpoint(_Base):
         every_n_train_steps: int | None = None,
         train_time_interval: timedelta | float | None = None,
         triggers: Sequence[Trigger] = (),
-        resume: bool = True,
+        resume: bool | ResumePolicy = True,
         restore_best: bool = True,
-        save_mode: str = "sync",
-        on_save_error: str = "raise",
-        when_busy: str = "wait",
+        save_mode: SaveMode | SavePolicy = "sync",
+        on_save_error: OnSaveError = "raise",
+        when_busy: WhenBusy = "wait",
         preemption: Preemption | bool = False,
-        when_in_use: str = "raise",
+        when_in_use: WhenInUse = "raise",
         link_unchanged: bool = True,
         recoverables: Recoverables | None = None,
         optional: Sequence[str] = (),
@@ -182,50 +192,17 @@ class SBCheckpoint(_Base):
         key_map: Mapping[str, str] | None = None,
         partial: bool = False,
         keep_lr: bool = False,
-        on_change: str | None = None,
+        on_change: OnChange | None = None,
         meta: Meta | None = None,
         split_model: Sequence[str] = (),
         trust_pickle: bool = False,
         local_dir: str | Path | None = None,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name in _options.KINDS}
+        given = {name: value for name, value in locals().items() if name not in _NO_ARGUMENTS}
         catch_up()
         super().__init__()
-        # Hydra's containers become plain ones.
-        keep, triggers, optional, skip, split_model = map(
-            _options.plain, (keep, triggers, optional, skip, split_model)
-        )
-        recoverables, meta, key_map, storage_options = map(
-            _options.plain, (recoverables, meta, key_map, storage_options)
-        )
-        _options.check_kinds({name: _options.plain(given) for name, given in arguments.items()})
-        _options.check_lists({"split_model": split_model, "optional": optional, "skip": skip})
-        best_by = _options.best_by(importance_key, max_key, min_key)
-        self._options = _options.Options(
-            dirpath=folder(dirpath),
-            best_by=best_by,
-            rules=_options.retention_rules(best_by, num_to_keep, keep_recent, keep),
-            predicate=as_predicate(ckpt_predicate),
-            triggers=_options.triggers(
-                every_n_epochs, every_n_train_steps, train_time_interval, triggers
-            ),
-            resume=resume,
-            restore_best=restore_best,
-            save_policy=SavePolicy(save_mode, on_save_error, when_busy),
-            preemption=as_preemption(preemption),
-            when_in_use=_options.check_when_in_use(when_in_use),
-            link_unchanged=link_unchanged,
-            adaptation=Adaptation(tuple(skip), dict(key_map or {}), partial, keep_lr),
-            optional=tuple(optional),
-            on_change=_options.check_on_change(on_change),
-            recoverables=recoverables,
-            meta=meta,
-            split_model=tuple(split_model),
-            trust_pickle=trust_pickle,
-            local_dir=None if local_dir is None else absolute(local_dir),
-            storage_options=storage_options,
-        )
+        self._options = checked(given)
         self.dirpath = self._placed = self._options.dirpath
         # What Lightning and its loggers read of a checkpoint callback.
         self.monitor = min_key or max_key

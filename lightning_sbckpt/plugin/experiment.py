@@ -14,8 +14,6 @@ from lightning_sbckpt.plugin import _private, identity
 from lightning_sbckpt.plugin.identity import Change
 from lightning_sbckpt.plugin.packages import Trainer
 
-ON_CHANGE = ("warn", "raise", "restart")
-
 _KNOWN_EARLY = (
     identity.MODULE,
     identity.DATAMODULE,

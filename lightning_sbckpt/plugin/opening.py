@@ -13,7 +13,7 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.packages import Trainer
-from lightning_sbckpt.typing import World
+from lightning_sbckpt.typing import Access, World
 
 
 def open_checkpointer(
@@ -43,7 +43,7 @@ def open_checkpointer(
         FolderInUseError: Another process writes there.
     """
 
-    def opened(access: str) -> Checkpointer:
+    def opened(access: Access) -> Checkpointer:
         return Checkpointer(
             dirpath,
             world=world,

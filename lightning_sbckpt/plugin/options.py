@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.best import BestBy
-from lightning_sbckpt.plugin.experiment import ON_CHANGE
-from lightning_sbckpt.plugin.preemption import Preemption
+from lightning_sbckpt.plugin.dirpath import absolute, folder
+from lightning_sbckpt.plugin.policies import with_shorthands
+from lightning_sbckpt.plugin.preemption import Preemption, as_preemption
 from lightning_sbckpt.plugin.state.adapt import Adaptation
 from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
 from lightning_sbckpt.plugin.state.parts import check_disjoint, check_names
@@ -32,8 +34,10 @@ from lightning_sbckpt.triggers import (
 from lightning_sbckpt.typing import (
     CheckpointPredicate,
     ImportanceKey,
+    OnChange,
     RetentionLimit,
     RetentionRule,
+    WhenInUse,
 )
 
 _SHOWN = 80
@@ -97,6 +101,52 @@ class Options:
         check_disjoint(self.split_model)
         if isinstance(self.recoverables, Mapping):
             check_names([*self.split_model, *self.recoverables], "recoverables")
+
+
+def checked(given: Mapping[str, Any]) -> Options:
+    """Return what the arguments of `SBCheckpoint` mean.
+
+    Args:
+        given: All of them, by name.
+
+    Raises:
+        ConfigurationError: One can't be meant, or two contradict each other.
+        SelectionError: More than one of the three keys was given.
+    """
+    # Hydra's containers become plain ones.
+    args = with_shorthands({name: plain(value) for name, value in given.items()})
+    check_kinds({name: args[name] for name in KINDS})
+    check_lists({name: args[name] for name in ("split_model", "optional", "skip")})
+    best = best_by(args["importance_key"], args["max_key"], args["min_key"])
+    return Options(
+        dirpath=folder(args["dirpath"]),
+        best_by=best,
+        rules=retention_rules(best, args["num_to_keep"], args["keep_recent"], args["keep"]),
+        predicate=as_predicate(args["ckpt_predicate"]),
+        triggers=triggers(
+            args["every_n_epochs"],
+            args["every_n_train_steps"],
+            args["train_time_interval"],
+            args["triggers"],
+        ),
+        resume=args["resume"],
+        restore_best=args["restore_best"],
+        save_policy=SavePolicy(args["save_mode"], args["on_save_error"], args["when_busy"]),
+        preemption=as_preemption(args["preemption"]),
+        when_in_use=_one_of("when_in_use", args["when_in_use"], get_args(WhenInUse)),
+        link_unchanged=args["link_unchanged"],
+        adaptation=Adaptation(
+            tuple(args["skip"]), dict(args["key_map"] or {}), args["partial"], args["keep_lr"]
+        ),
+        optional=tuple(args["optional"]),
+        on_change=_one_of("on_change", args["on_change"], (*get_args(OnChange), None)),
+        recoverables=args["recoverables"],
+        meta=args["meta"],
+        split_model=tuple(args["split_model"]),
+        trust_pickle=args["trust_pickle"],
+        local_dir=None if args["local_dir"] is None else absolute(args["local_dir"]),
+        storage_options=args["storage_options"],
+    )
 
 
 def plain(given: Any) -> Any:
@@ -334,27 +384,10 @@ def triggers(
     return AnyOf(batch), AnyOf(ends)
 
 
-def check_when_in_use(given: str) -> str:
-    """Return what to do when another process writes to the folder.
-
-    Raises:
-        ConfigurationError: It is neither `"raise"` nor `"read"`.
-    """
-    if given not in ("raise", "read"):
-        raise ConfigurationError(f"when_in_use is {given!r}, expected one of 'raise', 'read'")
-    return given
-
-
-def check_on_change(given: str | None) -> str | None:
-    """Return what a resume does when the experiment has changed.
-
-    Raises:
-        ConfigurationError: It is none of `"warn"`, `"raise"`, `"restart"`.
-    """
-    if given is not None and given not in ON_CHANGE:
-        raise ConfigurationError(
-            f"on_change is {given!r}, expected one of {', '.join(map(repr, ON_CHANGE))}"
-        )
+def _one_of(name: str, given: Any, choices: Sequence[object]) -> Any:
+    if given not in choices:
+        known = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise ConfigurationError(f"{name} is {given!r}, expected one of {known}")
     return given
 
 
