@@ -521,7 +521,7 @@ class Checkpointer(CheckpointFolder):
                 logger.info("no checkpoint to recover from in %s yet", where)
                 return None
             try:
-                self._load(chosen)
+                self._load(self.recoverables, chosen, self.optional_recoverables)
             except SBCheckpointError:
                 # Several ranks can't agree on another one in the middle of loading.
                 if self.world.size > 1 or is_checkpoint(chosen.path):
@@ -548,24 +548,52 @@ class Checkpointer(CheckpointFolder):
             >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
             >>> checkpointer.load_checkpoint(checkpointer.save_checkpoint())
         """
+        self.load_into(self.recoverables, checkpoint, self.optional_recoverables)
+
+    def load_into(
+        self,
+        items: Mapping[str, object],
+        checkpoint: Checkpoint | str | Path,
+        optional: Mapping[str, bool] | None = None,
+    ) -> None:
+        """Load a checkpoint into objects that need not be recoverables of this checkpointer.
+
+        Args:
+            items: The objects, by the names that they were saved under.
+            checkpoint: See `load_checkpoint`.
+            optional: Which of them the checkpoint may lack.
+
+        Raises:
+            CheckpointNotFoundError: See `load_checkpoint`.
+            DamagedCheckpointError: See `load_checkpoint`.
+            MismatchError: See `load_checkpoint`.
+
+        Example:
+            >>> import tempfile, torch
+            >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"model": torch.nn.Linear(1, 1)})
+            >>> saved = checkpointer.save_checkpoint()
+            >>> checkpointer.load_into({"model": torch.nn.Linear(1, 1)}, saved)
+        """
         # What is still being copied must not change yet.
         self.wait()
         if not isinstance(checkpoint, tuple):
             given = checkpoint
             place = decided_by_main(self.world, lambda: resolved(given))
             checkpoint = read_checkpoint(self.folder_of(place))
-        require_sound(checkpoint, self.recoverables)
-        self._load(checkpoint)
+        require_sound(checkpoint, items)
+        self._load(items, checkpoint, optional or {})
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def _load(
+        self, items: Mapping[str, object], checkpoint: Checkpoint, optional: Mapping[str, bool]
+    ) -> None:
         options = LoadOptions(
             self.custom_load_hooks,
             self.registry,
-            self.optional_recoverables,
+            optional,
             self.allow_partial_load,
             self.trust_pickle,
         )
-        load_into(self.recoverables, checkpoint, options)
+        load_into(items, checkpoint, options)
         self.lineage["resumed-from"] = checkpoint.path.name
 
     def _save_items(self, items: Mapping[str, object]) -> dict[str, SaveItem]:

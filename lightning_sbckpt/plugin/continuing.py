@@ -234,11 +234,8 @@ class Beginning:
             self._resumption.note_recoverables(own)
         wanted = {name: obj for name, obj in own.items() if name not in self._adaptation.skip}
         if wanted:
-            checkpointer = self._run.checkpointer
-            for name, obj in wanted.items():
-                checkpointer.add_recoverable(name, obj, optional_load=name in self._optional)
-            checkpointer.load_checkpoint(self._run.resumed_from)
-            checkpointer.recoverables = {}
+            optional = dict.fromkeys(self._optional, True)
+            self._run.checkpointer.load_into(wanted, self._run.resumed_from, optional)
 
     def note_callbacks(self, saved: Mapping[str, object]) -> None:
         """Note which callbacks find their state in the checkpoint, and which don't."""
