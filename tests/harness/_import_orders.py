@@ -2,7 +2,8 @@
 
 `python _import_orders.py FOLDER ORDER...`: a process for each order is forked when torch is loaded and
 no Lightning is, and writes what went wrong, if anything, to a file of the order's number. An order is
-names of packages with a `+` between them; `made` stands for making a callback and deriving a class.
+names of packages with a `+` between them; `made` stands for making a callback and deriving a class,
+and `no:` before a name for a package that is not installed.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ def run(order: str, folder: Path) -> None:
 
             kinds.append(type("Derived", (lightning_sbckpt.SBCheckpoint,), {}))
             callbacks.append(kinds[0](folder / "made"))
+        elif name.startswith("no:"):
+            sys.modules[name[3:]] = None
         else:
             import_module(name)
     from lightning_sbckpt import SBCheckpoint
 
     wanted = {name.partition(".")[0] for name in order.split("+") if name in LIGHTNING}
-    present = {name.partition(".")[0] for name in LIGHTNING if name in sys.modules}
+    present = {name.partition(".")[0] for name in LIGHTNING if sys.modules.get(name)}
     assert present == wanted, f"{wanted} was imported, and {present} is there"
     data = torch.utils.data.DataLoader(torch.ones(8, 2))
     for name in sorted(wanted):

@@ -23,10 +23,12 @@ from lightning_sbckpt.plugin.selftest import assert_resume_exact
 
 PACKAGES = [lightning.pytorch, pytorch_lightning]
 ORDERS = [
-    "lightning_sbckpt+pytorch_lightning",
+    "no:lightning+lightning_sbckpt+pytorch_lightning",
     "made+lightning+pytorch_lightning",
     "pytorch_lightning+lightning_sbckpt+lightning",
+    "no:pytorch_lightning+lightning_sbckpt+lightning",
     "lightning_sbckpt+lightning",
+    "lightning_sbckpt+pytorch_lightning",
     "lightning+lightning_sbckpt",
     "pytorch_lightning+lightning_sbckpt",
     "lightning+pytorch_lightning+lightning_sbckpt",
