@@ -12,11 +12,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 __all__ = [
     "BatchSizeFinder",
@@ -149,7 +148,7 @@ def _name_of(obj: object) -> str:
     )
 
 
-class _Watch(MetaPathFinder):
+class _Watch:
     """Tells when a package has been imported, whoever imports it, and however late."""
 
     def __init__(self, act: Callable[[str], object]) -> None:
@@ -169,7 +168,7 @@ class _Watch(MetaPathFinder):
         finally:
             self._sought.remove(name)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
+            spec.loader = cast("Any", _Loader(spec.loader, self))
         return spec
 
     def catch_up(self) -> None:
@@ -179,14 +178,14 @@ class _Watch(MetaPathFinder):
                 self._told.add(module.__name__)
 
 
-class _Loader(Loader):
+class _Loader:
     """Loads as another one does, and tells that it has."""
 
-    def __init__(self, loader: Loader, watch: _Watch) -> None:
+    def __init__(self, loader: Any, watch: _Watch) -> None:
         self._loader, self._watch = loader, watch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+        return cast("ModuleType | None", self._loader.create_module(spec))
 
     def exec_module(self, module: ModuleType) -> None:
         # What asks the module for its loader is to find the one that knows its source.
