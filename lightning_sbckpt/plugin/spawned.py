@@ -11,6 +11,7 @@ from lightning_sbckpt.plugin.packages import Callback, Trainer
 __all__ = ["hand_back_attributes"]
 
 _ATTRIBUTES = (
+    *("dirpath", "_placed"),
     "best_model_path",
     "best_model_score",
     "best_k_models",

@@ -17,8 +17,8 @@ def fit_in_workers(folder: Path, rank: int, strategy: str, epochs: int) -> None:
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
         os.environ.pop(name)
     trainer, module, callback, loaders = make(
-        folder / "checkpoints",
-        trainer={"strategy": strategy, "max_epochs": epochs},
+        f"{folder}/{{default_root_dir}}",
+        trainer={"strategy": strategy, "max_epochs": epochs, "default_root_dir": "checkpoints"},
         num_to_keep=9,
     )
     for loader in loaders.values():
@@ -27,6 +27,7 @@ def fit_in_workers(folder: Path, rank: int, strategy: str, epochs: int) -> None:
     trainer.fit(module, **loaders)
     report = callback.resume_report
     told = {
+        "folder": str(callback.dirpath),
         "best": callback.best_model_path,
         "last": callback.last_model_path,
         "score": float(callback.best_model_score),
@@ -48,6 +49,7 @@ def test_the_parent_ends_with_what_rank_zero_knows_of_the_run(tmp_path, strategy
         told = json.loads((tmp_path / "parent.json").read_text())
         found = checkpoints(tmp_path)
         losses = {str(ckpt.path): ckpt.meta["val_loss"] for ckpt in found}
+        assert told["folder"] == str(tmp_path / "checkpoints")
         assert told["last"] == str(found[-1].path)
         assert told["now"] == pytest.approx(losses[told["last"]])
         assert told["best"] == min(losses, key=losses.get)
