@@ -212,9 +212,12 @@ def file_damage(
     try:
         # What is written is a file in folders: a link could lead anywhere, and a pipe be endless.
         with open_below(folder, name) as stream:
-            size = os.fstat(stream.fileno()).st_size
+            status = os.fstat(stream.fileno())
+            size = status.st_size
             if size != expected.size:
                 return f"{name} has {size:,} bytes, {expected.size:,} were written"
+            if read is not None and _is_hollow(stream, status):
+                return f"{name} has {size:,} bytes, more than the disk that it lies on: they are a hole"
             if read is not None and read(stream) != expected:
                 return f"{name} has other bytes than were written (checksum differs)"
     except FileNotFoundError:
@@ -226,6 +229,14 @@ def file_damage(
     except OSError as error:
         return f"{name} can't be read: {error.strerror or error}"
     return None
+
+
+def _is_hollow(stream: BinaryIO, status: os.stat_result) -> bool:
+    """Return whether a file says that it has more bytes than fit on its disk; to read them takes for ever."""
+    if status.st_size // 2 < status.st_blocks * 512:
+        return False
+    disk = os.fstatvfs(stream.fileno())
+    return 0 < disk.f_blocks * disk.f_frsize < status.st_size
 
 
 def _is_named(name: str, names: Collection[str] | None) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import re
 import shutil
 
 import pytest
@@ -357,3 +359,24 @@ def test_what_is_installed_is_looked_up_once(run, monkeypatch):
         checkpointer.save_checkpoint()
     assert "torch" in asked
     assert len(asked) == len(set(asked))
+
+
+def test_file_larger_than_its_disk_is_damage_and_is_not_read(tmp_path, monkeypatch):
+    """A hole of a terabyte takes no room, and to read it would take a quarter of an hour."""
+    disk = os.statvfs(tmp_path)
+    size = 2 * disk.f_blocks * disk.f_frsize
+    checkpointer = Checkpointer(tmp_path, {"model": torch.nn.Linear(1, 1)})
+    saved = checkpointer.save_checkpoint()
+    try:
+        os.truncate(saved.path / "model.ckpt", size)
+    except OSError:
+        pytest.skip(f"no file has {size} bytes on this filesystem")
+    manifest = saved.path / "MANIFEST.yaml"
+    body = manifest.read_bytes().rpartition(b"manifest-checksum")[0]
+    body = re.sub(rb"(model\.ckpt: \{size: )\d+", rb"\g<1>%d" % size, body)
+    manifest.write_bytes(body + _checksum_line(body))
+    monkeypatch.setattr("lightning_sbckpt._layout.manifest.read_digest", None)
+    (problem,) = find_damage(saved.path, {"model.ckpt"})
+    assert problem.endswith("more than the disk that it lies on: they are a hole")
+    with pytest.raises(DamagedCheckpointError, match="they are a hole"):
+        checkpointer.load_checkpoint(saved)
