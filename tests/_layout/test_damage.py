@@ -374,8 +374,8 @@ def test_file_larger_than_its_disk_is_damage_and_is_not_read(tmp_path, monkeypat
     manifest = saved.path / "MANIFEST.yaml"
     body = manifest.read_bytes().rpartition(b"manifest-checksum")[0]
     body = re.sub(rb"(model\.ckpt: \{size: )\d+", rb"\g<1>%d" % size, body)
-    manifest.write_bytes(body + _checksum_line(body))
-    monkeypatch.setattr("lightning_sbckpt._layout.manifest.read_digest", None)
+    manifest.write_bytes(body + _checksum_line(body) + b"\n")
+    monkeypatch.setattr("lightning_sbckpt._layout.manifest.read_digest", pytest.fail)
     (problem,) = find_damage(saved.path, {"model.ckpt"})
     assert problem.endswith("more than the disk that it lies on: they are a hole")
     with pytest.raises(DamagedCheckpointError, match="they are a hole"):
