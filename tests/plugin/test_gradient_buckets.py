@@ -287,7 +287,11 @@ CELLS: dict[str, dict] = {
     "hook": {"model": partial(Hooked, None, default_hooks.fp16_compress_hook)},
     "built-in hook": {"model": Builtin},
     "hook with a state": {"model": partial(Hooked, Errors, with_feedback)},
-    "PowerSGD": {"model": partial(Hooked, power_sgd, powerSGD_hook.powerSGD_hook)},
+    # In one bucket: with several on gloo, its own collectives of one may overtake those of another.
+    "PowerSGD": {
+        "model": partial(Hooked, power_sgd, powerSGD_hook.powerSGD_hook),
+        "ddp": {"bucket_cap_mb": None},
+    },
     # A part of the graph for each bucket, by torch's own optimizer of DDP graphs.
     "compiled": {"model": compiled, "ddp": {"bucket_cap_mb": 2}},
     "unfreezing": {"model": Unfreezing, "ddp": {"find_unused_parameters": True}},
