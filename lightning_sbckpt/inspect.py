@@ -39,7 +39,6 @@ def table(
         Lines of text.
 
     Raises:
-        MissingDependencyError: The library rich is not installed.
         SelectionError: Both `min_key` and `max_key` were given.
 
     Example:

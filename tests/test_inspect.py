@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from lightning_sbckpt._display.wording import say_size
 from lightning_sbckpt._views.columns import Column, ago, freed_by
 from lightning_sbckpt._views.grid import as_text
-from lightning_sbckpt.errors import MissingDependencyError, SelectionError
+from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import Checkpoint
 
@@ -177,17 +176,6 @@ def test_two_keys_for_the_best_are_refused(two):
     """As everywhere: at most one."""
     with pytest.raises(SelectionError, match="min_key='loss'"):
         table(two, min_key="loss", max_key="acc")
-
-
-def test_without_rich_the_message_says_how_to_install_it(two, monkeypatch):
-    """The library is optional."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "lightning_sbckpt._views.grid", raising=False)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(MissingDependencyError, match="pip install 'lightning-sbckpt") as caught:
-        table(two)
-    assert isinstance(caught.value, ImportError)
 
 
 def test_paths_may_be_relative(monkeypatch, tmp_path):

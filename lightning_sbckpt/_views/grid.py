@@ -6,22 +6,15 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_sbckpt._views.columns import Column
-from lightning_sbckpt.errors import MissingDependencyError
+import rich.box
+import rich.cells
+import rich.console
+import rich.constrain
+import rich.padding
+import rich.table
+import rich.text
 
-try:
-    import rich.box
-    import rich.cells
-    import rich.console
-    import rich.constrain
-    import rich.padding
-    import rich.table
-    import rich.text
-except ImportError as error:
-    raise MissingDependencyError(
-        "Cannot draw a table of checkpoints: the library rich is not installed. Install it "
-        "with: pip install 'lightning-sbckpt[cli]'"
-    ) from error
+from lightning_sbckpt._views.columns import Column
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -5,19 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 
-from lightning_sbckpt.errors import MissingDependencyError, SBCheckpointError
-
-try:
-    import click
-    from click.shell_completion import CompletionItem
-except ImportError as error:
-    raise MissingDependencyError(
-        "the command lightning-sbckpt needs click and rich, which are not installed: "
-        "pip install 'lightning-sbckpt[cli]'"
-    ) from error
+import click
+from click.shell_completion import CompletionItem
 
 from lightning_sbckpt.cli._bars import bars_of_command
 from lightning_sbckpt.cli._common import EXIT_CODES, Failure, code_of, log_to_terminal, message_of
+from lightning_sbckpt.errors import SBCheckpointError
 
 __all__ = ["main"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, cast
 
-from lightning_sbckpt.errors import MissingDependencyError, SelectionError
+from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import nodes
 from lightning_sbckpt.expressions.nodes import Node
 
@@ -95,7 +95,6 @@ def parse(text: str) -> Node:
 
     Raises:
         SelectionError: The text is no expression; the message says where.
-        MissingDependencyError: `lark` is not installed.
     """
     if len(text) > _MAX_LENGTH:
         raise SelectionError(
@@ -136,14 +135,8 @@ def _cut(text: str, length: int) -> str:
 
 @cache
 def _parser() -> tuple[Callable[[str], Node], type[Exception]]:
-    try:
-        from lark import Lark, Transformer, UnexpectedInput
-    except ImportError as error:
-        raise MissingDependencyError(
-            "expressions over meta are read by lark, which is not installed. Run: pip install "
-            "'lightning-sbckpt[expressions]'. Or write a function of the checkpoint instead, such "
-            'as lambda ckpt: ckpt.meta["val_acc"] > 0.9'
-        ) from error
+    # Imported when an expression is first read.
+    from lark import Lark, Transformer, UnexpectedInput
 
     class Builder(Transformer[object, Node]):
         """Makes a node of each rule as soon as it is read."""

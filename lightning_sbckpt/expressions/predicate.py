@@ -119,7 +119,6 @@ def parse_predicate(text: str) -> Expression:
 
     Raises:
         SelectionError: The text is no expression; the message says at which character.
-        MissingDependencyError: The library that reads expressions is not installed.
 
     Example:
         >>> from pathlib import Path

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sbckpt.errors import MissingDependencyError, SelectionError
+from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression, as_predicate, parse_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import importance, rank_checkpoints
@@ -402,31 +402,6 @@ def test_an_expression_is_a_value_that_travels_as_text():
     assert isinstance(back, Expression)
     assert back(Checkpoint(Path("a"), {"a": 2}, {})) is True
     assert back.keys == {"a"}
-
-
-WITHOUT_LARK = """
-import sys
-sys.modules["lark"] = None
-from lightning_sbckpt.errors import MissingDependencyError
-from lightning_sbckpt.expressions import parse_predicate
-from lightning_sbckpt.selection import importance, rank_checkpoints
-rank_checkpoints([], importance(), lambda ckpt: True)
-try:
-    parse_predicate("a > 1")
-except MissingDependencyError as error:
-    print(error)
-"""
-
-
-@pytest.mark.long
-def test_without_the_parser_the_message_says_how_to_install_it_and_the_rest_works():
-    """The library is optional, and imported when an expression is first read."""
-    assert issubclass(MissingDependencyError, ImportError)
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_LARK], capture_output=True, text=True, check=False
-    )
-    assert "pip install 'lightning-sbckpt[expressions]'" in done.stdout, done.stderr
-    assert "lambda ckpt" in done.stdout
 
 
 def test_the_parser_is_not_imported_before_it_is_needed():
