@@ -19,9 +19,10 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import ForNewModule
 from lightning_sbckpt.plugin.dirpath import folder, place_of
+from lightning_sbckpt.plugin.model_checkpoint import arguments_like, refusing_its_arguments
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
 from lightning_sbckpt.plugin.options import checked
-from lightning_sbckpt.plugin.packages import LightningModule, Trainer, catch_up
+from lightning_sbckpt.plugin.packages import LightningModule, ModelCheckpoint, Trainer, catch_up
 from lightning_sbckpt.plugin.policies import ResumePolicy, SavePolicy, Store
 from lightning_sbckpt.plugin.preemption import Preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
@@ -163,6 +164,7 @@ class SBCheckpoint(_Base):
         lightning_sbckpt.errors.SelectionError: Cannot choose a checkpoint by ...
     """
 
+    @refusing_its_arguments
     def __init__(
         self,
         dirpath: str | Path | Store | None = None,
@@ -211,6 +213,26 @@ class SBCheckpoint(_Base):
         self.resume_report: ResumeReport | None = None
         self._take_no_part()
         self._reset_scores()
+
+    @classmethod
+    def like(cls, callback: ModelCheckpoint, **more: Any) -> SBCheckpoint:
+        """Return a callback that saves and keeps what a `ModelCheckpoint` would.
+
+        Args:
+            callback: The callback whose place it takes.
+            more: Arguments of this class, which go before those of the callback.
+
+        Raises:
+            ConfigurationError: The callback saves nothing.
+
+        Example:
+            >>> from lightning.pytorch.callbacks import ModelCheckpoint
+            >>> stock = ModelCheckpoint("runs/digits", monitor="val_acc", mode="max", save_top_k=3)
+            >>> callback = SBCheckpoint.like(stock)
+            >>> callback.monitor, callback.mode, callback.save_top_k
+            ('val_acc', 'max', 3)
+        """
+        return cls(**{**arguments_like(callback), **more})
 
     def _take_no_part(self) -> None:
         """Begin to be in no fit; what is set here is no part of a copy, see `_OF_A_FIT`."""

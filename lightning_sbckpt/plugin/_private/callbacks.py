@@ -184,3 +184,12 @@ def weak_points(trainer: Trainer) -> list[str]:
         for callback in callbacks_of(trainer)
         if isinstance(callback, ModelPruning)
     ]
+
+
+def periods_of(callback: ModelCheckpoint) -> dict[str, Any]:
+    """Return how often a `ModelCheckpoint` saves, by the names of the arguments."""
+    return {
+        "every_n_epochs": callback._every_n_epochs or None,
+        "every_n_train_steps": callback._every_n_train_steps or None,
+        "train_time_interval": callback._train_time_interval,
+    }
