@@ -108,6 +108,7 @@ class LoaderTracker:
         former = list(self._groups[stage])
         if self.is_complete[stage]:
             self.forget(stage)
+            self._end_epoch_of(former, loader)
         group = self._groups[stage]
         # The same loader made "again" may still have its workers.
         position = next((t.position for t in former if t.position.loader is loader), None)
@@ -116,6 +117,20 @@ class LoaderTracker:
         if not self.is_holding and track.key in self.pending:
             track.position.restore_now(self.pending[track.key])
         return TrackedLoader(loader, track, self)
+
+    def _end_epoch_of(self, former: list[Track], loader: object) -> None:
+        """Take loaders that are replaced to where their epoch ended, for the objects they share.
+
+        What is the new loaders' own begins as it was made, as in a run that goes through.
+        """
+        for track in former:
+            goes_on = self.is_mid_epoch and track.stage == "train"
+            if self.is_holding or goes_on or track.position.loader is loader:
+                continue
+            pending = self.take_pending(track)
+            if pending is not None:
+                track.position.prepare_epoch(pending)
+                track.take_notes()
 
     def complete(self, stage: str) -> None:
         """Say that the group of a stage is complete: the next loader begins a new one."""
@@ -424,7 +439,7 @@ class Track:
             if pending is not None:
                 position.prepare_epoch(pending)
             iteration = position.begin(keeps_last=keeps_last)
-        self._take_notes()
+        self.take_notes()
         return iteration
 
     def state_dict(self) -> Mapping[str, object]:
@@ -442,7 +457,8 @@ class Track:
         if not self.tracker.is_holding and self.key not in self.tracker.pending:
             self.position.loader.load_state_dict(state)
 
-    def _take_notes(self) -> None:
+    def take_notes(self) -> None:
+        """Hand the tracker what the position has to tell."""
         notes, self.position.notes = self.position.notes, []
         self.tracker.notes += [f"{self.name}: {note}." for note in notes]
 

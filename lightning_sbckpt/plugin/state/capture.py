@@ -225,7 +225,9 @@ class Gatherer:
             for owner in owners
             if not _saves_something(owner)
             for name, value in vars(owner).items()
+            # A class that is held, of an optimizer for example, has the methods and no state.
             if isinstance(value, Stateful)
+            and not isinstance(value, type)
             # Data is followed where it is loaded, and what is Lightning's is saved by it.
             and not isinstance(value, (torch.nn.Module, Iterable, Dataset, LightningOptimizer))
             and id(value) not in saved

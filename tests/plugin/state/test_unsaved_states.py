@@ -35,6 +35,17 @@ class Offering(Averaging):
         return {"average": self.average}
 
 
+class HoldsClass(Net):
+    """Is given the class of its optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind = torch.optim.SGD
+
+    def configure_optimizers(self):
+        return self.kind(self.parameters(), 0.1)
+
+
 class ByHand(Averaging):
     """Has an optimizer that Lightning knows, and one that it doesn't."""
 
@@ -68,6 +79,7 @@ def told(tmp_path):
         (ByHand, ["ByHand.other (SGD)"]),
         (Saving, []),
         (Offering, []),
+        (HoldsClass, []),
     ],
 )
 def test_a_state_of_the_module_that_nothing_saves_is_named(told, module, expected):
