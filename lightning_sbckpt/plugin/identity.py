@@ -255,13 +255,22 @@ def _arguments_of_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _arguments_of_scheduler(scheduler: Any) -> dict[str, Any]:
     return {
-        name: rendered(value)
+        name: _argument_of_scheduler(value)
         for name, value in getattr(scheduler, "__dict__", {}).items()
         if not name.startswith("_")
         and name not in _STATE_OF_SCHEDULERS
         and not hasattr(value, "param_groups")
         and not callable(value)
     }
+
+
+def _argument_of_scheduler(value: Any) -> object:
+    """Return an argument in plain values; of a scheduler within a scheduler, its arguments only."""
+    if isinstance(value, (list, tuple)) and any(hasattr(each, "optimizer") for each in value):
+        return [_argument_of_scheduler(each) for each in value]
+    if hasattr(value, "optimizer"):
+        return {"class": class_path(type(value)), **_arguments_of_scheduler(value)}
+    return rendered(value)
 
 
 # ---------------------------------------------------------------------- on disk

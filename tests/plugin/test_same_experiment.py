@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
 from _runs import Steps, fit, loader
+from _stopped import Net
+from _stopped import fit as fit_until
 from torch import nn
 
 from lightning_sbckpt.errors import ConfigurationError
@@ -100,3 +104,45 @@ def test_another_datamodule_with_a_new_module_is_refused_in_one_process(tmp_path
     fit(tmp_path, module=Steps(), data=Data(), trainer={"max_epochs": 1})
     with pytest.raises(ConfigurationError, match=r"datamodule: .*RenamedData' asked for"):
         fit(tmp_path, module=Steps(), data=RenamedData(), trainer={"max_epochs": 2})
+
+
+class WarmUp(torch.optim.lr_scheduler.LRScheduler):
+    """Hands over to schedulers that it holds, as those of other libraries do."""
+
+    def __init__(self, optimizer, gamma):
+        self.after = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma)
+        self.others = [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)]
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, epoch=None):
+        super().step(epoch)
+        if hasattr(self, "after") and self.last_epoch > 0:
+            self.after.step()
+
+
+class Warming(Net):
+    def __init__(self, gamma=0.9):
+        super().__init__()
+        self.gamma = gamma
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [WarmUp(optimizer, self.gamma)]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "said"), [(0.9, []), (0.5, ["after.gamma", "others.gamma"])], ids=["same", "another"]
+)
+def test_schedulers_within_a_scheduler_are_compared_by_their_arguments(tmp_path, gamma, said):
+    """Not by what they have counted."""
+    options = {"every_n_train_steps": 1, "restore_best": False}
+    fit_until(tmp_path, Warming(), stop=6, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit_until(tmp_path, Warming(gamma), **options)
+    text = "".join(str(each.message) for each in caught)
+    assert [name for name in ("after.gamma", "others.gamma") if name in text] == said
+    assert ("is not quite what is in" in text) == bool(said)
