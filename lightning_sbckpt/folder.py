@@ -22,7 +22,7 @@ from lightning_sbckpt._layout.manifest import MANIFEST_NAME, find_damage
 from lightning_sbckpt._layout.sizes import checkpoint_bytes
 from lightning_sbckpt._load.load import first_sound, identity_of_folder
 from lightning_sbckpt._remote.mirror import Mirror
-from lightning_sbckpt._remote.places import here, mirror_at, place_of
+from lightning_sbckpt._remote.places import mirror_at, place_of, resolve_local
 from lightning_sbckpt._remote.uploading import Uploads
 from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt._save.remover import Remover
@@ -214,7 +214,7 @@ class CheckpointFolder:
                 # In the folder of this one, and not in the default one for the URL.
                 self._mirror.refresh()
                 return self.checkpoints_dir / name
-        return here(checkpoint)
+        return resolve_local(checkpoint)
 
     def _ask_store(self) -> None:
         if self._mirror is not None:

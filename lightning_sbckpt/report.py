@@ -22,7 +22,7 @@ from lightning_sbckpt._display.wording import say_text, say_when
 from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._layout.manifest import file_damage, find_damage, read_manifest
 from lightning_sbckpt._layout.sizes import checkpoint_bytes
-from lightning_sbckpt._remote.places import here, said
+from lightning_sbckpt._remote.places import display_path, resolve_local
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._views.report_view import make_page
 from lightning_sbckpt._views.timeline import Timeline
@@ -75,7 +75,7 @@ def report(
         >>> report(checkpointer.checkpoints_dir).name
         'report.html'
     """
-    folder = here(root)
+    folder = resolve_local(root)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise CheckpointNotFoundError(
@@ -83,7 +83,7 @@ def report(
             f"{found}. Name the folder that holds the CKPT+... folders"
         )
     timeline = CheckpointFolder(folder, access="read").timeline()
-    shown = said(folder.absolute())
+    shown = display_path(folder.absolute())
     beside = Path() if is_url(root) else folder
     target = Path(path) if path is not None else beside / "report.html"
     keys, modes = chosen_keys(timeline, key, min_key=min_key, max_key=max_key)

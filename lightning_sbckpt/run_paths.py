@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning_sbckpt._layout.publish import folder_names, is_checkpoint
-from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._remote.places import resolve_local
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.folder import CheckpointFolder
@@ -110,7 +110,7 @@ def folder_of(source: Checkpoint | str | os.PathLike[str], part: str | None = No
         'CKPT+a'
     """
     if isinstance(source, (str, os.PathLike)):
-        return here(resolved(source, part))
+        return resolve_local(resolved(source, part))
     # SpeechBrain's record has one, too.
     return Path(source.path)
 

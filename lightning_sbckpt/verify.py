@@ -28,7 +28,7 @@ from lightning_sbckpt._layout.manifest import (
 )
 from lightning_sbckpt._layout.publish import CKPT_PREFIX
 from lightning_sbckpt._remote.mirror import Mirror
-from lightning_sbckpt._remote.places import here, mirror_at
+from lightning_sbckpt._remote.places import mirror_at, resolve_local
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
 from lightning_sbckpt.meta import META_NAME, read_meta
@@ -110,7 +110,7 @@ def verify(
         >>> verify(saved.path)[0].problems
         ('model.ckpt has ... bytes, ... were written',)
     """
-    root = here(path)
+    root = resolve_local(path)
     mirror = mirror_at(root) or mirror_at(root.parent)
     if mirror is not None and not is_url(path):
         mirror.refresh()

@@ -21,7 +21,7 @@ from lightning_sbckpt._display.wording import (
     say_when,
 )
 from lightning_sbckpt._io.open_regular import read_regular
-from lightning_sbckpt._io.records import absent_files
+from lightning_sbckpt._io.records import remote_files
 
 if TYPE_CHECKING:
     from lightning_sbckpt.meta import Checkpoint
@@ -147,7 +147,7 @@ def _files(path: Path, described: object) -> str:
         for file in sorted(path.rglob("*"))
         if file.is_file() and not file.is_symlink()
     }
-    found |= absent_files(path)
+    found |= remote_files(path)
     if not path.is_dir():
         raise FileNotFoundError(path)
     written = described if isinstance(described, dict) else {}
@@ -195,7 +195,7 @@ def _size(folder: Path) -> str:
     try:
         with os.scandir(folder) as entries:
             here = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
-        return say_size(here + sum(absent_files(folder).values()))
+        return say_size(here + sum(remote_files(folder).values()))
     except OSError:
         return "gone"
 

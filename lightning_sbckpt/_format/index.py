@@ -83,7 +83,7 @@ class _Storage(NamedTuple):
     dtype: torch.dtype | None
 
 
-class Outline(NamedTuple):
+class FileIndex(NamedTuple):
     """The state in a file, its tensors made by whoever asked, and the file as it was then."""
 
     state: object
@@ -104,7 +104,7 @@ def span(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
     return (last + 1) * dtype.itemsize
 
 
-def read_outline(path: Path, make: Callable[[Stored], object]) -> Outline | None:
+def read_outline(path: Path, make: Callable[[Stored], object]) -> FileIndex | None:
     """Return what a file holds, or None if only `torch.load` can tell.
 
     Args:
@@ -117,7 +117,7 @@ def read_outline(path: Path, make: Callable[[Stored], object]) -> Outline | None
         with open_to_read(path) as stream:
             identity = identity_of(stream.fileno())
             pickled, records = _find_records(stream.fileno())
-        return Outline(_Reader(pickled, records, make).read(), identity)
+        return FileIndex(_Reader(pickled, records, make).read(), identity)
     except Exception:
         # Whatever it is, torch's own way of reading will say it, or will do.
         return None

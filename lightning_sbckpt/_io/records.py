@@ -6,7 +6,7 @@ stands in a record beside the checkpoints, `.remote/<name>.json`: size and tag o
 which `CKPT.yaml` it was written for. A checkpoint without a record that fits is all here, as every
 one is in a folder that is no mirror.
 
-Who reads a file calls `bring` first; how it is brought is told by whoever knows stores.
+Who reads a file calls `fetch` first; how it is brought is told by whoever knows stores.
 """
 
 from __future__ import annotations
@@ -101,13 +101,13 @@ def _leads_out(name: str) -> bool:
     return "\0" in name or any(part in ("", ".", "..") for part in name.split("/"))
 
 
-def absent_files(folder: Path) -> dict[str, int]:
+def remote_files(folder: Path) -> dict[str, int]:
     """Return the size of each file that a checkpoint has in the store and not here."""
     stored = stored_files(folder)
     return {name: file.size for name, file in stored.items() if not os.path.lexists(folder / name)}
 
 
-def bring(folder: Path, names: Collection[str] | None = None) -> None:
+def fetch(folder: Path, names: Collection[str] | None = None) -> None:
     """Make sure that files of a checkpoint are here; at once where they are.
 
     Args:
@@ -116,7 +116,7 @@ def bring(folder: Path, names: Collection[str] | None = None) -> None:
     """
     wanted = [
         name
-        for name in absent_files(folder)
+        for name in remote_files(folder)
         if names is None or name in names or name.partition("/")[0] in names
     ]
     for fetch, _ in _fetchers if wanted else ():
@@ -126,7 +126,7 @@ def bring(folder: Path, names: Collection[str] | None = None) -> None:
 def bring_file(path: Path, *beside: Path) -> None:
     """Make sure that a file of a checkpoint is here, and those beside it that it may have."""
     if not path.exists() or (beside and os.path.lexists(path.parent.parent / RECORDS_NAME)):
-        bring(path.parent, [path.name, *(other.name for other in beside)])
+        fetch(path.parent, [path.name, *(other.name for other in beside)])
 
 
 def discard(folder: Path, name: str) -> bool:

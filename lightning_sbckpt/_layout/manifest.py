@@ -24,7 +24,7 @@ import yaml
 from lightning_sbckpt._format.yaml import MAX_META_BYTES, parse_yaml
 from lightning_sbckpt._io.digests import read_digest, recent_digest
 from lightning_sbckpt._io.open_regular import NotRegularError, open_below, read_regular
-from lightning_sbckpt._io.records import bring, discard, stored_files
+from lightning_sbckpt._io.records import discard, fetch, stored_files
 from lightning_sbckpt._io.storage import FileDigest, digest_bytes
 from lightning_sbckpt._io.threads import run_all
 from lightning_sbckpt._layout.history import HISTORY_NAME, read_history
@@ -176,7 +176,7 @@ def find_damage(
         manifest = read_manifest(folder)
     except (MetaError, OSError) as error:
         return [str(error)]
-    bring(folder, names)
+    fetch(folder, names)
     if manifest is None:
         lost = lost_manifest(folder)
         return [*([] if lost is None else [lost]), *_find_cut_off_files(folder, names)]
@@ -188,7 +188,7 @@ def find_damage(
         found[name] = file_damage(folder, name, manifest.files[name], wanted)
         # What lies here may be a damaged copy of a sound file.
         if found[name] is not None and wanted is not None and discard(folder, name):
-            bring(folder, [name])
+            fetch(folder, [name])
             found[name] = file_damage(folder, name, manifest.files[name], wanted)
 
     sizes = {name: described.size for name, described in manifest.files.items()}

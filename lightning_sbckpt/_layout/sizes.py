@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from stat import S_ISREG
 
-from lightning_sbckpt._io.records import absent_files
+from lightning_sbckpt._io.records import remote_files
 from lightning_sbckpt.meta import Checkpoint
 
 _BLOCK = 512  # What st_blocks counts in, whatever the blocks of the file system are.
@@ -45,7 +45,7 @@ def real_bytes(folder: Path) -> dict[Hashable, int]:
                 # Not yet allocated by a file system that allocates late: the length is the promise.
                 size = stat.st_blocks * _BLOCK or stat.st_size
                 found[stat.st_dev, stat.st_ino] = size
-    for name, size in absent_files(folder).items():
+    for name, size in remote_files(folder).items():
         found[str(folder), name] = size
     return found
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_sbckpt._format.load import marked_path, pickled_path, trusting_pickle
-from lightning_sbckpt._io.records import bring, stored_files
+from lightning_sbckpt._io.records import fetch, stored_files
 from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT, is_checkpoint
 from lightning_sbckpt._sharded.states import is_sharded
@@ -187,7 +187,7 @@ def load_into(
         for name, hook in hooks.items():
             path = checkpoint.paramfiles[name]
             # Rank zero has looked at those of its own machine.
-            bring(checkpoint.path, [each.name for each in _all_of(path)])
+            fetch(checkpoint.path, [each.name for each in _all_of(path)])
             try:
                 if hook is not torch_recovery or not _load_pieces(name, path, recoverables):
                     hook(recoverables[name], path, end_of_epoch)

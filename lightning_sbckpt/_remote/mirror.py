@@ -43,7 +43,7 @@ from lightning_sbckpt._layout.publish import (
 )
 from lightning_sbckpt._remote.folder import RemoteFile, RemoteFolder
 from lightning_sbckpt._remote.registry import cache_folder, put, register
-from lightning_sbckpt._remote.turns import turn
+from lightning_sbckpt._remote.turns import interprocess_lock
 from lightning_sbckpt.errors import CheckpointNotFoundError, RemoteError, SBCheckpointError
 from lightning_sbckpt.meta import META_NAME
 
@@ -150,7 +150,7 @@ class Mirror:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with turn(self.root / RECORDS_NAME / ".lock", _PATIENCE):
+        with interprocess_lock(self.root / RECORDS_NAME / ".lock", _PATIENCE):
             yield
 
     def _agrees(self, name: str, files: Files) -> bool:
@@ -314,7 +314,7 @@ class Mirror:
         what = "/".join([folder.name, *(names if len(names) == 1 else ())])
         with (
             announced(f"downloading {what}", sum(sizes.values())) as told,
-            turn(self.root / RECORDS_NAME / f"{folder.name}.lock", _PATIENCE * 12),
+            interprocess_lock(self.root / RECORDS_NAME / f"{folder.name}.lock", _PATIENCE * 12),
         ):
             for name in names:
                 # What stands in its place is for whoever looks for damage to say.

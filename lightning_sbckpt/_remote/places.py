@@ -63,7 +63,7 @@ def place_of(
     return root, mirror
 
 
-def here(path: str | os.PathLike[str]) -> Path:
+def resolve_local(path: str | os.PathLike[str]) -> Path:
     """Return the local folder of a run or of a checkpoint; of a URL after a look at the store.
 
     Raises:
@@ -105,7 +105,7 @@ def mirror_at(root: Path) -> Mirror | None:
     return None if url is None else Mirror(url, root, _remote(url))
 
 
-def said(path: Path) -> str:
+def display_path(path: Path) -> str:
     """Return the URL of a folder or checkpoint in a mirror, or the path of any other."""
     for root, name in ((path, ""), (path.parent, f"/{path.name}")):
         url = mirrored_url(root)

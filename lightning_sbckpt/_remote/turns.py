@@ -27,7 +27,7 @@ _threads_lock = threading.Lock()
 
 
 @contextmanager
-def turn(path: Path, patience: float) -> Iterator[None]:
+def interprocess_lock(path: Path, patience: float) -> Iterator[None]:
     """Keep others away inside the block; it must not be entered again inside itself.
 
     Args:

@@ -13,7 +13,7 @@ from heapq import heappop, heappush
 from itertools import pairwise
 from statistics import median
 
-from lightning_sbckpt._views.timeline import Life, Timeline
+from lightning_sbckpt._views.timeline import CheckpointHistory, Timeline
 
 WIDTH = 1000.0
 # A pause of a day between two minutes of training would leave no room for these: whatever is
@@ -29,7 +29,7 @@ _END = 24.0  # What is there goes on to the edge, past the last event.
 class Bar:
     """One checkpoint: its place, and the one before which it stands in the list of lives."""
 
-    life: Life
+    life: CheckpointHistory
     x: float
     y: float
     width: float
@@ -73,7 +73,7 @@ def chart(timeline: Timeline) -> Chart | None:
     return Chart(bars, thickness, height, _ticks(moments, places), pauses, resumes, labelled)
 
 
-def _end(life: Life) -> float | None:
+def _end(life: CheckpointHistory) -> float | None:
     # When one vanished that nobody noted is not known: it is drawn as short as can be.
     if life.state == "gone":
         return life.made
@@ -98,7 +98,7 @@ def _at(moment: float | None, moments: Sequence[float], places: Sequence[float])
     return places[max(bisect_right(moments, moment) - 1, 0)]
 
 
-def _lanes(lives: Sequence[Life]) -> list[int]:
+def _lanes(lives: Sequence[CheckpointHistory]) -> list[int]:
     """Return for each the lowest lane that is free while it lives."""
     free: list[int] = []
     busy: list[tuple[float, int]] = []

@@ -17,7 +17,7 @@ from lightning_sbckpt._display.wording import (
     say_size,
     say_when,
 )
-from lightning_sbckpt._io.records import absent_files
+from lightning_sbckpt._io.records import remote_files
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
 _NO_METRICS = {"unixtime", "end-of-epoch", "epoch", "step", "global_step"}
@@ -184,7 +184,7 @@ def files_of(folder: Path) -> dict[str, os.stat_result] | None:
                 continue  # Removed meanwhile.
             if S_ISREG(stat.st_mode):
                 found[os.path.relpath(path, folder)] = stat
-    for name, size in absent_files(folder).items():
+    for name, size in remote_files(folder).items():
         # In a store: of its own, and with no block here.
         found[name] = os.stat_result(
             (0, hash((folder, name)), -1, 1, 0, 0, size, 0, 0, 0), _NO_BLOCKS

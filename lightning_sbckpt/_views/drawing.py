@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_sbckpt._display.wording import say_text
-from lightning_sbckpt._views.timeline import Life, Resume, Timeline
+from lightning_sbckpt._views.timeline import CheckpointHistory, Resume, Timeline
 
 # Told apart by people who see colours differently, after Okabe and Ito.
 KEPT, _BEST, _PINNED, _RESUME, _TROUBLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00"
@@ -121,7 +121,11 @@ def _settings() -> Iterator[None]:
 
 
 def _panel(
-    axes: Axes, timeline: Timeline, places: Sequence[float], key: str | None, best: Life | None
+    axes: Axes,
+    timeline: Timeline,
+    places: Sequence[float],
+    key: str | None,
+    best: CheckpointHistory | None,
 ) -> None:
     values = [_finite(life, key) for life in timeline.lives]
     scale = _scale(len(values))
@@ -213,7 +217,7 @@ def _scale(count: int) -> float:
     return max(2.2, min(7.0, 70 / math.sqrt(max(count, 1))))
 
 
-def _finite(life: Life, key: str | None) -> float | None:
+def _finite(life: CheckpointHistory, key: str | None) -> float | None:
     return None if key is None else life.drawable(key)
 
 

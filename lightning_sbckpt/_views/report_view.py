@@ -16,7 +16,7 @@ from lightning_sbckpt._display.wording import (
     say_when,
 )
 from lightning_sbckpt._views.bars import Chart, chart
-from lightning_sbckpt._views.timeline import Life, State, Timeline
+from lightning_sbckpt._views.timeline import CheckpointHistory, State, Timeline
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.retention import parse_rule, plan_retention
@@ -203,7 +203,7 @@ def _problems(timeline: Timeline, damage: Mapping[str, Sequence[str]]) -> list[t
 
 
 def _runs(timeline: Timeline) -> list[tuple[str, str, str, str, str]]:
-    by_run: dict[str, list[Life]] = {}
+    by_run: dict[str, list[CheckpointHistory]] = {}
     for life in timeline.lives:
         by_run.setdefault(life.run, []).append(life)
     return [
@@ -254,7 +254,7 @@ def _own(files: Mapping[Hashable, int], shared: Counter[Hashable]) -> int:
     return sum(size for file, size in files.items() if shared[file] == 1)
 
 
-def _number_cell(life: Life, key: str) -> Cell:
+def _number_cell(life: CheckpointHistory, key: str) -> Cell:
     value = life.number(key)
     if value is None:
         return Cell("")

@@ -30,7 +30,7 @@ _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclass
-class Life:
+class CheckpointHistory:
     """One checkpoint from when it was made.
 
     Attributes:
@@ -107,8 +107,8 @@ class Resume:
     """
 
     source: str
-    origin: Life | None
-    first: Life
+    origin: CheckpointHistory | None
+    first: CheckpointHistory
 
     def step(self) -> tuple[str, float] | None:
         """Return where the run went on, as the name of a place in it and a number."""
@@ -131,7 +131,7 @@ class Timeline:
         has_history: Whether anything was noted; without it only what is there is known.
     """
 
-    lives: Sequence[Life]
+    lives: Sequence[CheckpointHistory]
     resumes: Sequence[Resume]
     rules: Sequence[str]
     rule_changes: Sequence[tuple[float, Sequence[str]]]
@@ -196,7 +196,7 @@ class Timeline:
         ranked = [key for key in self.modes() if key in metrics]
         return next(iter(ranked or metrics), None)
 
-    def best(self, key: str, mode: Literal["min", "max"]) -> Life | None:
+    def best(self, key: str, mode: Literal["min", "max"]) -> CheckpointHistory | None:
         """Return the best of those that are there."""
         there = {
             life.checkpoint.path: life
@@ -264,9 +264,9 @@ class _Past:
     """The lives so far; one name may have had several, of which the last may go on."""
 
     def __init__(self) -> None:
-        self.lives: list[Life] = []
+        self.lives: list[CheckpointHistory] = []
         self.rules: list[tuple[float, list[str]]] = []
-        self._open: dict[str, Life] = {}
+        self._open: dict[str, CheckpointHistory] = {}
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Follow one event."""
@@ -281,7 +281,7 @@ class _Past:
             name, meta = event["name"], event["meta"]
             self._end(name, when, "replaced by a newer one of the same name")
             made = usable_time(meta.get("unixtime"))
-            life = Life(
+            life = CheckpointHistory(
                 name,
                 meta,
                 made if math.isfinite(made) else when,
@@ -292,7 +292,7 @@ class _Past:
             self._begin(life)
         else:
             if event["name"] not in self._open:
-                self._begin(Life(event["name"]))
+                self._begin(CheckpointHistory(event["name"]))
             self._end(event["name"], when, event["reason"])
 
     def meet(
@@ -305,7 +305,7 @@ class _Past:
         made = ckpt_recency(ckpt)
         if life is None or usable_time(life.meta.get("unixtime")) != made:
             lineage = lineage_of(ckpt) if lineage_of is not None else {}
-            life = Life(ckpt.path.name, lineage=lineage)
+            life = CheckpointHistory(ckpt.path.name, lineage=lineage)
             life.made = made if math.isfinite(made) else None
             self._begin(life)
         life.meta, life.state, life.checkpoint = ckpt.meta, "there", ckpt
@@ -314,11 +314,11 @@ class _Past:
         """Follow one of which no more than its name is known."""
         life = self._open.get(name)
         if life is None:
-            life = Life(name)
+            life = CheckpointHistory(name)
             self._begin(life)
         life.state, life.reason = "unreadable", problem
 
-    def _begin(self, life: Life) -> None:
+    def _begin(self, life: CheckpointHistory) -> None:
         self.lives.append(life)
         self._open[life.name] = life
 
@@ -328,10 +328,10 @@ class _Past:
             life.state, life.removed, life.reason = "removed", when, reason
 
 
-def _resumes(lives: Sequence[Life]) -> list[Resume]:
+def _resumes(lives: Sequence[CheckpointHistory]) -> list[Resume]:
     found = []
     last: dict[str, str] = {}
-    known: dict[str, Life] = {}
+    known: dict[str, CheckpointHistory] = {}
     for life in lives:
         if life.averaged_from:
             continue  # It stands beside the runs.

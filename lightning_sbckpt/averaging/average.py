@@ -12,7 +12,7 @@ from typing import TypeAlias, TypeVar, overload
 
 from lightning_sbckpt._format.load import load_state, open_state, pickled_path
 from lightning_sbckpt._io.progress import Progress, Tally
-from lightning_sbckpt._io.records import bring, bring_file
+from lightning_sbckpt._io.records import bring_file, fetch
 from lightning_sbckpt._layout.copies import copy_paramfile
 from lightning_sbckpt._layout.publish import PARAMFILE_EXT, folder_for, read_checkpoint
 from lightning_sbckpt._load.load import bytes_of, bytes_to_check, require_sound
@@ -287,7 +287,7 @@ def _paramfiles(checkpoints: Iterable[Source], name: str) -> list[Path]:
         # Any record with these fields will do, SpeechBrain's own among them.
         if isinstance(checkpoint, (str, os.PathLike)):
             folder = folder_of(checkpoint, name)
-            bring(folder)
+            fetch(folder)
             found = folder.glob(f"*{PARAMFILE_EXT}")
             files = {file.name.removesuffix(PARAMFILE_EXT): file for file in found}
         else:

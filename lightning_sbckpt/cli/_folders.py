@@ -17,7 +17,7 @@ from lightning_sbckpt._layout.publish import (
     is_checkpoint,
     read_checkpoint,
 )
-from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._remote.places import resolve_local
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.cli._bars import progress_bar
@@ -62,7 +62,7 @@ class Folder:
 
 def open_folder(path: str | Path) -> Folder:
     """Return a folder of checkpoints, or end the command in one line that says what is there."""
-    named, path = name_of(path), here(path)
+    named, path = name_of(path), resolve_local(path)
     try:
         names = os.listdir(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -156,7 +156,7 @@ def locate(path: str | Path) -> tuple[Folder, Checkpoint]:
     named = name_of(path)
     if is_url(named):
         return _locate_in_store(named)
-    path = here(path)
+    path = resolve_local(path)
     if not is_checkpoint(path) and path.name not in ("best", "newest") and _has_runs(path):
         raise Failure(
             f"{path} is a folder of checkpoints: name one of them, such as {path / 'newest'}"
@@ -170,7 +170,11 @@ def locate(path: str | Path) -> tuple[Folder, Checkpoint]:
 
 def _locate_in_store(url: str) -> tuple[Folder, Checkpoint]:
     above, _, last = url.rpartition("/")
-    if last not in ("best", "newest") and not last.startswith(CKPT_PREFIX) and _has_runs(here(url)):
+    if (
+        last not in ("best", "newest")
+        and not last.startswith(CKPT_PREFIX)
+        and _has_runs(resolve_local(url))
+    ):
         raise Failure(f"{url} is a folder of checkpoints: name one of them, such as {url}/newest")
     parent = open_folder(above)
     return parent, resolve(parent, last)

@@ -19,7 +19,7 @@ from lightning_sbckpt._views.columns import (
     place_cells,
 )
 from lightning_sbckpt._views.grid import ENDLESS, as_text, draw
-from lightning_sbckpt._views.timeline import Life
+from lightning_sbckpt._views.timeline import CheckpointHistory
 from lightning_sbckpt.cli._common import echo
 from lightning_sbckpt.cli._plan import in_short
 from lightning_sbckpt.meta import Checkpoint
@@ -91,7 +91,7 @@ def listing_of(
     return Listing(columns, "next time", said, styles)
 
 
-def listing_of_gone(lives: Sequence[Life], *, now: float) -> Listing:
+def listing_of_gone(lives: Sequence[CheckpointHistory], *, now: float) -> Listing:
     """Return checkpoints that are gone as a table."""
     records = [Checkpoint(Path(life.name), dict(life.meta), {}) for life in lives]
     gone = [ago(now - life.removed) if life.removed else "unknown" for life in lives]

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import json_option, printable
 from lightning_sbckpt.cli._folders import name_of
@@ -110,7 +110,7 @@ def _as_json(found: Sequence[Verification]) -> str:
     return json.dumps(
         [
             {
-                "path": said(one.path),
+                "path": display_path(one.path),
                 "status": one.status,
                 "problems": one.problems,
                 "annotation_problems": one.annotation_problems,

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from lightning_sbckpt._display.wording import printable
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt.cli._common import (
     NO,
     Failure,
@@ -66,12 +66,14 @@ def best(
     if found is None:
         raise Failure(_why_none(folder, criterion, where, ranked), NO)
     if as_json:
-        print_json({"path": said(found.path), "by": criterion.describe(), "meta": found.meta})
+        print_json(
+            {"path": display_path(found.path), "by": criterion.describe(), "meta": found.meta}
+        )
     elif sys.stdout.isatty():
-        echo(printable(said(found.path)))
+        echo(printable(display_path(found.path)))
     else:
         # A script must get the path itself.
-        click.echo(said(found.path))
+        click.echo(display_path(found.path))
 
 
 def _why_none(

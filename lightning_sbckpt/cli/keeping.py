@@ -14,7 +14,7 @@ import yaml
 from lightning_sbckpt._display.wording import printable, say_number, say_size
 from lightning_sbckpt._io.progress import Tally
 from lightning_sbckpt._layout.history import History
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.columns import freed_by, metric_keys
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
@@ -154,7 +154,7 @@ def pin(ckpts: tuple[Path, ...], reason: str, as_json: bool) -> None:
             why = f": {printable(reason)}" if reason else ""
             echo(f"pinned {printable(found.path.name)}{why}")
     if as_json:
-        print_json([{"path": said(found.path), "pinned": True} for _, found in pinned])
+        print_json([{"path": display_path(found.path), "pinned": True} for _, found in pinned])
 
 
 @click.command()
@@ -171,7 +171,7 @@ def unpin(ckpts: tuple[Path, ...], as_json: bool) -> None:
             was = "unpinned" if found.meta.get("pinned") else "not pinned anyway:"
             echo(f"{was} {printable(found.path.name)}")
     if as_json:
-        print_json([{"path": said(found.path), "pinned": False} for _, found in pinned])
+        print_json([{"path": display_path(found.path), "pinned": False} for _, found in pinned])
 
 
 @click.command()
@@ -198,7 +198,7 @@ def annotate(
     folder, found = locate(ckpt)
     CheckpointFolder(folder.path, access="shared").annotate(found, meta, note=note, tags=tags)
     if as_json:
-        print_json({"path": said(found.path), "meta": meta, "note": note, "tags": tags})
+        print_json({"path": display_path(found.path), "meta": meta, "note": note, "tags": tags})
         return
     texts = [f"{key} {say_number(value) or 'empty'}" for key, value in meta.items()]
     texts += ["a note"] * bool(note) + [f"tag {tag}" for tag in tags]

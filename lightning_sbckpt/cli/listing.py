@@ -10,13 +10,13 @@ from typing import Any
 
 import click
 
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.columns import (
     metric_keys,
     size_of,
     step_of,
 )
-from lightning_sbckpt._views.timeline import Life, build_timeline
+from lightning_sbckpt._views.timeline import CheckpointHistory, build_timeline
 from lightning_sbckpt.cli._common import counted, echo, json_option, print_json, printable
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
 from lightning_sbckpt.cli._plan import chosen_rules, rule_options, standing
@@ -128,7 +128,7 @@ def _as_json(ckpt: Checkpoint, marks: Sequence[str], decision: Decision | None) 
     size = size_of(ckpt)
     return {
         "name": ckpt.path.name,
-        "path": said(ckpt.path),
+        "path": display_path(ckpt.path),
         "unixtime": ckpt_recency(ckpt),
         "step": step_of(ckpt),
         "epoch": ckpt.meta.get("epoch"),
@@ -160,7 +160,7 @@ def _list_removed(folder: Folder, limit: int | None, as_json: bool) -> None:
             echo(f"{counted(len(shown), of=len(gone))} that are gone")
 
 
-def _gone_as_json(life: Life) -> object:
+def _gone_as_json(life: CheckpointHistory) -> object:
     return {
         "name": life.name,
         "saved": life.made,

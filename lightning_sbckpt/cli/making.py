@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.averaging.average import AVERAGED_FROM
 from lightning_sbckpt.cli._bars import progress_bar
@@ -151,9 +151,9 @@ def average(
             on_progress=progress_bar(stack, "averaging"),
         )
     if as_json:
-        print_json({"path": said(saved.path), "meta": saved.meta})
+        print_json({"path": display_path(saved.path), "meta": saved.meta})
     else:
-        echo(said(saved.path))
+        echo(display_path(saved.path))
 
 
 def _chosen(

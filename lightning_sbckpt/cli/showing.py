@@ -13,10 +13,10 @@ import click
 import torch
 
 from lightning_sbckpt._display.wording import printable, say_number, say_size, say_when
-from lightning_sbckpt._io.records import absent_files
+from lightning_sbckpt._io.records import remote_files
 from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT
-from lightning_sbckpt._remote.places import said
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt._views.columns import age_of, files_of, size_of
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
@@ -78,12 +78,12 @@ def show(ckpt: Path, keys: str | None, as_json: bool) -> None:
         lineage, remark = {}, str(error)
     contents = {name: _content(found, name, keys) for name in found.paramfiles}
     if keys is not None and not any(content.tensors for content in contents.values()):
-        raise Failure(f"no tensor in {said(found.path)} has a name that fits {keys!r}", NO)
+        raise Failure(f"no tensor in {display_path(found.path)} has a name that fits {keys!r}", NO)
     files = files_of(found.path) or {}
     if as_json:
         print_json(
             {
-                "path": said(found.path),
+                "path": display_path(found.path),
                 "meta": found.meta,
                 "lineage": lineage,
                 "problem": remark,
@@ -112,7 +112,7 @@ def show(ckpt: Path, keys: str | None, as_json: bool) -> None:
 
 
 def _print_head(ckpt: Checkpoint, lineage: Mapping[str, object], remark: str | None) -> None:
-    echo(printable(said(ckpt.path)))
+    echo(printable(display_path(ckpt.path)))
     saved = f"{say_when(ckpt_recency(ckpt))}, {age_of(ckpt, time.time())}"
     echo(f"  saved {saved}; {size_of(ckpt) or 'gone'} on the disk")
     if remark is not None:
@@ -161,7 +161,7 @@ def _content(ckpt: Checkpoint, name: str, pattern: str | None) -> _Content:
     in_pieces = path.suffix == SHARDED_EXT
     if path.is_dir() and not in_pieces:
         return _Content([])
-    if pattern is None and ckpt.paramfiles[name].name in absent_files(ckpt.path):
+    if pattern is None and ckpt.paramfiles[name].name in remote_files(ckpt.path):
         return _Content([], "in the store, not looked into; --keys '*' brings it here and does")
     try:
         state = _outline_of_pieces(path) if in_pieces else ckpt.open(name)

@@ -18,14 +18,14 @@ from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.preemption import requeued_if_newer
-from lightning_sbckpt.plugin.resume import ResumeReport, Resumption, explicit_report
+from lightning_sbckpt.plugin.resume import Restore, ResumeReport, explicit_report
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.run_folders import checkpoint_at
 from lightning_sbckpt.plugin.state.adapt import Adaptation
 from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder, is_resumable
 
 
-class Beginning:
+class ResumePlan:
     """Finds the checkpoint that a fit goes on from, and sees to it until the first batch.
 
     Args:
@@ -58,7 +58,7 @@ class Beginning:
         own: Callable[[], Mapping[str, object]],
         optional: Sequence[str],
         searches: bool,
-        went_on: Callable[[Resumption], object],
+        went_on: Callable[[Restore], object],
     ) -> None:
         self.report: ResumeReport | None = None
         self._trainer = trainer
@@ -72,7 +72,7 @@ class Beginning:
         self._optional = optional
         self._searches = searches
         self._went_on = went_on
-        self._resumption: Resumption | None = None
+        self._resumption: Restore | None = None
 
     def path(self, given: object) -> object:
         """Return where Lightning is to restore from.
@@ -148,7 +148,7 @@ class Beginning:
     def _go_on_from(self, chosen: Checkpoint) -> None:
         self._run.go_on_from(chosen)
         world = self._run.checkpointer.world
-        self._resumption = resumption = Resumption(
+        self._resumption = resumption = Restore(
             self._trainer,
             chosen,
             self._reader,
@@ -163,7 +163,7 @@ class Beginning:
         rank_zero_info(f"SBCheckpoint: {self.report.headline()}")
 
     @property
-    def resumption(self) -> Resumption | None:
+    def resumption(self) -> Restore | None:
         """The resume that is under way."""
         return self._resumption
 
@@ -248,7 +248,7 @@ class Beginning:
             self._resumption.cancel()
             self._resumption = None
 
-    def _ready(self, resumption: Resumption, report: ResumeReport) -> None:
+    def _ready(self, resumption: Restore, report: ResumeReport) -> None:
         self._resumption = None
         self._went_on(resumption)
         rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")

@@ -16,7 +16,7 @@ from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt.plugin._private.loading import FolderDump, load_by
 from lightning_sbckpt.plugin._private.trainer import Undo
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer
-from lightning_sbckpt.plugin.resume import Resumption
+from lightning_sbckpt.plugin.resume import Restore
 from lightning_sbckpt.plugin.state.adapt import Adaptation, mismatches
 from lightning_sbckpt.plugin.state.names import renamed_state
 from lightning_sbckpt.plugin.state.parts import FolderReader
@@ -38,7 +38,7 @@ class Doors:
         trainer: Trainer,
         reader: FolderReader,
         adaptation: Adaptation,
-        resumption: Callable[[], Resumption | None],
+        resumption: Callable[[], Restore | None],
     ) -> None:
         self._trainer = trainer
         self._reader = reader

@@ -10,7 +10,7 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.trainer import Undo
 from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.parts import FolderReader, is_folder
-from lightning_sbckpt.plugin.state.sharded import Pieces
+from lightning_sbckpt.plugin.state.sharded import ShardReader
 
 
 def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -> list[Undo]:
@@ -26,7 +26,7 @@ def attach(trainer: Trainer, reader: FolderReader, key_map: Mapping[str, str]) -
     """
     if not _private.strategies.shards_the_model(trainer.strategy):
         return []
-    pieces = Pieces(trainer, key_map)
+    pieces = ShardReader(trainer, key_map)
 
     def read(path: str | Path, **options: Any) -> dict[str, Any]:
         pieces.wants_optimizers = True

@@ -90,7 +90,7 @@ class ResumeReport:
         return f"{self.headline()}\n{self.details()}"
 
 
-class Resumption:
+class Restore:
     """One resume from one checkpoint folder, from Lightning's restore to the first batch after it.
 
     Args:
@@ -345,8 +345,8 @@ class Resumption:
             self.report.notes += self._reductions.restore_hooks(self._state.get(COMM_HOOKS, ()))
         self.report.notes += self._tracker.report()
         self.report.notes += exact.changes_of_hardware(self._trainer, self._state)
-        self.report.notes += exact.weak_points(self._trainer)
-        self.report.notes += self._reductions.weak_points()
+        self.report.notes += exact.nondeterminism_warnings(self._trainer)
+        self.report.notes += self._reductions.nondeterminism_warnings()
         self._done(self.report)
 
 

@@ -24,7 +24,7 @@ from lightning_sbckpt.typing import CheckpointPredicate, RetentionRule
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunSummary:
     """How a run stands: its newest checkpoint, and its best with their values, best first."""
 
     newest: str
@@ -99,23 +99,23 @@ class Run:
             **self._best_by.keys, ckpt_predicate=self.is_own
         )
 
-    def standing(self, how_many: int) -> Standing:
+    def standing(self, how_many: int) -> RunSummary:
         """Return how the run stands, the same on every rank."""
         return decided_by_main(self.checkpointer.world, lambda: self._standing(how_many))
 
-    def _standing(self, how_many: int) -> Standing:
+    def _standing(self, how_many: int) -> RunSummary:
         # Of one's own run it is known, and training must not wait for a store to say it again.
         with self.checkpointer.as_known():
             return self._standing_as_known(how_many)
 
-    def _standing_as_known(self, how_many: int) -> Standing:
+    def _standing_as_known(self, how_many: int) -> RunSummary:
         newest = self.checkpointer.find_checkpoint(ckpt_predicate=self.is_own)
         best = self.checkpointer.find_checkpoints(
             **self._best_by.keys, ckpt_predicate=self.is_own, max_num_checkpoints=how_many
         )
         has_value = newest is not None and self._best_by.is_given
         applies = has_value and self._best_by.criterion.applies(newest)
-        return Standing(
+        return RunSummary(
             newest=str(newest.path) if newest else "",
             newest_value=self._best_by.value(cast("Checkpoint", newest)) if applies else None,
             best=tuple((str(ckpt.path), self._best_by.value(ckpt)) for ckpt in best),

@@ -13,7 +13,7 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin._private.loggers import Artifacts
 from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
-from lightning_sbckpt.plugin.continuing import Beginning
+from lightning_sbckpt.plugin.continuing import ResumePlan
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.dirpath import versioned
 from lightning_sbckpt.plugin.doors import Doors
@@ -25,7 +25,7 @@ from lightning_sbckpt.plugin.options import Options
 from lightning_sbckpt.plugin.packages import Callback, LightningModule, Trainer
 from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Watch
-from lightning_sbckpt.plugin.resume import Resumption
+from lightning_sbckpt.plugin.resume import Restore
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.saving import Saving
 from lightning_sbckpt.plugin.schedule import Schedule, why_ended
@@ -40,7 +40,7 @@ def open_folders(
     trainer: Trainer,
     options: Options,
     closing: ExitStack,
-    resumption: Callable[[], Resumption | None] = lambda: None,
+    resumption: Callable[[], Restore | None] = lambda: None,
 ) -> FolderReader:
     """Have a Trainer take checkpoint folders wherever it takes files, by the options of a callback.
 
@@ -143,7 +143,7 @@ class FitSession:
                 options.save_policy.on_error == "warn",
                 announce,
             )
-            self.beginning = Beginning(
+            self.beginning = ResumePlan(
                 trainer,
                 self.run,
                 self._reader,
@@ -185,7 +185,7 @@ class FitSession:
         tracker.attach(self._trainer.strategy)
         return tracker
 
-    def _went_on(self, resumption: Resumption) -> None:
+    def _went_on(self, resumption: Restore) -> None:
         self._metrics.resumed(self._trainer)
         self._schedule.resumed(
             self._trainer,
@@ -219,9 +219,9 @@ class FitSession:
         if self.run.resumed_from is None:
             for sentence in [
                 *self._tracker.news(),
-                *exact.weak_points(self._trainer),
+                *exact.nondeterminism_warnings(self._trainer),
                 *self._gatherer.unsaved(self._trainer),
-                *self._reductions.weak_points(),
+                *self._reductions.nondeterminism_warnings(),
                 *_private.callbacks.neighbours(self._trainer, self._options.dirpath),
                 *versioned(self._trainer, self._options.dirpath),
                 *artifacts.warnings(),

@@ -476,8 +476,10 @@ class TestReport:
         self, tmp_path, monkeypatch
     ):
         """Not after the crash: here, a device with kernels that may be nondeterministic."""
-        of_device = exact.weak_points_of
-        monkeypatch.setattr(exact, "weak_points_of", lambda device: of_device(torch.device("cuda")))
+        of_device = exact.warnings_of_device
+        monkeypatch.setattr(
+            exact, "warnings_of_device", lambda device: of_device(torch.device("cuda"))
+        )
         once, twice = {"trainer": {"max_epochs": 1}}, {"trainer": {"max_epochs": 2}}
         with pytest.warns(UserWarning, match=r"kernels on cuda may be nondeterministic"):
             fit(tmp_path, **once)

@@ -20,7 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lightning_sbckpt import Checkpointer, cli
 from lightning_sbckpt._io.inside import NotRegularError, OpenFolder
-from lightning_sbckpt._io.records import absent_files
+from lightning_sbckpt._io.records import remote_files
 from lightning_sbckpt._remote import mirror, registry, retries
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt._remote.urls import normal_url
@@ -444,7 +444,7 @@ class TestBringingFollowsNoLink:
     def test_not_in_place_of_a_folder(self, machines, reading, tmp_path):
         """The files in it would be written wherever it leads."""
         (reading / "extra.ckpt").symlink_to(tmp_path / "outside")
-        assert "extra.ckpt/usercustomize.py" in absent_files(reading)
+        assert "extra.ckpt/usercustomize.py" in remote_files(reading)
         reader = machines.another(local_dir=reading.parent)
         with pytest.raises(
             DamagedCheckpointError, match="it is a symbolic link, expected a folder"

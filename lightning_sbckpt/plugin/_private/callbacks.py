@@ -176,7 +176,7 @@ def neighbours(trainer: Trainer, dirpath: Path | str) -> list[str]:
     return found
 
 
-def weak_points(trainer: Trainer) -> list[str]:
+def nondeterminism_warnings(trainer: Trainer) -> list[str]:
     """Return what callbacks keep a resumed run from being exact, a sentence each."""
     return [
         f"{type(callback).__name__} makes what it has pruned permanent in what is saved, so a "

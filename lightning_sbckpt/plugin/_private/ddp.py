@@ -118,7 +118,7 @@ class Reductions:
     def _hooks(self) -> list[tuple[Any, object]]:
         return [pair for found in self._found for pair in found.module._comm_hooks]
 
-    def weak_points(self) -> list[str]:
+    def nondeterminism_warnings(self) -> list[str]:
         """Return what of the reduction keeps a resumed run from being exact, a sentence each."""
         return [
             f"the communication hook {hook.__qualname__} of DDP keeps a state "

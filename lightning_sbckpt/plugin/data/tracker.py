@@ -225,7 +225,7 @@ class LoaderTracker:
             f"{track.name}: {sentence}."
             for stage in STAGES
             for track in self._groups[stage]
-            for sentence in _weak_points(track.position)
+            for sentence in _nondeterminism_warnings(track.position)
         ]
 
     def report(self) -> list[str]:
@@ -252,7 +252,7 @@ class LoaderTracker:
         )
 
 
-def _weak_points(position: LoaderPosition) -> list[str]:
+def _nondeterminism_warnings(position: LoaderPosition) -> list[str]:
     loader = position.loader
     data = position.data
     found = _about_iterators(position)

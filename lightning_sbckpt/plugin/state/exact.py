@@ -34,8 +34,8 @@ from lightning_sbckpt.plugin.state.gradients import put_gradients
 from lightning_sbckpt.plugin.state.hardware import (
     changes,
     describe,
-    weak_points_of,
-    weak_points_of_parts,
+    warnings_of_device,
+    warnings_of_parts,
 )
 from lightning_sbckpt.plugin.state.parts import (
     GRADIENTS,
@@ -45,7 +45,7 @@ from lightning_sbckpt.plugin.state.parts import (
     RANK_BUFFERS,
     RNG,
 )
-from lightning_sbckpt.plugin.state.per_rank import pack, together
+from lightning_sbckpt.plugin.state.per_rank import pack, stack_ranks
 from lightning_sbckpt.rng import capture_rng, generator_state, restore_rng, set_generator_state
 from lightning_sbckpt.rng.generators import Generator, generator_kinds, with_state
 from lightning_sbckpt.typing import World
@@ -105,13 +105,13 @@ def _digest(tensor: torch.Tensor) -> str:
     return whole.hexdigest()
 
 
-def weak_points(trainer: Trainer) -> list[str]:
+def nondeterminism_warnings(trainer: Trainer) -> list[str]:
     """Return what callbacks and hardware keep from being resumed exactly, a sentence each."""
     device = trainer.strategy.root_device
     return [
-        *_private.callbacks.weak_points(trainer),
-        *weak_points_of(device),
-        *weak_points_of_parts(trainer.lightning_module, device),
+        *_private.callbacks.nondeterminism_warnings(trainer),
+        *warnings_of_device(device),
+        *warnings_of_parts(trainer.lightning_module, device),
     ]
 
 
@@ -260,7 +260,7 @@ def parts_of_ranks(state: Mapping[str, Any], world: World) -> dict[str, TakenSta
     names = {name for of_rank in gathered for name in of_rank}
     nothing = pack(None)
     parts: dict[str, dict[str, object]] = {
-        name: together([of_rank.get(name, nothing) for of_rank in gathered]) for name in names
+        name: stack_ranks([of_rank.get(name, nothing) for of_rank in gathered]) for name in names
     }
     if any(gradients):
         parts[GRADIENTS] = {"ranks": gradients}

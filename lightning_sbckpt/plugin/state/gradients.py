@@ -22,7 +22,7 @@ from lightning_sbckpt._sharded.names import plain_name
 from lightning_sbckpt._sharded.states import is_fsdp1, is_sharded_tensor
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.packages import Trainer
-from lightning_sbckpt.plugin.state.sharded import Pieces
+from lightning_sbckpt.plugin.state.sharded import ShardReader
 
 
 def take_gradients(trainer: Trainer) -> dict[str, Any] | None:
@@ -47,7 +47,7 @@ def take_gradients(trainer: Trainer) -> dict[str, Any] | None:
     }
 
 
-def read_gradients(path: Path, pieces: Pieces | None) -> dict[str, Any]:
+def read_gradients(path: Path, pieces: ShardReader | None) -> dict[str, Any]:
     """Return the gradients in a file, or of this rank in a folder, as a list by rank.
 
     Args:

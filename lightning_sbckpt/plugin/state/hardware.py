@@ -21,22 +21,22 @@ from lightning_sbckpt.rng import captures_states_of
 _ONE_WORKSPACE = (":4096:8", ":16:8")
 
 
-def weak_points_of(device: torch.device) -> list[str]:
+def warnings_of_device(device: torch.device) -> list[str]:
     """Return what of the hardware keeps a resumed run from being exact, a sentence each.
 
     Args:
         device: Where the model trains.
 
     Example:
-        >>> weak_points_of(torch.device("cpu"))
+        >>> warnings_of_device(torch.device("cpu"))
         []
-        >>> weak_points_of(torch.device("cuda"))
+        >>> warnings_of_device(torch.device("cuda"))
         ['kernels on cuda may be nondeterministic, ...']
     """
-    return [] if device.type == "cpu" else list(_weak_points_of(device.type))
+    return [] if device.type == "cpu" else list(_warnings_of(device.type))
 
 
-def _weak_points_of(kind: str) -> Iterator[str]:
+def _warnings_of(kind: str) -> Iterator[str]:
     if not captures_states_of(kind):
         yield (
             f"the random states of {kind} devices are not saved, since torch gives no access to them: "
@@ -69,7 +69,7 @@ def _weak_points_of(kind: str) -> Iterator[str]:
         )
 
 
-def weak_points_of_parts(module: nn.Module, device: torch.device) -> list[str]:
+def warnings_of_parts(module: nn.Module, device: torch.device) -> list[str]:
     """Return which parts of a module keep a resumed run from being exact on a device.
 
     Args:
@@ -77,7 +77,7 @@ def weak_points_of_parts(module: nn.Module, device: torch.device) -> list[str]:
         device: Where it trains.
 
     Example:
-        >>> weak_points_of_parts(nn.LSTM(2, 2, num_layers=2, dropout=0.1), torch.device("cuda"))
+        >>> warnings_of_parts(nn.LSTM(2, 2, num_layers=2, dropout=0.1), torch.device("cuda"))
         ['the dropout between the layers of LSTM is drawn by cuDNN, ...']
     """
     if device.type == "cpu":

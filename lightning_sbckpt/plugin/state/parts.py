@@ -29,7 +29,7 @@ from lightning_sbckpt._layout.publish import (
     read_checkpoint,
 )
 from lightning_sbckpt._load.module_state import versions_below, versions_in, with_versions
-from lightning_sbckpt._remote.places import here
+from lightning_sbckpt._remote.places import resolve_local
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded.states import ShardedState
@@ -48,7 +48,7 @@ from lightning_sbckpt.plugin._private.loading import FolderDump
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer, some_package
 from lightning_sbckpt.plugin.state.gradients import read_gradients
 from lightning_sbckpt.plugin.state.hyperparameters import HPARAMS_KEYS, LoadedFolder, names_calls
-from lightning_sbckpt.plugin.state.sharded import Pieces
+from lightning_sbckpt.plugin.state.sharded import ShardReader
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
@@ -180,7 +180,7 @@ def is_folder(path: object) -> bool:
         # Any other URL is one for Lightning, and no store is asked about it.
         name = str(path).rpartition("/")[2]
         ours = name.startswith(CKPT_PREFIX) and not name.endswith(PARAMFILE_EXT)
-        return ours and is_checkpoint(here(path))
+        return ours and is_checkpoint(resolve_local(path))
     return is_checkpoint(Path(path))
 
 
@@ -213,7 +213,7 @@ class FolderReader:
         self.left_out = left_out
         self.own_hyperparameters: frozenset[str] = frozenset()
         self.skip: Collection[str] = ()
-        self.pieces: Pieces | None = None
+        self.pieces: ShardReader | None = None
 
     def read(self, folder: str | Path, *, weights_only: bool | None = None) -> FolderDump:
         """Return Lightning's dictionary from a folder.
@@ -226,7 +226,7 @@ class FolderReader:
             CheckpointNotFoundError: There is no checkpoint, or none that a fit has written.
             DamagedCheckpointError: A file is not the one that was written.
         """
-        folder = here(folder)
+        folder = resolve_local(folder)
         checkpoint = read_checkpoint(folder)
         if MODEL not in checkpoint.paramfiles:
             found = ", ".join(checkpoint.paramfiles) or "nothing"

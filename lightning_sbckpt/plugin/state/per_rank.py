@@ -26,7 +26,7 @@ import torch
 from lightning_sbckpt.errors import MismatchError
 from lightning_sbckpt.rng.streams import bytes_of
 
-__all__ = ["Packed", "number_of_ranks", "pack", "state_of_rank", "together"]
+__all__ = ["Packed", "number_of_ranks", "pack", "stack_ranks", "state_of_rank"]
 
 Place = tuple[object, ...]
 
@@ -98,14 +98,14 @@ def pack(state: object) -> Packed:
     return Packed(form, b"".join(data), others)
 
 
-def together(packed: Sequence[Packed]) -> dict[str, object]:
+def stack_ranks(packed: Sequence[Packed]) -> dict[str, object]:
     """Return the states of all ranks as one, see the top of this file.
 
     Args:
         packed: The states, by rank.
 
     Example:
-        >>> both = together([pack({"seed": 1, "name": "a"}), pack({"seed": 2, "name": "a"})])
+        >>> both = stack_ranks([pack({"seed": 1, "name": "a"}), pack({"seed": 2, "name": "a"})])
         >>> both["groups"][0]["own"]
         {('seed',): tensor([1, 2])}
         >>> state_of_rank(both, 1)
@@ -121,7 +121,7 @@ def together(packed: Sequence[Packed]) -> dict[str, object]:
 
 
 def number_of_ranks(part: Mapping[str, Any]) -> int:
-    """Return how many ranks have saved what `together` returned, or a list of states.
+    """Return how many ranks have saved what `stack_ranks` returned, or a list of states.
 
     Example:
         >>> number_of_ranks({"ranks": [{"seed": 1}, {"seed": 2}]})
@@ -132,7 +132,7 @@ def number_of_ranks(part: Mapping[str, Any]) -> int:
 
 
 def state_of_rank(part: Mapping[str, Any], rank: int) -> Any:
-    """Return a rank's state from what `together` returned, or from a list of states.
+    """Return a rank's state from what `stack_ranks` returned, or from a list of states.
 
     Args:
         part: A single process, and the releases before this form, have a list under `ranks`.

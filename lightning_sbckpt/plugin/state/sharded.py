@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_sbckpt._sharded.reading import SavedShards
 
 
-class Pieces:
+class ShardReader:
     """Reads states in pieces like those of a live module and its optimizers.
 
     Args:

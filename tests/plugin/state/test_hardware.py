@@ -12,8 +12,8 @@ from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.hardware import (
     changes,
     describe,
-    weak_points_of,
-    weak_points_of_parts,
+    warnings_of_device,
+    warnings_of_parts,
 )
 
 CUDA = torch.device("cuda", 0)
@@ -34,30 +34,30 @@ class TestWhatIsNotDeterministic:
 
     def test_nothing_with_deterministic_algorithms_or_on_the_processor(self):
         """Then there is nothing to say."""
-        assert weak_points_of(CUDA) == []
+        assert warnings_of_device(CUDA) == []
         torch.use_deterministic_algorithms(False)
-        assert weak_points_of(CPU) == []
+        assert warnings_of_device(CPU) == []
 
     def test_any_kernel_without_them(self):
         """On every device."""
         torch.use_deterministic_algorithms(False)
         for name in ("cuda", "mps", "xpu"):
-            (said,) = weak_points_of(torch.device(name))
+            (said,) = warnings_of_device(torch.device(name))
             assert f"kernels on {name} may be nondeterministic" in said
             assert "deterministic=True" in said
 
     def test_kernels_that_have_no_deterministic_form_and_only_warn(self):
         """`deterministic="warn"` looks like `True` to who asks whether they are enabled."""
         torch.use_deterministic_algorithms(True, warn_only=True)
-        (said,) = weak_points_of(CUDA)
+        (said,) = warnings_of_device(CUDA)
         assert 'pass Trainer(deterministic=True), not "warn"' in said
 
     def test_algorithms_chosen_by_their_speed(self, monkeypatch):
         """Another one may be the fastest in the next process."""
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-        (said,) = weak_points_of(CUDA)
+        (said,) = warnings_of_device(CUDA)
         assert "benchmark=False" in said
-        assert weak_points_of(torch.device("mps")) == []
+        assert warnings_of_device(torch.device("mps")) == []
 
     @pytest.mark.parametrize("value", [None, ":0:0"])
     def test_workspaces_of_cublas(self, monkeypatch, value):
@@ -65,12 +65,12 @@ class TestWhatIsNotDeterministic:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
         if value is not None:
             monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", value)
-        (said,) = weak_points_of(CUDA)
+        (said,) = warnings_of_device(CUDA)
         assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in said
 
     def test_random_states_that_torch_does_not_give(self):
         """Of a device whose module has no such functions."""
-        (said,) = weak_points_of(torch.device("hpu"))
+        (said,) = warnings_of_device(torch.device("hpu"))
         assert "random states of hpu devices are not saved" in said
 
 
@@ -80,11 +80,11 @@ class TestParts:
     def test_dropout_of_cudnn(self):
         """Its state can't be read; layers of torch's own have their states in the generator."""
         module = nn.ModuleDict({"encoder": nn.LSTM(2, 2, num_layers=2, dropout=0.1)})
-        (said,) = weak_points_of_parts(module, CUDA)
+        (said,) = warnings_of_parts(module, CUDA)
         assert "encoder (LSTM)" in said and "cuDNN" in said
-        assert weak_points_of_parts(module, CPU) == []
+        assert warnings_of_parts(module, CPU) == []
         others = [nn.LSTM(2, 2, num_layers=2), nn.GRU(2, 2, dropout=0), nn.Dropout(0.5)]
-        assert weak_points_of_parts(nn.ModuleList(others), CUDA) == []
+        assert warnings_of_parts(nn.ModuleList(others), CUDA) == []
 
     @pytest.mark.parametrize("mode", ["max-autotune", "max-autotune-no-cudagraphs"])
     @pytest.mark.parametrize("in_place", [False, True])
@@ -97,7 +97,7 @@ class TestParts:
             part = torch.compile(part, mode=mode)
         module = nn.ModuleDict({"part": part, "other": torch.compile(nn.Linear(2, 2))})
         assert autotuned(module) == ["part"]
-        (said,) = weak_points_of_parts(module, CUDA)
+        (said,) = warnings_of_parts(module, CUDA)
         assert "part" in said and "max-autotune" in said
 
     @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

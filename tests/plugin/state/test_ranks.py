@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lightning_sbckpt._format.encode import save_state
 from lightning_sbckpt._format.load import load_state
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, pack, state_of_rank, together
+from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, pack, stack_ranks, state_of_rank
 
 
 def described(value):
@@ -38,7 +38,7 @@ def described(value):
 def through_a_file(states):
     """Return each rank's state, packed, put together, written, read without pickle, and taken."""
     buffer = io.BytesIO()
-    torch.save(together([pack(state) for state in states]), buffer)
+    torch.save(stack_ranks([pack(state) for state in states]), buffer)
     buffer.seek(0)
     part = torch.load(buffer, weights_only=True)
     assert number_of_ranks(part) == len(states)
@@ -90,7 +90,7 @@ def test_every_rank_gets_back_what_it_gave(states):
 @given(values, st.integers(2, 5))
 def test_what_all_ranks_have_alike_is_kept_once(state, size):
     """One group, and nothing of a rank's own."""
-    part = together([pack(state) for _ in range(size)])
+    part = stack_ranks([pack(state) for _ in range(size)])
     (group,) = part["groups"]
     assert group["ranks"].tolist() == list(range(size))
     assert group["own"] == {}
@@ -106,7 +106,7 @@ def test_a_file_has_as_many_tensors_for_a_hundred_ranks_as_for_two():
     """Rank zero's work must not be an entry of a file for each rank."""
 
     def tensors_of(size):
-        part = together([pack(random_state(rank)) for rank in range(size)])
+        part = stack_ranks([pack(random_state(rank)) for rank in range(size)])
         (group,) = part["groups"]
         return {place: tuple(own.shape) for place, own in group["own"].items()}
 
@@ -130,7 +130,7 @@ def test_what_differs_in_one_rank_alone_is_still_its_own():
 def test_tensors_of_another_length_and_ranks_without_anything_have_groups_of_their_own():
     """A metric that gathers values has as many as the rank has seen; gradients may be on some only."""
     states = [{"seen": [torch.arange(length)]} for length in (2, 3, 2)] + [None]
-    part = together([pack(state) for state in states])
+    part = stack_ranks([pack(state) for state in states])
     assert [group["ranks"].tolist() for group in part["groups"]] == [[0, 2], [1], [3]]
     assert_all_come_back(states)
 
@@ -145,7 +145,7 @@ def test_true_and_one_are_not_taken_for_the_same():
 def test_arrays_of_numpy_come_back_from_the_file_of_a_recoverable(tmp_path):
     """They go through the same file as any state with such things."""
     states = [{"order": np.arange(3) + rank, "big": 2**100 + rank} for rank in range(3)]
-    save_state(together([pack(state) for state in states]), tmp_path / "loaders.ckpt")
+    save_state(stack_ranks([pack(state) for state in states]), tmp_path / "loaders.ckpt")
     part = load_state(tmp_path / "loaders.ckpt")
     for rank, state in enumerate(states):
         assert described(state_of_rank(part, rank)) == described(state)
@@ -160,7 +160,7 @@ def test_tensors_that_are_no_plain_ones_travel_whole():
     sparse = torch.eye(3).to_sparse()
     packed = [pack({"x": sparse * rank}) for rank in (1, 2)]
     for rank in range(2):
-        found = state_of_rank(together(packed), rank)["x"]
+        found = state_of_rank(stack_ranks(packed), rank)["x"]
         assert torch.equal(found.to_dense(), torch.eye(3) * (rank + 1))
 
 
@@ -174,7 +174,7 @@ def test_a_tensor_in_several_places_travels_once_and_is_written_once():
     assert len(pack(state(0)).data) == 10_000 + 8
     assert_all_come_back([state(rank) for rank in range(3)])
     buffer = io.BytesIO()
-    torch.save(together([pack(state(rank)) for rank in range(3)]), buffer)
+    torch.save(stack_ranks([pack(state(rank)) for rank in range(3)]), buffer)
     assert 30_000 < len(buffer.getvalue()) < 35_000
 
 
@@ -182,7 +182,7 @@ def test_the_attribute_of_a_state_dict_stays_on_it():
     """A module's state_dict carries the versions of its layers there."""
     state = torch.nn.BatchNorm1d(2).state_dict()
     assert state._metadata
-    found = state_of_rank(together([pack({"own": state})]), 0)
+    found = state_of_rank(stack_ranks([pack({"own": state})]), 0)
     assert found["own"]._metadata == state._metadata
 
 
@@ -191,7 +191,7 @@ def test_what_is_packed_does_not_change_when_training_goes_on():
     tensor = torch.zeros(3)
     packed = [pack({"x": tensor}), pack({"x": tensor + 1})]
     tensor.add_(5)
-    assert state_of_rank(together(packed), 0)["x"].tolist() == [0, 0, 0]
+    assert state_of_rank(stack_ranks(packed), 0)["x"].tolist() == [0, 0, 0]
 
 
 def test_a_list_of_states_is_read_as_it_was_written_before():
@@ -203,7 +203,7 @@ def test_a_list_of_states_is_read_as_it_was_written_before():
 
 def test_a_rank_that_is_not_there_is_named():
     """A file that was changed by somebody does not end in an error of an index."""
-    part = together([pack({"seed": 1}), pack({"seed": 2})])
+    part = stack_ranks([pack({"seed": 1}), pack({"seed": 2})])
     part["groups"][0]["ranks"] = torch.tensor([0, 7])
     with pytest.raises(MismatchError, match="states of 2 ranks has none of rank 1"):
         state_of_rank(part, 1)
