@@ -22,7 +22,13 @@ from lightning_sbckpt.plugin.resume import Restore, ResumeReport, explicit_repor
 from lightning_sbckpt.plugin.run import Run
 from lightning_sbckpt.plugin.run_folders import checkpoint_at
 from lightning_sbckpt.plugin.state.adapt import Adaptation
-from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder, is_resumable
+from lightning_sbckpt.plugin.state.parts import (
+    MODEL,
+    FolderReader,
+    is_folder,
+    is_resumable,
+    read_as_ours,
+)
 
 
 class ResumePlan:
@@ -148,17 +154,18 @@ class ResumePlan:
     def _go_on_from(self, chosen: Checkpoint) -> None:
         self._run.go_on_from(chosen)
         world = self._run.checkpointer.world
-        self._resumption = resumption = Restore(
-            self._trainer,
-            chosen,
-            self._reader,
-            self._tracker,
-            self._reductions,
-            rank=world.rank,
-            size=world.size,
-            skip=self._adaptation.skip,
-            done=lambda report: self._ready(resumption, report),
-        )
+        with read_as_ours(chosen.path):
+            self._resumption = resumption = Restore(
+                self._trainer,
+                chosen,
+                self._reader,
+                self._tracker,
+                self._reductions,
+                rank=world.rank,
+                size=world.size,
+                skip=self._adaptation.skip,
+                done=lambda report: self._ready(resumption, report),
+            )
         self.report = resumption.report
         rank_zero_info(f"SBCheckpoint: {self.report.headline()}")
 
@@ -220,7 +227,8 @@ class ResumePlan:
         if self._resumption is not None:
             limit = self._trainer.max_epochs
             if limit is not None and limit >= 0:
-                _private.loops.lower_epoch_count(dump, limit)
+                with read_as_ours(self._resumption.report.checkpoint):
+                    _private.loops.lower_epoch_count(dump, limit)
             if self._adaptation.skips(MODEL):
                 # Lightning wants to load one, and hooks may look at it.
                 dump["state_dict"] = dict(self._reader.own_state(self._trainer.lightning_module))

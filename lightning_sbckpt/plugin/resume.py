@@ -29,6 +29,7 @@ from lightning_sbckpt.plugin.state.parts import (
     FolderReader,
     is_reserved,
     position_in,
+    read_as_ours,
     submodules_in,
 )
 from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, state_of_rank
@@ -151,6 +152,7 @@ class Restore:
                 "fit can go on from it; nothing was loaded. Begin a fit with its weights, by "
                 "load_from_checkpoint, or give ckpt_path a checkpoint that a run saved"
             )
+        progress = loops["loops"]["fit_loop"]
         submodules = submodules_in(loops)
         ours = [name for name in checkpoint.paramfiles if is_reserved(name) or name in submodules]
         self._recoverables = set(checkpoint.paramfiles).difference(ours)
@@ -178,7 +180,7 @@ class Restore:
         self._loops = _private.loops.LoopResumption(
             trainer,
             within_epoch=within_epoch,
-            progress=loops["loops"]["fit_loop"],
+            progress=progress,
             extra=position["loops"]
             if LOADERS in self._state
             else {**position["loops"], "combined_consumed": []},
@@ -335,11 +337,12 @@ class Restore:
         self._let_search()
         if within_epoch:
             _private.callbacks.enter_epoch(self._trainer)
-        exact.restore_modes(self._trainer.lightning_module, position["modes"])
-        if METRICS in self._of_others:
-            # What stops a run, or steps a scheduler, wants the values of the last validation.
-            _private.logged.restore_values(self._trainer, self._of_others[METRICS][0]["logged"])
-        self.report.skipped += exact.restore(self._trainer, self._state)
+        with read_as_ours(self.report.checkpoint):
+            exact.restore_modes(self._trainer.lightning_module, position["modes"])
+            if METRICS in self._of_others:
+                # What stops a run, or steps a scheduler, wants the values of the last validation.
+                _private.logged.restore_values(self._trainer, self._of_others[METRICS][0]["logged"])
+            self.report.skipped += exact.restore(self._trainer, self._state)
         if same_ranks:
             self.report.notes += self._reductions.restore(position.get("reductions"))
             self.report.notes += self._reductions.restore_hooks(self._state.get(COMM_HOOKS, ()))

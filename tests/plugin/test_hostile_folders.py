@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from _foreign import describe
 from _runs import Steps, fit, newest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_sbckpt.errors import MismatchError
+from lightning_sbckpt.errors import MismatchError, SBCheckpointError
 
 
 @pytest.fixture
@@ -94,6 +95,20 @@ def test_model_checkpoint_takes_over_its_own_files(tmp_path):
         "epoch=2-step=12.ckpt",
         "last.ckpt",
     ]
+
+
+@pytest.mark.parametrize("part", ["rng", "loaders", "metrics", "loops"])
+@pytest.mark.parametrize(
+    "content", [{}, {"ranks": 5}, {"ranks": [None]}, {"ranks": [{"x": 1}]}, {"loops": {}}], ids=repr
+)
+def test_state_of_another_form_is_an_error_of_ours(tmp_path, begun, part, content):
+    """Not one of Python's, whatever a key holds or lacks; or the run goes on without it."""
+    shutil.copytree(begun / "None", tmp_path / "run")
+    saved = newest(tmp_path / "run")
+    torch.save(content, saved.path / f"{part}.ckpt")
+    describe(saved.path)
+    with contextlib.suppress(SBCheckpointError):
+        fit(tmp_path / "run", trainer={"max_epochs": 2})
 
 
 @pytest.mark.parametrize("part", ["model", "loops", "callbacks", "hparams"])

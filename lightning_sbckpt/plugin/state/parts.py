@@ -8,7 +8,8 @@ what is put together again when Lightning restores.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ from lightning_sbckpt.errors import (
     ConfigurationError,
     DamagedCheckpointError,
     MismatchError,
+    SBCheckpointError,
     UntrustedPickleError,
 )
 from lightning_sbckpt.meta import Checkpoint
@@ -312,7 +314,7 @@ class FolderReader:
             "global_step": 0,
             "pytorch-lightning_version": some_package().__version__,
         }
-        dump = dict(read(LOOPS) or nowhere)
+        dump = {**nowhere, **read(LOOPS)}
         submodules = submodules_in(dump)
         dump.pop(_OURS, None)
         state = self._model(checkpoint.paramfiles[MODEL], "")
@@ -365,6 +367,24 @@ def read_to_load(folder: str | Path, *, weights_only: bool | None = None) -> Loa
     reader = FolderReader(trust_pickle=trusted)
     dump = reader.read(folder)
     return LoadedFolder(dump, dump if trusted else reader.own_hyperparameters)
+
+
+@contextmanager
+def read_as_ours(path: object) -> Iterator[None]:
+    """Read what `SBCheckpoint` has written; whatever does not have that form is refused by its path.
+
+    Raises:
+        MismatchError: It has another form.
+    """
+    try:
+        yield
+    except SBCheckpointError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise MismatchError(
+            f"{path} has the state of a fit in a form that SBCheckpoint does not write "
+            f"({type(error).__name__}: {str(error)[:200]}), and no fit goes on from it. Use another checkpoint"
+        ) from error
 
 
 def position_in(loops: Mapping[str, Any]) -> dict[str, Any] | None:
