@@ -216,12 +216,9 @@ class Gatherer:
         """
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         saved = {id(each) for each in [*trainer.optimizers, *schedulers]}
-        saved |= set(map(id, self.of_user(trainer).values()))
         owners: list[Any] = [trainer.lightning_module, *_private.trainer.callbacks_of(trainer)]
-        return [
-            f"{type(owner).__name__}.{name} ({type(value).__name__}) has a state_dict that no checkpoint "
-            "has: a resumed run begins with a new one; save it in on_save_checkpoint, or offer it in "
-            "configure_recoverables"
+        held = {
+            f"{type(owner).__name__}.{name} ({type(value).__name__})": value
             for owner in owners
             if not _saves_something(owner)
             for name, value in vars(owner).items()
@@ -231,6 +228,14 @@ class Gatherer:
             # Data is followed where it is loaded, and what is Lightning's is saved by it.
             and not isinstance(value, (torch.nn.Module, Iterable, Dataset, LightningOptimizer))
             and id(value) not in saved
+        }
+        # The user's function is called no more often than it has to be.
+        offered = [*self.of_user(trainer).values()] if held else []
+        return [
+            f"{name} has a state_dict that no checkpoint has: a resumed run begins with a new one; save "
+            "it in on_save_checkpoint, or offer it in configure_recoverables"
+            for name, value in held.items()
+            if not any(value is each for each in offered)
         ]
 
 
