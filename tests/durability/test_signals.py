@@ -59,6 +59,11 @@ class Signals:
         if not self._by_timer:
             self._thread.join()
 
+    @property
+    def over(self) -> bool:
+        """Whether none will come any more; all may have come before training began."""
+        return not self._by_timer and not self._thread.is_alive()
+
     def _send(self) -> None:
         for number, gap in zip(self._numbers, [self._first, *self._gaps], strict=True):
             time.sleep(gap)
@@ -96,7 +101,7 @@ def make(root, mode):
     return Checkpointer(root, {"m": model, "o": optimizer}, save_mode=mode), model, optimizer
 
 
-def train_and_save(root, mode, made):
+def train_and_save(root, mode, made, signals):
     """Train and save until signals come, and leave as a script does."""
     checkpointer, model, optimizer = make(root, mode)
     made.append(checkpointer)
@@ -104,6 +109,8 @@ def train_and_save(root, mode, made):
     try:
         try:
             for number in range(100_000):
+                if signals.over:
+                    break
                 model.weight.grad = torch.ones_like(model.weight)
                 optimizer.step()
                 checkpointer.save_and_keep_only({"n": number}, min_keys=["n"])
@@ -118,7 +125,7 @@ def live(root, mode, chance):
     signals, made = Signals(chance), []
     signals.start()
     with suppress(Raised):
-        train_and_save(root, mode, made)
+        train_and_save(root, mode, made, signals)
     signals.stop()
     (checkpointer,) = made or [make(root, mode)[0]]
     wrong = []
