@@ -52,7 +52,7 @@ def test_a_policy_means_what_its_flat_arguments_mean(policies, flat):
     ],
 )
 def test_what_is_said_twice_is_refused(arguments, named):
-    """Also where both say the same: a reader would have to compare them."""
+    """A flat value other than its default, also where both say the same."""
     with pytest.raises(ConfigurationError, match=named):
         SBCheckpoint(**{"dirpath": "run", **arguments})
 
