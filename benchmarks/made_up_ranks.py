@@ -157,7 +157,7 @@ def adds(size: int) -> dict[str, int]:
 def _stored(size: int) -> dict[str, int]:
     """Return the bytes of the tensors in each file."""
     made = stacked([packed(state) for state in states(size)])
-    return {name: sum(_storages(part.state_dict()).values()) for name, part in made.items()}
+    return {name: sum(_storages(part.take()).values()) for name, part in made.items()}
 
 
 def _storages(value: object) -> dict[int, int]:
