@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.publish import check_name, is_checkpoint, read_checkpoint, sweep
 from lightning_sbckpt._load.load import LoadOptions, load_into, require_sound
@@ -594,7 +595,7 @@ class Checkpointer(CheckpointFolder):
             self.trust_pickle,
         )
         load_into(items, checkpoint, options)
-        self.lineage["resumed-from"] = checkpoint.path.name
+        self.lineage["resumed-from"] = printable(checkpoint.path.name)
 
     def _save_items(self, items: Mapping[str, object]) -> dict[str, SaveItem]:
         for name in items:

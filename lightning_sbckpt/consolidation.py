@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 
 import torch
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._io.open_regular import open_below
 from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._layout.copies import copy_paramfile
@@ -111,7 +112,8 @@ def consolidate(
     with tally.part(checking):
         require_sound(source, ())
     root = source.path.parent if to is None else Path(to)
-    name = name or f"{source.path.name.removeprefix(CKPT_PREFIX).removeprefix('+')}+whole"
+    source_name = printable(source.path.name)
+    name = name or f"{source_name.removeprefix(CKPT_PREFIX).removeprefix('+')}+whole"
     target = folder_for(root, check_name(name, "checkpoint"), 0.0)
     if target.exists():
         raise ConfigurationError(
@@ -135,13 +137,13 @@ def consolidate(
             {**meta, **earlier},
             bool(meta.get("end-of-epoch", True)),
             name,
-            {CONSOLIDATED_FROM: source.path.name, "reason": "consolidated"},
+            {CONSOLIDATED_FROM: source_name, "reason": "consolidated"},
             _documents(source),
         )
         with tally.part(saving):
             saved = checkpointer.save(request).checkpoint
         assert saved is not None  # There is one process, and no background.
-        checkpointer.pin(saved, f"consolidated from {source.path.name}")
+        checkpointer.pin(saved, f"consolidated from {source_name}")
     return read_checkpoint(saved.path)
 
 

@@ -152,9 +152,11 @@ def open_state(path: Path, *, pickled: bool = True) -> object:
     try:
         with _buffered(path) as stream:
             screen_file(stream)
-            state = torch.load(
-                _by_descriptor(stream, path), map_location="cpu", weights_only=True, mmap=True
-            )
+            # Of a sparse tensor torch believes that its indices lie inside, unless it is told to look.
+            with torch.sparse.check_sparse_tensor_invariants():
+                state = torch.load(
+                    _by_descriptor(stream, path), map_location="cpu", weights_only=True, mmap=True
+                )
     except Exception:
         # Whatever it is, reading it in full will say it, or will do.
         state = _torch_load(path, trust=False)
@@ -287,7 +289,8 @@ def load_stream(stream: BinaryIO, *, trust: bool = False) -> object:
     """
     if not trust:
         screen_file(stream)
-    return torch.load(stream, map_location="cpu", weights_only=not trust)
+    with torch.sparse.check_sparse_tensor_invariants():  # As in `open_state`.
+        return torch.load(stream, map_location="cpu", weights_only=not trust)
 
 
 def _is_pickle(path: Path) -> bool:

@@ -8,11 +8,13 @@ over, and a folder without the file is as good as one with it.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
 import re
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +100,7 @@ class History:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(self._path, flags | os.O_CLOEXEC, file_mode(self._path.parent))
             try:
+                _require_own_file(descriptor)
                 self._append(descriptor, line.encode() + b"\n")
             finally:
                 os.close(descriptor)
@@ -118,6 +121,18 @@ class History:
                 line = b"\n" + line
         # One write at the end of the file: the lines of several processes don't mix.
         self._ends_with_line = os.write(descriptor, line) == len(line)
+
+
+def _require_own_file(descriptor: int) -> None:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if found.st_nlink > 1:
+        raise OSError(
+            errno.EMLINK,
+            "it has a second name elsewhere (a hard link), and what stands there would change, too. "
+            f"Make it a file of its own: cp {HISTORY_NAME} x && mv x {HISTORY_NAME}",
+        )
 
 
 def read_history(root: Path) -> list[dict[str, Any]]:

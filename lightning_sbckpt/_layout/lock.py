@@ -180,15 +180,25 @@ class _Claim:
             self._file = file
             # The owner before us removed the file after we had opened it: ours is no longer there.
             if self._is_in_place():
-                break
+                if not (new and alone and _has_other_names(file)):
+                    break
+                self._remove_name()
             self.drop()
         self._alone = alone
-        if new:
+        if new and not _has_other_names(file):
             if alone and os.fstat(file.fileno()).st_size:
                 # Who ends in good order leaves no file.
                 owner = read_record(file.fileno())
                 self._say(f"took over {self.root} from {spell(owner)}, which has ended")
             write_record(file.fileno(), self._me)
+
+    def _remove_name(self) -> None:
+        """Remove the name of a file that nobody else holds and that has other names, or give up."""
+        try:
+            (self.root / LOCK_NAME).unlink(missing_ok=True)
+        except BaseException:
+            self.drop()
+            raise
 
     def _say(self, message: str, level: int = logging.INFO) -> None:
         self._news.append((level, message))
@@ -280,6 +290,11 @@ _guard = threading.RLock()
 _claims: dict[_Identity, _Claim] = {}
 # One entry for each lock that was collected without having been released.
 _orphans: deque[tuple[_Claim, object]] = deque()
+
+
+def _has_other_names(file: FileIO) -> bool:
+    # `cp -al` makes such a copy of a folder. What stands under the other names is not ours to write.
+    return os.fstat(file.fileno()).st_nlink > 1
 
 
 def _give_up_orphans() -> None:

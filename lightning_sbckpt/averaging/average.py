@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeAlias, TypeVar, overload
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._format.load import load_state, open_state, pickled_path
 from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._io.records import bring_file, fetch
@@ -227,7 +228,7 @@ def save_average(
             {**_where_from(sources, newest), **(meta or {})},
             bool(newest.meta.get("end-of-epoch", True)),
             own_name,
-            {AVERAGED_FROM: [source.path.name for source in sources]},
+            {AVERAGED_FROM: [printable(source.path.name) for source in sources]},
         )
         with tally.part(saving):
             saved = checkpointer.save(request).checkpoint
@@ -257,7 +258,7 @@ def _where_from(sources: Sequence[Checkpoint], newest: Checkpoint) -> dict[str, 
     if ckpt_recency(newest) > 0:
         # So that it is never the newest, from which a run would go on.
         described["unixtime"] = ckpt_recency(newest) - _TICK
-    described[AVERAGED_FROM] = [source.path.name for source in sources]
+    described[AVERAGED_FROM] = [printable(source.path.name) for source in sources]
     for key, target in _RANGES:
         values = [source.meta.get(key) for source in sources]
         numbers = [value for value in values if isinstance(value, (int, float))]

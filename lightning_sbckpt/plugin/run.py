@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
@@ -86,7 +87,7 @@ class Run:
 
     def lineage(self, reason: str) -> dict[str, object]:
         """Return what a checkpoint of this run says about where it comes from."""
-        resumed_from = self.resumed_from.path.name if self.resumed_from else None
+        resumed_from = printable(self.resumed_from.path.name) if self.resumed_from else None
         return {"run": self._id, "resumed-from": resumed_from, "reason": reason}
 
     def is_own(self, checkpoint: Checkpoint) -> bool:

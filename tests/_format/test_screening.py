@@ -132,6 +132,33 @@ def test_hostile_pickle_is_refused_before_torch_gets_it(tmp_path, name):
         screen_file(stream)
 
 
+def sparse_coo():
+    made = torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.ones(2), (2,), is_coalesced=True)
+    made._indices()[0, 1] = 10**12
+    return made
+
+
+def sparse_csr():
+    made = torch.eye(2).to_sparse_csr()
+    made.crow_indices()[1:] = 10**12
+    return made
+
+
+def sparse_bsr():
+    made = torch.eye(4).to_sparse_bsr((2, 2))
+    made.col_indices()[1] = 10**12
+    return made
+
+
+@pytest.mark.parametrize("make", [sparse_coo, sparse_csr, sparse_bsr])
+@pytest.mark.parametrize("read", [load_state, open_state])
+def test_sparse_tensor_with_an_index_outside_is_refused(tmp_path, make, read):
+    """Torch doesn't look, and whatever is done with the tensor reads and writes elsewhere in memory."""
+    torch.save({"weight": make()}, tmp_path / "model.ckpt")
+    with pytest.raises(DamagedCheckpointError):
+        read(tmp_path / "model.ckpt")
+
+
 def test_compressed_records_are_refused(tmp_path):
     """A file that unpacks to a thousand times its size is not unpacked."""
     path = tmp_path / "model.ckpt"

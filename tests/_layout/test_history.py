@@ -189,6 +189,15 @@ def test_it_never_writes_through_a_link(checkpointer, tmp_path):
     assert (tmp_path / "other").read_bytes() == b""
 
 
+def test_it_is_not_written_through_a_hard_link(checkpointer, tmp_path, caplog):
+    """The file elsewhere would grow with every save: `cp -al` makes such copies of a folder."""
+    (tmp_path / "thesis.txt").write_text("years of work\n")
+    (checkpointer.checkpoints_dir / HISTORY_NAME).hardlink_to(tmp_path / "thesis.txt")
+    checkpointer.save_checkpoint()
+    assert (tmp_path / "thesis.txt").read_text() == "years of work\n"
+    assert "has a second name elsewhere" in caplog.text
+
+
 def test_a_pipe_in_its_place_is_not_waited_for(checkpointer):
     """Neither when it is written nor when it is read."""
     path = checkpointer.checkpoints_dir / HISTORY_NAME

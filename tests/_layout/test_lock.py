@@ -506,6 +506,33 @@ class TestWhatStandsInTheFile:
             FolderLock(run).acquire()
         assert outside.read_text() == "mine"
 
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_another_name_of_the_file_is_left_as_it_is(self, tmp_path, shared):
+        """A copy of the folder made of hard links (`cp -al`), or somebody who means it."""
+        (tmp_path / "thesis.txt").write_text("years of work\n")
+        root = tmp_path / "run"
+        root.mkdir()
+        (root / LOCK_NAME).hardlink_to(tmp_path / "thesis.txt")
+        lock = FolderLock(root, shared=shared)
+        lock.acquire()
+        lock.release()
+        assert (tmp_path / "thesis.txt").read_text() == "years of work\n"
+
+    def test_copying_the_folder_by_hard_links_does_not_take_the_lock_away(self, tmp_path, start):
+        """Neither from who has it, nor does it keep the copy from being used later."""
+        root, copy = tmp_path / "run", tmp_path / "copy"
+        lock = FolderLock(root)
+        lock.acquire()
+        copy.mkdir()
+        (copy / LOCK_NAME).hardlink_to(root / LOCK_NAME)
+        lock.acquire()
+        assert "is in use by process" in start(root)[2]
+        lock.release()
+        in_copy = FolderLock(copy)
+        in_copy.acquire()
+        assert (copy / LOCK_NAME).stat().st_nlink == 1
+        in_copy.release()
+
     def test_a_read_only_folder_is_said_to_be_one(self, tmp_path, monkeypatch):
         """With the way to read it all the same."""
         real = os.open

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from lightning_sbckpt import Checkpointer, cli
 from lightning_sbckpt._io.storage import FileDigest, digest, digest_bytes
 from lightning_sbckpt._layout.manifest import Manifest, dump_manifest
+from lightning_sbckpt.averaging import save_average
 from lightning_sbckpt.errors import SBCheckpointError, UntrustedPickleError
 from lightning_sbckpt.inspect import table
 from lightning_sbckpt.meta import dump_meta
@@ -580,7 +581,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", names_to_try(), ids=repr)
     def test_a_checkpoint_of_any_name_is_read_and_removed(self, run, make, healthy, outside, name):
-        """And verified, drawn and printed."""
+        """And verified, drawn and printed, averaged, and a run goes on from it."""
         hostile = run / name
         hostile.mkdir()
         (hostile / "CKPT.yaml").write_bytes(dump_meta(LATER))
@@ -589,6 +590,9 @@ class TestNames:
         checkpointer, model = make()
         assert checkpointer.recover_if_possible().path == hostile
         assert model.value == 3.0
+        checkpointer.save_checkpoint(name="after")
+        checkpointer.close()
+        save_average(run, [hostile, run / "CKPT+after"], name="average")
         prune_everything(run)
         assert not hostile.exists()
 
