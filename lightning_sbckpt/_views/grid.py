@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ENDLESS = 10_000
 _GAP = 2
 _INDENT = 4
+# So many columns that are left out are named.
+_NAMED = 40
 # A remark in fewer characters a line is a tower of words: it goes below its row.
 _NARROW = 30
 
@@ -44,18 +46,19 @@ def draw(
         styles: Of rich, one for each row.
         title: Stands above the remarks.
     """
-    shown, dropped = list(columns), []
-    while _width(shown) > width and len(shown) > 1:
-        last = max(shown, key=lambda column: column.rank)
-        if last.rank == 0:
+    dropped: set[int] = set()
+    total = _width(columns)
+    for last in sorted(columns, key=lambda column: -column.rank)[:-1]:
+        if total <= width or last.rank == 0:
             break
-        shown.remove(last)
-        dropped.append(last)
+        total -= _wide(last) + _GAP
+        dropped.add(id(last))
+    shown = [column for column in columns if id(column) not in dropped]
     parts = _rows(shown, width, remarks, styles or [""] * len(columns[0].cells), title)
-    if any(column.title for column in dropped):
-        left_out = ", ".join(
-            column.title for column in columns if column in dropped and column.title
-        )
+    if titles := [column.title for column in columns if column.title and id(column) in dropped]:
+        left_out = ", ".join(titles[:_NAMED])
+        if len(titles) > _NAMED:
+            left_out += f" and {len(titles) - _NAMED} more"
         parts.append(_within(width, rich.text.Text(f"no room for: {left_out}", style="dim")))
     return rich.console.Group(*parts)
 

@@ -92,6 +92,19 @@ def test_strange_meta_breaks_no_command(root, line):
     assert time.process_time() - began < 30
 
 
+@pytest.mark.long
+def test_hundred_thousand_keys_are_listed_in_time_that_grows_with_their_number(root):
+    """They are columns for most of which there is no room."""
+    meta = root / "CKPT+strange" / "CKPT.yaml"
+    meta.write_text(meta.read_text() + "".join(f"k{number}: 1\n" for number in range(100_000)))
+    began = time.process_time()
+    result = CliRunner().invoke(cli.main, ["ls", str(root)])
+    assert time.process_time() - began < 30
+    assert result.exit_code == 0
+    assert " more" in result.output
+    assert len(result.output) < 100_000
+
+
 def test_key_that_is_no_text_is_taken_by_its_text():
     """So that it can be listed, asked for and written as JSON like any other."""
     assert parse_yaml(b"unixtime: 1.0\n1: 2\nnull: 3\n", "CKPT.yaml") == {
