@@ -153,7 +153,7 @@ def open_state(path: Path, *, pickled: bool = True) -> object:
         with _buffered(path) as stream:
             screen_file(stream)
             # Of a sparse tensor torch believes that its indices lie inside, unless it is told to look.
-            with torch.sparse.check_sparse_tensor_invariants():
+            with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
                 state = torch.load(
                     _by_descriptor(stream, path), map_location="cpu", weights_only=True, mmap=True
                 )
@@ -289,7 +289,8 @@ def load_stream(stream: BinaryIO, *, trust: bool = False) -> object:
     """
     if not trust:
         screen_file(stream)
-    with torch.sparse.check_sparse_tensor_invariants():  # As in `open_state`.
+    # As in `open_state`.
+    with torch.sparse.check_sparse_tensor_invariants():  # type: ignore[no-untyped-call]
         return torch.load(stream, map_location="cpu", weights_only=not trust)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from _foreign import describe
 from _runs import Steps, fit, newest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_sbckpt import SBCheckpoint
 from lightning_sbckpt.errors import MismatchError, SBCheckpointError
 
 
@@ -123,3 +126,57 @@ def test_file_that_holds_no_state_is_refused_by_its_name(tmp_path, begun, part, 
         Steps.load_from_checkpoint(saved.path)
     with pytest.raises(MismatchError, match=rf"{part}\.ckpt holds a"):
         fit(tmp_path / "run", trainer={"max_epochs": 2})
+
+
+class Endless:
+    """Gives four batches an epoch, and never the same."""
+
+    def __init__(self):
+        self.numbers = itertools.count()
+
+    def __iter__(self):
+        return (torch.full((2, 1), float(next(self.numbers))) for _ in range(4))
+
+
+class FromEndless(L.LightningModule):
+    """One weight, trained on `Endless`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum() * 1e-3
+
+    def train_dataloader(self):
+        return Endless()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.timeout(100)
+def test_number_of_batches_to_replay_ends_with_the_batches(tmp_path):
+    """However many a folder says that an earlier epoch had."""
+
+    def train(epochs):
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[SBCheckpoint(tmp_path / "run")],
+        )
+        trainer.fit(FromEndless())
+        return trainer
+
+    train(2)
+    saved = newest(tmp_path / "run")
+    state = torch.load(saved.paramfiles["loaders"], weights_only=True)
+    (earlier,) = state["ranks"][0]["train"][0]["iteration"]["rounds"]
+    assert earlier["yielded"] == 4
+    earlier["yielded"] = 2**60
+    torch.save(state, saved.paramfiles["loaders"])
+    describe(saved.path)
+    assert train(3).global_step == 12

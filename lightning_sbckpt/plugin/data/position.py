@@ -440,7 +440,9 @@ class LoaderPosition(LoaderHandle):
             log.load(place["log"])
         for number in range(place["yielded"] + bool(place["ended"])):
             log.apply(number)
-            next(inner, None)
+            # How many there were is what the file says; more than there are end it all the same.
+            if next(inner, _NOTHING) is _NOTHING:
+                break
 
     def _resume_replay(
         self, place: Place, *, keeps_last: bool = False, anew: bool = False
