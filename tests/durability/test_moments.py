@@ -73,8 +73,9 @@ class Interrupt:
             if event == "line" and frame.f_code.co_name != "__del__":
                 back, last = frame.f_lineno < last, frame.f_lineno
                 text = linecache.getline(frame.f_code.co_filename, last).lstrip()
-                # Where a block of `with` is left, no signal is looked for until `__exit__` has run.
-                self.left -= not (back and text.startswith("with "))
+                # Where a block of `with` is left, no signal is looked for until `__exit__` has run,
+                # and where `try` stands, nothing runs at all (nor does an enclosing `with` guard it).
+                self.left -= not ((back and text.startswith("with ")) or text.startswith("try:"))
                 if self.left == 0:
                     self.left = -1
                     raise KeyboardInterrupt
