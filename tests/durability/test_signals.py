@@ -124,8 +124,15 @@ def live(root, mode, chance):
     """Train and save until signals come; return how many came, and what is wrong afterwards."""
     signals, made = Signals(chance), []
     signals.start()
-    with suppress(Raised):
+    try:
         train_and_save(root, mode, made, signals)
+    except Raised:
+        pass
+    except RuntimeError as error:
+        # `Condition.wait` of the standard library, in which `Thread.start` waits, says so in the place
+        # of an exception that comes while it takes its lock back.
+        if str(error) != "release unlocked lock":
+            raise
     signals.stop()
     (checkpointer,) = made or [make(root, mode)[0]]
     wrong = []
