@@ -15,10 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from lightning_sbckpt._format.load import open_state
 from lightning_sbckpt._format.yaml import MAX_META_BYTES, TENSOR_MARK, dump_yaml, parse_yaml
+from lightning_sbckpt._io.lazy import is_tensor, torch
 from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
 from lightning_sbckpt.errors import MetaError, MismatchError
 
@@ -81,6 +79,9 @@ class Checkpoint(NamedTuple):
             >>> checkpointer.save_checkpoint().open("model")["weight"].shape
             torch.Size([1, 2])
         """
+        # Imported here: to list and to rank checkpoints nothing reads tensors.
+        from lightning_sbckpt._format.load import open_state
+
         if name not in self.paramfiles:
             found = ", ".join(map(repr, self.paramfiles)) or "none"
             raise MismatchError(
@@ -178,7 +179,7 @@ def _plain(value: object, where: str, problems: list[str], depth: int = 0) -> ob
         return int(value)
     if isinstance(value, float):
         return float(value)
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         tensor = value.detach().cpu()
         return tensor.item() if tensor.numel() == 1 and not tensor.is_complex() else tensor.clone()
     if isinstance(value, Mapping):

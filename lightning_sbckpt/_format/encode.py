@@ -31,8 +31,9 @@ from lightning_sbckpt._format.containers import (
 )
 from lightning_sbckpt._format.image import pickled_without_bytes
 from lightning_sbckpt._format.keys import SECRET, SECRET_FILE, keys
-from lightning_sbckpt._format.load import load_stream, pickled_path
+from lightning_sbckpt._format.load import load_stream
 from lightning_sbckpt._format.marks import mark, root_of
+from lightning_sbckpt._format.names import pickled_path
 from lightning_sbckpt._format.plain import to_plain
 from lightning_sbckpt._format.screening import ScreeningError, screen
 from lightning_sbckpt._io.progress import moved

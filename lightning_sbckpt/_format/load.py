@@ -21,15 +21,13 @@ import torch
 from lightning_sbckpt._format.containers import rebuild
 from lightning_sbckpt._format.load_in_place import live_state
 from lightning_sbckpt._format.marks import TRUST, Judgement, judge, root_of
+from lightning_sbckpt._format.names import PICKLED_SUFFIX, pickled_path
 from lightning_sbckpt._format.plain import from_plain
 from lightning_sbckpt._format.read_tensors import read_owned
 from lightning_sbckpt._format.screening import screen_file
 from lightning_sbckpt._io.open_regular import NotRegularError, open_to_read
 from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt.errors import DamagedCheckpointError, MismatchError, UntrustedPickleError
-
-PICKLED_SUFFIX = "+pickled"
-MARKED_SUFFIX = "+marked"
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -55,16 +53,6 @@ def trusting_pickle(trust: bool = True) -> Iterator[None]:
 def pickle_is_trusted() -> bool:
     """Return whether this is inside a block of `trusting_pickle`."""
     return _trusted.get()
-
-
-def pickled_path(path: Path) -> Path:
-    """Return the file beside `path` that holds what only pickle can hold."""
-    return path.with_name(f"{path.stem}{PICKLED_SUFFIX}{path.suffix}")
-
-
-def marked_path(path: Path) -> Path:
-    """Return the file beside `path` that a marked method wrote whose class nobody decorated."""
-    return path.with_name(f"{path.stem}{MARKED_SUFFIX}{path.suffix}")
 
 
 def load_state(path: Path, *, left_out: list[str] | None = None, grouped: bool = False) -> object:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, cast
 
-import torch
 import yaml
+
+from lightning_sbckpt._io.lazy import is_tensor, torch
 
 _TAG = "tag:yaml.org,2002:python/"
 # Kind and width as numpy writes them, and what the struct module calls the same.
@@ -41,16 +42,16 @@ _NUMBERS = {
 _COMPLEX = {"c8": "f", "c16": "d"}
 _TEXT = re.compile(r"([US])([0-9]{1,7})")
 _STORAGES = {
-    "torch DoubleStorage": torch.float64,
-    "torch FloatStorage": torch.float32,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch ShortStorage": torch.int16,
-    "torch CharStorage": torch.int8,
-    "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
+    "torch DoubleStorage": "float64",
+    "torch FloatStorage": "float32",
+    "torch HalfStorage": "float16",
+    "torch BFloat16Storage": "bfloat16",
+    "torch LongStorage": "int64",
+    "torch IntStorage": "int32",
+    "torch ShortStorage": "int16",
+    "torch CharStorage": "int8",
+    "torch ByteStorage": "uint8",
+    "torch BoolStorage": "bool",
 }
 # The first pickles of a file of torch's legacy format: a magic number, a version, some sizes, the
 # storage and the keys of storages. Then come a count and the bytes.
@@ -230,7 +231,7 @@ def _storage(args: Sequence[object], _: object) -> Part:
                 names = str(argument)
             end = at or 0
         begin += end + 1
-    dtype = _STORAGES[names]
+    dtype = getattr(torch, _STORAGES[names])
     (count,) = struct.unpack_from("<q", data, begin)
     numbers = data[begin + 8 :]
     if count < 0 or count * dtype.itemsize != len(numbers):
@@ -257,7 +258,7 @@ def _tensor(args: Sequence[object], _: object) -> object:
 
 
 def _parameter(args: Sequence[object], _: object) -> object:
-    if not isinstance(args[0], (torch.Tensor, int, float)):
+    if not (is_tensor(args[0]) or isinstance(args[0], (int, float))):
         raise TypeError("something else stands in the place of a tensor")
     return args[0]
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 import yaml
 
 from lightning_sbckpt._format.flat_yaml import parse_flat
 from lightning_sbckpt._format.python_yaml import Part, add_constructors, is_long_key
+from lightning_sbckpt._io.lazy import is_tensor, torch
 from lightning_sbckpt.errors import MetaError, brief
 
 TENSOR_MARK = "!tensor"
@@ -34,7 +34,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _represent_tensor(dumper: _Dumper, tensor: torch.Tensor) -> yaml.Node:
+def _represent_tensor(dumper: _Dumper, tensor: object) -> yaml.Node:
+    if not is_tensor(tensor):
+        return dumper.represent_undefined(tensor)
     fields = {
         TENSOR_MARK: str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
@@ -56,7 +58,8 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
 
 
-_Dumper.add_representer(torch.Tensor, _represent_tensor)
+# Of whatever has no other: to name the class would import torch.
+_Dumper.add_representer(None, _represent_tensor)  # type: ignore[arg-type]
 _Dumper.add_representer(str, _represent_text)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import cast
 
-import torch
+from lightning_sbckpt._io.lazy import torch
 
 _PAGE = 2 * 2**20
 _GROUP = 64 * 2**20

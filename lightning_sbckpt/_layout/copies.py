@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_sbckpt._format.load import marked_path, pickled_path
+from lightning_sbckpt._format.names import marked_path, pickled_path
 from lightning_sbckpt._io.inside import OpenFolder, open_folder_at, open_parent
 from lightning_sbckpt._io.open_regular import open_to_read
 from lightning_sbckpt._io.progress import moved

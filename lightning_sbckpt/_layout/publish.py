@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lightning_sbckpt._format.load import MARKED_SUFFIX, PICKLED_SUFFIX
+from lightning_sbckpt._format.names import MARKED_SUFFIX, PICKLED_SUFFIX
 from lightning_sbckpt._io.inside import PRIVATE_FOLDER, open_folder
 from lightning_sbckpt._io.records import RECORDS_NAME, stored_files
 from lightning_sbckpt._io.storage import LocalStorage

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_sbckpt._format.load import marked_path, pickled_path, trusting_pickle
+from lightning_sbckpt._format.load import trusting_pickle
+from lightning_sbckpt._format.names import marked_path, pickled_path
 from lightning_sbckpt._io.records import fetch, stored_files
 from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT, is_checkpoint

@@ -16,8 +16,8 @@ import torch
 
 from lightning_sbckpt._format.encode import encode, held, pickled_file, torch_bytes, write_torch_to
 from lightning_sbckpt._format.image import Image, storages_of
-from lightning_sbckpt._format.load import MARKED_SUFFIX, pickled_path
 from lightning_sbckpt._format.marks import mark
+from lightning_sbckpt._format.names import MARKED_SUFFIX, pickled_path
 from lightning_sbckpt._format.templates import Description, Templates, describe
 from lightning_sbckpt._io.direct_write import Source
 from lightning_sbckpt._io.storage import FileDigest, LocalStorage

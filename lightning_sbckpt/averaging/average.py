@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar, overload
 
 from lightning_sbckpt._display.wording import printable
-from lightning_sbckpt._format.load import load_state, open_state, pickled_path
+from lightning_sbckpt._format.load import load_state, open_state
+from lightning_sbckpt._format.names import pickled_path
 from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._io.records import bring_file, fetch
 from lightning_sbckpt._layout.copies import copy_paramfile

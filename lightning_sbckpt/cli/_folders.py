@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
+from lightning_sbckpt._catalog.catalog import Catalog
 from lightning_sbckpt._display.wording import printable
 from lightning_sbckpt._layout.manifest import lineage_of
 from lightning_sbckpt._layout.publish import (
@@ -17,9 +18,9 @@ from lightning_sbckpt._layout.publish import (
     is_checkpoint,
     read_checkpoint,
 )
-from lightning_sbckpt._remote.places import resolve_local
+from lightning_sbckpt._remote.mirror import Mirror
+from lightning_sbckpt._remote.places import place_of, resolve_local
 from lightning_sbckpt._remote.urls import is_url, local_path, normal_url
-from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import NO, REFUSED, Failure, collected_warnings, echo
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError
@@ -39,20 +40,31 @@ class Folder:
 
     Attributes:
         path: As it was given; of a URL, the local one.
-        checkpointer: Looks into it.
+        catalog: Looks into it.
+        mirror: Of a URL, what brings here what is in the store.
         checkpoints: Those that can be read, newest first.
         remarks: What else was found, such as a checkpoint that can't be read; a line each.
     """
 
     path: Path
-    checkpointer: Checkpointer
-    checkpoints: list[Checkpoint]
+    # Not a Checkpointer, which can save and load, and imports torch for it.
+    catalog: Catalog
+    mirror: Mirror | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     @property
     def shown(self) -> str:
         """What a person calls it: its URL, or its path."""
-        return self.checkpointer.url or str(self.path)
+        return self.mirror.url if self.mirror is not None else str(self.path)
+
+    def look(self, *, ask_store: bool = True) -> list[str]:
+        """Bring `checkpoints` up to date, and return what can't be read."""
+        with collected_warnings() as remarks:
+            if ask_store and self.mirror is not None:
+                self.mirror.refresh()
+            self.checkpoints[:] = newest_first(self.catalog.checkpoints())
+        return remarks
 
     def warn(self) -> None:
         """Print the remarks on stderr."""
@@ -80,19 +92,15 @@ def open_folder(path: str | Path) -> Folder:
         )
     if names and not any(name.startswith((CKPT_PREFIX, *_OURS)) for name in names):
         raise Failure(f"there are no checkpoints in {path}{_runs_below(path, names)}")
-    checkpointer = Checkpointer(path, access="read")
-    with collected_warnings() as remarks, _looked_at_already(checkpointer, named):
-        found = newest_first(checkpointer.list_checkpoints())
-    return Folder(path, checkpointer, found, remarks)
+    folder = Folder(path, Catalog(path, keep_index=False), place_of(path)[1])
+    # Of a URL the store was asked when its local folder was looked for.
+    folder.remarks[:] = folder.look(ask_store=not is_url(named))
+    return folder
 
 
 def name_of(path: str | Path) -> str:
     """Return what a user has named, as it was before it became a path."""
     return normal_url(path) if is_url(path) and local_path(path) is None else str(path)
-
-
-def _looked_at_already(checkpointer: Checkpointer, named: str) -> AbstractContextManager[object]:
-    return checkpointer.as_known() if is_url(named) else nullcontext()
 
 
 def _close_path(path: Path) -> str:

@@ -22,7 +22,6 @@ from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import json_option, printable
 from lightning_sbckpt.cli._folders import name_of
 from lightning_sbckpt.errors import RemoteError, SBCheckpointError
-from lightning_sbckpt.run_paths import WORDS, resolved
 from lightning_sbckpt.verify import Verification
 from lightning_sbckpt.verify import verify as verify_folder
 
@@ -81,11 +80,13 @@ def verify(path: Path, as_json: bool, workers: int) -> None:
     PATH is the folder of all checkpoints, or one checkpoint, also run/best and run/newest. Exits with 0 if no damage was found,
     with 1 if some was, with 2 if PATH holds no checkpoints.
     """
+    from lightning_sbckpt.run_paths import resolved
+
     try:
         with ExitStack() as stack:
             started = time.perf_counter()
             found = verify_folder(
-                resolved(path) if path.name in WORDS else path,
+                resolved(path) if path.name in ("best", "newest") else path,
                 workers=workers,
                 on_progress=progress_bar(stack, "verifying"),
             )

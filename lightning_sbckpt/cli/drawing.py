@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
-from lightning_sbckpt.cli._folders import Folder, open_folder
-from lightning_sbckpt.report import report as write_report
+from lightning_sbckpt.cli._folders import open_folder
+
+if TYPE_CHECKING:
+    from lightning_sbckpt.folder import CheckpointFolder
 
 __all__ = ["plot", "report"]
 
@@ -63,7 +65,7 @@ def plot(
     """
     folder = _with_something_to_draw(path)
     target = out or (Path() if is_url(path) else path) / "plot.png"
-    folder.checkpointer.plot(keys or None, min_key=min_key, max_key=max_key, path=target)
+    folder.plot(keys or None, min_key=min_key, max_key=max_key, path=target)
     _say_written(target, as_json=as_json)
 
 
@@ -91,6 +93,8 @@ def report(
 
     It is complete in itself and needs no network. Prints its path.
     """
+    from lightning_sbckpt.report import report as write_report
+
     _with_something_to_draw(path)
     with ExitStack() as stack:
         written = write_report(
@@ -105,11 +109,14 @@ def report(
     _say_written(written, as_json=as_json)
 
 
-def _with_something_to_draw(path: Path) -> Folder:
-    folder = open_folder(path)
-    folder.warn()
-    if not folder.checkpointer.timeline(with_lineage=False).lives:
-        raise Failure(f"there are no checkpoints in {folder.shown} yet: nothing was drawn", NO)
+def _with_something_to_draw(path: Path) -> CheckpointFolder:
+    from lightning_sbckpt.folder import CheckpointFolder
+
+    opened = open_folder(path)
+    opened.warn()
+    folder = CheckpointFolder(opened.path, access="read")
+    if not folder.timeline(with_lineage=False).lives:
+        raise Failure(f"there are no checkpoints in {opened.shown} yet: nothing was drawn", NO)
     return folder
 
 

@@ -21,7 +21,6 @@ from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, pr
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
 from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
 from lightning_sbckpt.cli._screen import listing_of
-from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.inspect import marks_of
 from lightning_sbckpt.retention import Decision
 from lightning_sbckpt.retention.noted import RunRules, best_by, run_rules
@@ -112,6 +111,8 @@ def _print_plan(rules: RunRules, decisions: list[Decision]) -> None:
 
 
 def _carry_out(folder: Folder, rules: RunRules, protected: Protected) -> list[Decision]:
+    from lightning_sbckpt.folder import CheckpointFolder
+
     before = run_rules(folder.path)
     checkpoints = CheckpointFolder(folder.path)
     # First of all: where a run is saving, nothing is removed and nothing is noted.
@@ -147,6 +148,8 @@ class _AsWritten:
 @json_option
 def pin(ckpts: tuple[Path, ...], reason: str, as_json: bool) -> None:
     """Keep checkpoints whatever the rules say, until they are unpinned."""
+    from lightning_sbckpt.folder import CheckpointFolder
+
     pinned = [locate(each) for each in ckpts]
     for folder, found in pinned:
         CheckpointFolder(folder.path, access="shared").pin(found, reason)
@@ -164,6 +167,8 @@ def pin(ckpts: tuple[Path, ...], reason: str, as_json: bool) -> None:
 @json_option
 def unpin(ckpts: tuple[Path, ...], as_json: bool) -> None:
     """Let the rules remove checkpoints again."""
+    from lightning_sbckpt.folder import CheckpointFolder
+
     pinned = [locate(each) for each in ckpts]
     for folder, found in pinned:
         CheckpointFolder(folder.path, access="shared").unpin(found)
@@ -192,6 +197,8 @@ def annotate(
     A metric counts as if it had been saved with the checkpoint: ranking and rules see it. Values
     are read as in YAML: 31.5 is a number, true a truth, anything else a text.
     """
+    from lightning_sbckpt.folder import CheckpointFolder
+
     if not (values or note or tags):
         raise Failure("nothing to annotate: expected KEY=VALUE, --note or --tag")
     meta = dict(map(_key_and_value, values))

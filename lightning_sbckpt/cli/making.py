@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import click
 
 from lightning_sbckpt._remote.places import display_path
-from lightning_sbckpt.averaging import save_average
-from lightning_sbckpt.averaging.average import AVERAGED_FROM
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import (
     NO,
@@ -22,9 +20,7 @@ from lightning_sbckpt.cli._common import (
     json_option,
     print_json,
 )
-from lightning_sbckpt.cli._differing import lines_of
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder, require_key, resolve
-from lightning_sbckpt.difference import diff as diff_checkpoints
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.retention.noted import best_by, run_rules
 from lightning_sbckpt.selection import importance, rank_checkpoints
@@ -65,6 +61,9 @@ def diff(
     --name only these are compared, and no meta. That they were saved at different times is no
     difference. Exits with 0 if they are equal, with 1 if they differ.
     """
+    from lightning_sbckpt.cli._differing import lines_of
+    from lightning_sbckpt.difference import diff as diff_checkpoints
+
     if meta_only and (keys or names):
         raise Failure(
             "--meta-only leaves out what --keys and --name ask for: give one or the other"
@@ -132,6 +131,8 @@ def average(
     Which: those named, or --best N by a key (by default that of the run's own rules), or
     --newest N. The new one has no metrics, no run goes on from it by itself, and it is pinned.
     """
+    from lightning_sbckpt.averaging import save_average
+
     if sum((bool(ckpts), best is not None, newest is not None)) != 1:
         raise Failure(
             "name the checkpoints to average, or give --best N, or --newest N: one of them"
@@ -164,6 +165,8 @@ def _chosen(
     max_key: str | None,
 ) -> Sequence[Checkpoint]:
     """Return the best or the newest ones, of which none is an average itself."""
+    from lightning_sbckpt.averaging.average import AVERAGED_FROM
+
     folder.warn()
     there = [ckpt for ckpt in folder.checkpoints if AVERAGED_FROM not in ckpt.meta]
     if newest is not None:

@@ -7,22 +7,24 @@ import time
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
-import torch
 
 from lightning_sbckpt._display.wording import printable, say_number, say_size, say_when
+from lightning_sbckpt._io.lazy import is_tensor, torch
 from lightning_sbckpt._io.records import remote_files
 from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT
 from lightning_sbckpt._remote.places import display_path
-from lightning_sbckpt._sharded.contents import SavedTensor
 from lightning_sbckpt._views.columns import age_of, files_of, size_of
 from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import locate
 from lightning_sbckpt.errors import MetaError, SBCheckpointError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+
+if TYPE_CHECKING:
+    from lightning_sbckpt._sharded.contents import SavedTensor
 
 __all__ = ["show"]
 
@@ -129,7 +131,7 @@ def _print_head(ckpt: Checkpoint, lineage: Mapping[str, object], remark: str | N
 
 
 def _text_of(value: object) -> str:
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return f"tensor of {_shape(tuple(value.shape))}"
     # In full where it is a number: this is where one looks for the last digit.
     return repr(value) if isinstance(value, float) else say_number(value)
@@ -187,7 +189,7 @@ def _outline_of_pieces(path: Path) -> object:
 
 def _tensors(value: object, where: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Give every tensor of a state with its place in it, as in `state/0/exp_avg`."""
-    if isinstance(value, torch.Tensor):
+    if is_tensor(value):
         yield where, value
     elif isinstance(value, Mapping):
         for key, item in value.items():

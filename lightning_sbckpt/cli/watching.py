@@ -16,13 +16,12 @@ from rich.text import Text
 from lightning_sbckpt._display.wording import printable, say_number
 from lightning_sbckpt._views.columns import metric_keys, step_of
 from lightning_sbckpt.cli._bars import hush
-from lightning_sbckpt.cli._common import Failure, collected_warnings, counted, echo, json_option
+from lightning_sbckpt.cli._common import Failure, counted, echo, json_option
 from lightning_sbckpt.cli._folders import Folder, open_folder
 from lightning_sbckpt.cli._plan import standing
 from lightning_sbckpt.cli._screen import Listing, listing_of, make_console
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention.noted import events_of, run_rules
-from lightning_sbckpt.selection import newest_first
 
 __all__ = ["watch"]
 
@@ -120,8 +119,7 @@ def _events(
         time.sleep(interval)
         if not folder.path.is_dir():
             raise Failure(f"{folder.shown} is gone: somebody removed or renamed it")
-        with collected_warnings():
-            folder.checkpoints[:] = newest_first(folder.checkpointer.list_checkpoints())
+        folder.look()
 
 
 def _reasons(root: Path) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-from lightning_sbckpt._format.load import pickled_path
+from lightning_sbckpt._format.names import pickled_path
 from lightning_sbckpt._io.progress import Progress
 from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt._layout.manifest import Manifest, read_manifest

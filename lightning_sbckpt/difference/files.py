@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from lightning_sbckpt._format.index import Stored
-from lightning_sbckpt._format.load import pickled_path
+from lightning_sbckpt._format.names import pickled_path
 from lightning_sbckpt._io.inside import open_folder_at
 from lightning_sbckpt._io.open_regular import open_to_read
 from lightning_sbckpt.difference.numbers import Tally, can_compute, same_bytes

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
+from operator import ge
 from typing import Literal
-
-import torch
 
 from lightning_sbckpt.errors import SelectionError, brief
 from lightning_sbckpt.meta import Checkpoint
@@ -249,12 +248,14 @@ class Pareto:
         # Python's sort is stable, so of equal ones the newest comes first. Whatever beats a
         # checkpoint comes before it, and so do those equal to it that are newer.
         scored.sort(key=lambda pair: pair[0], reverse=True)
-        scores = torch.tensor([pair[0] for pair in scored], dtype=torch.float64, device="cpu")
-        front = torch.empty_like(scores)
+        # None before it is worse in the first key, so the others decide: what is beaten in those
+        # beats nothing that another does not.
+        front: list[tuple[float, ...]] = []
         kept: dict[Checkpoint, str] = {}
-        for score, (_, ckpt) in zip(scores, scored, strict=True):
-            if not bool((front[: len(kept)] >= score).all(dim=-1).any()):
-                front[len(kept)] = score
+        for (_, *score), ckpt in scored:
+            rest = tuple(score)
+            if not any(_covers(other, rest) for other in front):
+                front = [other for other in front if not _covers(rest, other)] + [rest]
                 kept[ckpt] = f"no other is better in all of {self._what()}"
         return kept
 
@@ -270,6 +271,10 @@ class Pareto:
     def _what(self) -> str:
         pairs = zip(self.keys, self.modes, strict=True)
         return ", ".join(f"{key} ({mode})" for key, mode in pairs)
+
+
+def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(map(ge, one, other))
 
 
 def check_count(owner: str, name: str, n: object) -> None:

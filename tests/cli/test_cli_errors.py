@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from _python import python
@@ -181,33 +179,6 @@ class TestHelp:
     def test_an_unknown_command_is_wrong_usage(self, call):
         """As click has it."""
         assert "No such command 'sl'" in call("sl", code=2).stderr
-
-    @pytest.mark.parametrize("word", ["--help", "--version"])
-    def test_neither_help_nor_version_imports_torch(self, word):
-        """They take a twentieth of a second, and torch alone a whole one."""
-        code = (
-            "import sys\nfrom lightning_sbckpt.cli import main\n"
-            f"main([{word!r}], standalone_mode=False)\n"
-            "assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], check=False, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-
-    @pytest.mark.long
-    def test_a_command_is_imported_only_when_it_is_called(self, run):
-        """A picture needs libraries that a list does not."""
-        code = (
-            "import sys\nfrom lightning_sbckpt.cli import main\n"
-            f"main(['ls', {str(run)!r}], standalone_mode=False)\n"
-            "print([name for name in sys.modules if name.startswith(('matplotlib', 'lightning.')) "
-            "or name in ('lightning_sbckpt.cli.making', 'lightning_sbckpt.cli.drawing')])"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_json_has_no_words_for_nan_and_still_is_json(capsys):
