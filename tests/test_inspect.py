@@ -79,7 +79,7 @@ def test_the_newest_is_first_and_everything_of_note_is_there(two):
     assert header == ["name", "saved", "epoch", "step", "end", "of", "epoch", "size", "loss", "acc"]
     assert lines == [
         [
-            "CKPT+new",
+            "new",
             "2026-03-04",
             "12:01:30",
             "2",
@@ -90,7 +90,7 @@ def test_the_newest_is_first_and_everything_of_note_is_there(two):
             "newest",
         ],
         [
-            "CKPT+old",
+            "old",
             "2026-03-04",
             "12:00:00",
             "1",
@@ -107,9 +107,9 @@ def test_the_newest_is_first_and_everything_of_note_is_there(two):
 @pytest.mark.parametrize(
     ("wanted", "best"),
     [
-        ({"min_key": "loss"}, "CKPT+old"),
-        ({"max_key": "loss"}, "CKPT+new"),
-        ({"max_key": "acc"}, "CKPT+old"),
+        ({"min_key": "loss"}, "old"),
+        ({"max_key": "loss"}, "new"),
+        ({"max_key": "acc"}, "old"),
         ({}, None),
         ({"min_key": "nowhere"}, None),
     ],
@@ -145,7 +145,7 @@ def test_brackets_and_odd_meta_are_shown_as_they_are(tmp_path):
         tmp_path / "CKPT+[red]x[bold]:smile:", {"unixtime": "never", "[red]": 1e-9}, {}
     )
     text = table([odd])
-    assert "CKPT+[red]x[bold]:smile:" in text
+    assert "[red]x[bold]:smile:" in text
     assert "unknown" in text
     assert " [red]\n" in text
     assert "gone" in text
@@ -154,8 +154,8 @@ def test_brackets_and_odd_meta_are_shown_as_they_are(tmp_path):
 
 def test_long_names_are_not_cut(tmp_path):
     """A name is there to be copied."""
-    name = "CKPT+" + "x" * 180
-    assert name in table([Checkpoint(tmp_path / name, {"unixtime": NOON}, {})])
+    name = "x" * 180
+    assert name in table([Checkpoint(tmp_path / f"CKPT+{name}", {"unixtime": NOON}, {})])
 
 
 def test_a_size_is_what_is_taken_on_the_disk(tmp_path):
@@ -213,7 +213,7 @@ def test_ephemeral_checkpoints_are_marked(tmp_path):
 def test_with_a_moment_it_says_how_long_ago(two):
     """And what no checkpoint has gets no column."""
     text = table(two, now=NOON + 3 * 3600 + 90)
-    assert "3 h ago" in text
+    assert text.splitlines()[2].split()[:3] == ["new", "3", "h"]
     assert text.splitlines()[0].split() == ["name", "age", "epoch", "step", "size", "loss", "acc"]
     del two[0].meta["epoch"], two[1].meta["epoch"]
     assert "epoch" not in table(two, now=NOON)
@@ -247,8 +247,8 @@ class TestWidth:
         """Names are there to be copied, so they are never cut."""
         remarks = {ckpt.path: "stays: for many words that say why it does" for ckpt in two}
         lines = table(two, min_key="loss", width=width, remarks=remarks).splitlines()
-        assert max(map(len, lines)) <= max(width, len("CKPT+old"))
-        assert sum("CKPT+old" in line for line in lines) == 1
+        assert max(map(len, lines)) <= max(width, len("name"))
+        assert sum(line.startswith("old") for line in lines) == 1
 
     def test_the_least_important_go_first_and_are_named(self, two):
         """The name, the marks and the first metric are what stays."""
@@ -259,7 +259,7 @@ class TestWidth:
             gone = re.findall(r"end of epoch|\w+", named)
             left.append(gone)
         order = list(dict.fromkeys(name for gone in left for name in sorted(gone, key=len)))
-        assert order == ["end of epoch", "acc", "size", "epoch", "saved", "step", "loss"]
+        assert order == ["end of epoch", "size", "saved", "epoch", "acc", "step"]
 
     def test_a_remark_stands_beside_if_there_is_room_and_else_below(self, two):
         """Indented, and broken where the width ends."""

@@ -18,6 +18,7 @@ from lightning_sbckpt._display.wording import (
     say_when,
 )
 from lightning_sbckpt._io.records import remote_files
+from lightning_sbckpt._layout.publish import CKPT_PREFIX
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
 _NO_METRICS = {"unixtime", "end-of-epoch", "epoch", "step", "global_step"}
@@ -25,10 +26,10 @@ _BLOCK = 512  # What st_blocks counts in.
 _LONGEST_CELL = 40
 _NO_BLOCKS = {"st_blocks": 0}
 
-# What may be dropped where there is too little room: the highest goes first.
-_FIRST_METRIC = 2
-_METRICS = 10
-_LEAST = 1000
+# Where there is too little room the lowest get it first.
+_MARKS, _FIRST_METRIC, _STEP, _SECOND_METRIC, _EPOCH = 1, 2, 3, 4, 5
+_OTHER_METRICS = 10
+_AGE, _SIZE, _END = 1_000_000, 1_000_001, 1_000_002
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Column:
     Attributes:
         title: Stands above it.
         cells: A text for each checkpoint.
-        rank: 0 is never dropped; of the others the highest goes first.
+        rank: 0 is never left out; of the others the lowest has its place first.
         right: Whether the texts stand on the right.
     """
 
@@ -80,43 +81,50 @@ def columns_of(
     """
     rows = list(checkpoints)
     columns = [
-        Column("name", [printable(ckpt.path.name) for ckpt in rows], 0, right=False),
-        Column("saved", [_when(ckpt) for ckpt in rows], 4, right=False)
+        Column("name", [short_name(ckpt.path.name) for ckpt in rows], 0, right=False),
+        Column("saved", [_when(ckpt) for ckpt in rows], _AGE, right=False)
         if now is None
-        else Column("age", [age_of(ckpt, now) for ckpt in rows], 4),
+        else Column("age", [age_of(ckpt, now).removesuffix(" ago") for ckpt in rows], _AGE),
         *place_cells(rows),
     ]
     if end_of_epoch:
         ends = [_cell(ckpt.meta.get("end-of-epoch")) for ckpt in rows]
-        columns.append(Column("end of epoch", ends, _LEAST))
+        columns.append(Column("end of epoch", ends, _END))
     sizes = [size_of(ckpt) for ckpt in rows]
-    columns.append(Column("size", ["gone" if size is None else str(size) for size in sizes], 6))
+    columns.append(Column("size", ["gone" if size is None else str(size) for size in sizes], _SIZE))
     columns += metric_cells(rows, metrics)
     # A column of nothing is no loss anywhere, but what was asked for by name is answered.
     asked = {printable(key) for key in metrics}
     if now is not None:
         columns = [each for each in columns if any(each.cells) or each.title in asked]
     said = [", ".join(marks.get(ckpt.path, ())) for ckpt in rows]
-    return [*columns, Column("", said, 1, right=False)]
+    return [*columns, Column("", said, _MARKS, right=False)]
+
+
+def short_name(name: str) -> str:
+    """Return the name of a checkpoint without what all of them begin with.
+
+    Example:
+        >>> short_name("CKPT+2026-11-22+10-15-03+00")
+        '2026-11-22+10-15-03+00'
+    """
+    return printable(name.removeprefix(f"{CKPT_PREFIX}+"))
 
 
 def metric_cells(checkpoints: Sequence[Checkpoint], metrics: Sequence[str]) -> list[Column]:
-    """Return a column for each key; the first is kept longest."""
+    """Return a column for each key, the first the most important."""
+    ranks = [_FIRST_METRIC, _SECOND_METRIC, *range(_OTHER_METRICS, _OTHER_METRICS + len(metrics))]
     return [
-        Column(
-            printable(key),
-            [_cell(ckpt.meta.get(key)) for ckpt in checkpoints],
-            _METRICS + place if place else _FIRST_METRIC,
-        )
-        for place, key in enumerate(metrics)
+        Column(printable(key), [_cell(ckpt.meta.get(key)) for ckpt in checkpoints], rank)
+        for key, rank in zip(metrics, ranks, strict=False)
     ]
 
 
 def place_cells(checkpoints: Sequence[Checkpoint]) -> list[Column]:
     """Return the columns of where in the run checkpoints were saved."""
     return [
-        Column("epoch", [_cell(ckpt.meta.get("epoch")) for ckpt in checkpoints], 5),
-        Column("step", [_cell(step_of(ckpt)) for ckpt in checkpoints], 3),
+        Column("epoch", [_cell(ckpt.meta.get("epoch")) for ckpt in checkpoints], _EPOCH),
+        Column("step", [_cell(step_of(ckpt)) for ckpt in checkpoints], _STEP),
     ]
 
 

@@ -36,6 +36,7 @@ def draw(
     remarks: Sequence[str] | None = None,
     styles: Sequence[str] | None = None,
     title: str = "",
+    note: str = "",
 ) -> RenderableType:
     """Return what rich prints.
 
@@ -45,14 +46,15 @@ def draw(
         remarks: A sentence for each row: beside it where there is room, else below.
         styles: Of rich, one for each row.
         title: Stands above the remarks.
+        note: Stands below the table.
     """
     dropped: set[int] = set()
-    total = _width(columns)
-    for last in sorted(columns, key=lambda column: -column.rank)[:-1]:
-        if total <= width or last.rank == 0:
-            break
-        total -= _wide(last) + _GAP
-        dropped.add(id(last))
+    taken = -_GAP
+    for each in sorted(columns, key=lambda column: column.rank):
+        if each.rank and taken + _GAP + _wide(each) > width:
+            dropped.add(id(each))
+        else:
+            taken += _GAP + _wide(each)
     shown = [column for column in columns if id(column) not in dropped]
     parts = _rows(shown, width, remarks, styles or [""] * len(columns[0].cells), title)
     if titles := [column.title for column in columns if column.title and id(column) in dropped]:
@@ -60,6 +62,8 @@ def draw(
         if len(titles) > _NAMED:
             left_out += f" and {len(titles) - _NAMED} more"
         parts.append(_within(width, rich.text.Text(f"no room for: {left_out}", style="dim")))
+    if note:
+        parts.append(_within(width, rich.text.Text(note)))
     return rich.console.Group(*parts)
 
 
@@ -69,6 +73,7 @@ def as_text(
     *,
     remarks: Sequence[str] | None = None,
     title: str = "",
+    note: str = "",
 ) -> str:
     """Return what `draw` makes as lines of text."""
     out = io.StringIO()
@@ -80,7 +85,7 @@ def as_text(
         force_jupyter=False,
         force_terminal=False,
     )
-    console.print(draw(columns, width, remarks=remarks, title=title))
+    console.print(draw(columns, width, remarks=remarks, title=title, note=note))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()).strip("\n") + "\n"
 
 
@@ -106,7 +111,7 @@ def _rows(
     for place, style in enumerate(styles):
         row = _grid(shown, header=False)
         row.add_row(*(_plain(column.cells[place]) for column in shown), style=style)
-        below = rich.text.Text(remarks[place], style=style)
+        below = rich.text.Text(remarks[place], style=style or "dim")
         parts += [
             row,
             rich.padding.Padding(_within(width - _INDENT, below), (0, 0, 0, _INDENT), expand=False),

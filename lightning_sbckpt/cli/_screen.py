@@ -17,6 +17,7 @@ from lightning_sbckpt._views.columns import (
     metric_cells,
     metric_keys,
     place_cells,
+    short_name,
 )
 from lightning_sbckpt._views.grid import ENDLESS, as_text, draw
 from lightning_sbckpt._views.timeline import CheckpointHistory
@@ -37,16 +38,25 @@ class Listing:
         title: Stands above the sentences.
         remarks: The sentences.
         styles: Of rich.
+        note: Stands below the table.
     """
 
     columns: Sequence[Column]
     title: str = ""
     remarks: Sequence[str] | None = None
     styles: Sequence[str] | None = None
+    note: str = ""
 
     def drawn(self, width: int) -> RenderableType:
         """Return what rich prints."""
-        return draw(self.columns, width, remarks=self.remarks, styles=self.styles, title=self.title)
+        return draw(
+            self.columns,
+            width,
+            remarks=self.remarks,
+            styles=self.styles,
+            title=self.title,
+            note=self.note,
+        )
 
     def show(self) -> None:
         """Print it: on a terminal in its width and colours, and whole to a file or a pipe."""
@@ -56,7 +66,9 @@ class Listing:
             console.width = ENDLESS
             console.print(self.drawn(width))
         else:
-            text = as_text(self.columns, width, remarks=self.remarks, title=self.title)
+            text = as_text(
+                self.columns, width, remarks=self.remarks, title=self.title, note=self.note
+            )
             echo(text.rstrip("\n"))
 
 
@@ -71,6 +83,7 @@ def listing_of(
     metrics: Sequence[str],
     marks: Mapping[Path, Sequence[str]],
     decisions: Mapping[Path, Decision],
+    note: str = "",
 ) -> Listing:
     """Return checkpoints as a table, with what the rules say of them if there are any."""
     styles = []
@@ -83,12 +96,12 @@ def listing_of(
         checkpoints, metrics=metrics, marks=marks, now=time.time(), end_of_epoch=False
     )
     if not decisions:
-        return Listing(columns, styles=styles)
+        return Listing(columns, styles=styles, note=note)
     said = [
         printable(in_short(decisions[ckpt.path])) if ckpt.path in decisions else ""
         for ckpt in checkpoints
     ]
-    return Listing(columns, "next time", said, styles)
+    return Listing(columns, "next time", said, styles, note)
 
 
 def listing_of_gone(lives: Sequence[CheckpointHistory], *, now: float) -> Listing:
@@ -96,7 +109,7 @@ def listing_of_gone(lives: Sequence[CheckpointHistory], *, now: float) -> Listin
     records = [Checkpoint(Path(life.name), dict(life.meta), {}) for life in lives]
     gone = [ago(now - life.removed) if life.removed else "unknown" for life in lives]
     columns = [
-        Column("name", [printable(life.name) for life in lives], 0, right=False),
+        Column("name", [short_name(life.name) for life in lives], 0, right=False),
         Column("removed", gone, 1),
         *place_cells(records),
         *metric_cells(records, metric_keys(records)[:_MOST_METRICS]),

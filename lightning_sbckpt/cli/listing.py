@@ -10,16 +10,18 @@ from typing import Any
 
 import click
 
+from lightning_sbckpt._display.wording import say_number
 from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.columns import (
     metric_keys,
+    short_name,
     size_of,
     step_of,
 )
 from lightning_sbckpt._views.timeline import CheckpointHistory, build_timeline
 from lightning_sbckpt.cli._common import counted, echo, json_option, print_json, printable
 from lightning_sbckpt.cli._folders import Folder, open_folder, require_key
-from lightning_sbckpt.cli._plan import chosen_rules, rule_options, standing
+from lightning_sbckpt.cli._plan import Standing, chosen_rules, rule_options, standing
 from lightning_sbckpt.cli._screen import listing_of, listing_of_gone
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -81,11 +83,26 @@ def ls(
         echo(f"none of {counted(len(folder.checkpoints))} in {printable(folder.shown)} fits")
     else:
         metrics = keys or metric_keys(shown, found.criterion.key)
-        listing_of(shown, metrics=metrics, marks=found.marks, decisions=found.decisions).show()
+        listing_of(
+            shown,
+            metrics=metrics,
+            marks=found.marks,
+            decisions=found.decisions,
+            note=_best_in_words(found, folder.checkpoints),
+        ).show()
     if 0 < len(shown) < len(folder.checkpoints):
         echo(counted(len(shown), of=len(folder.checkpoints)))
     for remark in remarks:
         echo(printable(remark))
+
+
+def _best_in_words(found: Standing, checkpoints: Sequence[Checkpoint]) -> str:
+    key = found.criterion.key
+    for ckpt in checkpoints:
+        if key is not None and "best" in found.marks.get(ckpt.path, ()):
+            by = f"{found.criterion.describe()}: {say_number(ckpt.meta[key])}"
+            return f"best: {short_name(ckpt.path.name)}, {printable(by)}"
+    return ""
 
 
 def _fitting(folder: Folder, where: str | None) -> list[Checkpoint]:

@@ -83,7 +83,7 @@ def diff(
     if as_json:
         print_json(found.as_dict())
     else:
-        echo("\n".join(lines_of(found, max(0, top))))
+        echo("\n".join(lines_of(found, max(0, top), in_full=bool(names or keys))))
     sys.exit(0 if found.equal else NO)
 
 

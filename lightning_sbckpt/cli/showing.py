@@ -18,7 +18,15 @@ from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT
 from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.columns import age_of, files_of, size_of
-from lightning_sbckpt.cli._common import NO, Failure, echo, json_option, print_json
+from lightning_sbckpt.cli._common import (
+    MACHINERY,
+    NO,
+    Failure,
+    by_interest,
+    echo,
+    json_option,
+    print_json,
+)
 from lightning_sbckpt.cli._folders import locate
 from lightning_sbckpt.errors import MetaError, SBCheckpointError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -30,8 +38,6 @@ __all__ = ["show"]
 
 # As many tensors of a file as give an idea of it; --keys shows all.
 _FEW = 12
-# What training needs to go on exactly, and nobody looks at.
-_MACHINERY = ("callbacks", "loaders", "loops", "metrics", "nonpersistent", "rng")
 _LONGEST_LINE = 300
 
 
@@ -108,8 +114,8 @@ def show(ckpt: Path, keys: str | None, as_json: bool) -> None:
         for name, stat in sorted(files.items()):
             echo(f"  {say_size(stat.st_size):>8}  {printable(name)}")
     # What a person looks for first comes first.
-    for name in sorted(contents, key=lambda name: (name in _MACHINERY, name)):
-        few = 0 if name in _MACHINERY else _FEW
+    for name in sorted(contents, key=by_interest):
+        few = 0 if name in MACHINERY else _FEW
         _print_content(name, contents[name], None if keys is not None else few)
 
 

@@ -140,7 +140,7 @@ class TestPrune:
         flip(run / "CKPT+e4" / "model.ckpt")
         flip(run / "CKPT+e3" / "model.ckpt")
         result = call("prune", run, *rule)
-        (line,) = [line for line in result.stdout.splitlines() if line.startswith("CKPT+e1")]
+        (line,) = [line for line in result.stdout.splitlines() if line.startswith("e1 ")]
         assert line.endswith("stays: the newest that is whole, to resume from")
         call("prune", run, *rule, "--yes")
         assert names(run) == ["CKPT+e1", "CKPT+e3"]

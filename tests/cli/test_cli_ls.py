@@ -15,12 +15,13 @@ from lightning_sbckpt.retention import Newest
 
 def rows(result):
     """Return the names in the order of the table."""
-    return [line.split()[0] for line in result.stdout.splitlines() if line.startswith("CKPT")]
+    lines = [*result.stdout.splitlines()[2:], "best:"]
+    return [line.split()[0] for line in lines[: [each[:5] for each in lines].index("best:")]]
 
 
 def row(result, name):
     """Return the line of one checkpoint."""
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"CKPT+{name} ")]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith(f"{name} ")]
     return line
 
 
@@ -35,13 +36,20 @@ class TestTable:
     def test_the_newest_is_first_with_all_of_note(self, run, call):
         """Epoch, step, age, size, metrics, marks."""
         result = call("ls", run)
-        assert rows(result) == ["CKPT+e4", "CKPT+e3", "CKPT+e1"]
+        assert rows(result) == ["e4", "e3", "e1"]
         header = result.stdout.splitlines()[0].split()
         assert header == ["name", "age", "epoch", "step", "size", "val_loss", "acc", "next", "time"]
         words = row(result, "e3").split()
-        assert words[3:5] == ["ago", "3"] or words[1:3] == ["now", "3"]
+        assert words[2:4] == ["s", "3"] or words[1:3] == ["now", "3"]
         assert {"300", "0.4", "0.6", "best", "KB"} <= set(words)
         assert "newest" in row(result, "e4")
+        assert result.stdout.splitlines()[-1] == "best: e3, lowest val_loss: 0.4"
+
+    def test_a_name_in_it_is_one_that_every_command_takes(self, run, call):
+        """Without what all names begin with, or with it."""
+        (name, *_) = rows(call("ls", run))
+        shown = [call("show", run / each).stdout for each in (name, f"CKPT+{name}")]
+        assert shown[0] == shown[1]
 
     def test_it_says_what_the_rules_of_the_run_make_of_each(self, run, call):
         """In few words: what keeps it, and what will not."""
@@ -92,7 +100,7 @@ class TestTable:
         """The others are listed as ever."""
         (run / "CKPT+e1" / "CKPT.yaml").write_text("a: [")
         result = call("ls", run)
-        assert rows(result) == ["CKPT+e4", "CKPT+e3"]
+        assert rows(result) == ["e4", "e3"]
         assert "left out an unreadable checkpoint" in result.stdout.splitlines()[-1]
         assert result.stderr == ""
 
@@ -100,7 +108,7 @@ class TestTable:
         """Markup means itself; what would steer the terminal is spelled out."""
         save(run, "[red]x[bold]:smile:\u202e", **{"[link]k": 0.5, "val_loss": "\x1b[2J"})
         text = call("ls", run).stdout
-        assert "CKPT+[red]x[bold]:smile:\\u202e" in text
+        assert "[red]x[bold]:smile:\\u202e" in text
         assert "[link]k" in text
         assert "\x1b" not in text
         assert "\u202e" not in text
@@ -140,7 +148,7 @@ class TestChoosing:
         (run / "CKPT+e3" / "more.bin").write_bytes(bytes(100_000))
         (run / "CKPT+e4" / "more.bin").write_bytes(bytes(50_000))
         result = call("ls", run, *args)
-        assert rows(result) == [f"CKPT+{name}" for name in names.split()]
+        assert rows(result) == names.split()
         shown = len(names.split())
         assert (f"{shown} of 3 checkpoints" in result.stdout) == (shown < 3)
 
@@ -149,11 +157,11 @@ class TestChoosing:
         save(run, "none")
         save(run, "nan", val_loss=float("nan"))
         save(run, "text", val_loss="soon")
-        last = {"CKPT+none", "CKPT+nan"}
+        last = {"none", "nan"}
         for order in ([], ["--desc"]):
-            found = rows(call("ls", run, "--sort", "val_loss", *order))
+            found = rows(call("ls", run, "--sort", "val_loss", *order))[:6]
             assert set(found[-2:]) == last
-        assert found[0] == "CKPT+text"
+        assert found[0] == "text"
 
     def test_only_the_keys_asked_for_are_shown(self, run, call):
         """In that order."""
@@ -170,7 +178,7 @@ class TestChoosing:
     def test_the_working_folder_is_the_default(self, run, call, monkeypatch):
         """As with the other ls."""
         monkeypatch.chdir(run)
-        assert rows(call("ls")) == ["CKPT+e4", "CKPT+e3", "CKPT+e1"]
+        assert rows(call("ls")) == ["e4", "e3", "e1"]
 
 
 class TestRemoved:
@@ -179,7 +187,7 @@ class TestRemoved:
     def test_those_that_are_gone_are_listed_with_the_reason(self, run, call):
         """The last that went comes first."""
         result = call("ls", run, "--removed")
-        assert rows(result) == ["CKPT+e2", "CKPT+e0"]
+        assert rows(result) == ["e2", "e0"]
         assert row(result, "e0").endswith("not among the 2 best val_loss, older than the newest 1")
         assert "0.9" in row(result, "e0")
 

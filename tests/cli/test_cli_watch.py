@@ -37,7 +37,7 @@ def save(run, name, **meta):
 def test_once_prints_the_table_and_ends(run, call):
     """As `ls` does."""
     text = call("watch", run, "--once").stdout
-    assert [line.split()[0] for line in text.splitlines()[2:]] == ["CKPT+e4", "CKPT+e3", "CKPT+e1"]
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["e4", "e3", "e1"]
     assert "stays: newest 1" in text
 
 
