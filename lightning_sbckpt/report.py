@@ -24,11 +24,12 @@ from lightning_sbckpt._layout.manifest import file_damage, find_damage, read_man
 from lightning_sbckpt._layout.sizes import checkpoint_bytes
 from lightning_sbckpt._remote.places import display_path, resolve_local
 from lightning_sbckpt._remote.urls import is_url
+from lightning_sbckpt._views.columns import short_name
 from lightning_sbckpt._views.report_view import make_page
 from lightning_sbckpt._views.timeline import Timeline
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError
 from lightning_sbckpt.folder import CheckpointFolder
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import Checkpoint, read_meta
 from lightning_sbckpt.plotting import chosen_keys, svg_for_page, write_page
 
 __all__ = ["report"]
@@ -104,12 +105,13 @@ def report(
         modes=modes,
         sizes=sizes,
         damage={name: wrong for name, wrong in damage.items() if wrong},
+        hyperparameters_of=_hyperparameters,
     )
     template = (files("lightning_sbckpt._views") / "report.html.jinja").read_text(encoding="utf-8")
     script = (files("lightning_sbckpt._views") / "report.js").read_text(encoding="utf-8")
     picture, no_picture = _picture(timeline, keys, modes)
     environment = Environment(autoescape=True, undefined=StrictUndefined)
-    environment.filters["tidy"] = say_text
+    environment.filters["tidy"] = lambda name: say_text(short_name(name))
     text = environment.from_string(template).render(
         page=page,
         picture=picture,
@@ -121,6 +123,13 @@ def report(
         verified=verify,
     )
     return write_page(target, text.encode(), "report")
+
+
+def _hyperparameters(checkpoint: Checkpoint) -> Mapping[str, object]:
+    try:
+        return read_meta(checkpoint.path / "hparams.yaml")
+    except (MetaError, OSError):
+        return {}  # A plain loop has none; and what can't be read is no loss for a page.
 
 
 def _picture(

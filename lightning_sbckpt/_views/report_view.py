@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,9 @@ from lightning_sbckpt._display.wording import (
     say_text,
     say_when,
 )
+from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.bars import Chart, chart
+from lightning_sbckpt._views.columns import short_name
 from lightning_sbckpt._views.timeline import CheckpointHistory, State, Timeline
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
@@ -25,6 +27,8 @@ _STATES = {"there": "kept", "removed": "removed", "gone": "gone", "unreadable": 
 # More columns than anybody reads.
 _METRICS = 12
 _LONGEST_REASON = 300
+_HIGHLIGHTS = 3
+_HYPERPARAMETERS = 40
 
 Sizes = Mapping[str, Mapping[Hashable, int]]  # of each checkpoint that is there, by its name
 
@@ -46,6 +50,26 @@ class Line:
     marks: Sequence[str]
     cells: Sequence[Cell]
     why: str
+    more: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Highlight:
+    """A checkpoint that the page opens with, in words.
+
+    Attributes:
+        title: What it is, as in "lowest val_loss".
+        value: The value of the metric.
+        saved: Where in the run, and when.
+        path: To copy.
+        hyperparameters: What it was trained with.
+    """
+
+    title: str
+    value: str
+    saved: str
+    path: str
+    hyperparameters: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +78,11 @@ class Page:
 
     title: str
     where: str
+    highlights: Sequence[Highlight]
     facts: Sequence[tuple[str, str]]
     problems: Sequence[tuple[str, str]]
     columns: Sequence[str]
+    more_columns: Sequence[str]
     lines: Sequence[Line]
     chart: Chart | None
     runs: Sequence[Sequence[str]]
@@ -76,6 +102,7 @@ def make_page(
     modes: Mapping[str, Literal["min", "max"]],
     sizes: Sizes,
     damage: Mapping[str, Sequence[str]],
+    hyperparameters_of: Callable[[Checkpoint], Mapping[str, object]],
 ) -> Page:
     """Return what the page of a folder says.
 
@@ -87,16 +114,18 @@ def make_page(
         modes: For a metric whether the lowest or the highest is best.
         sizes: What each checkpoint that is there takes on the disk, see `checkpoint_bytes`.
         damage: What is wrong with some of them.
+        hyperparameters_of: Returns what a checkpoint was trained with.
     """
     axis, _ = timeline.places()
     shared = Counter(file for files in sizes.values() for file in files)
     own = {name: _own(files, shared) for name, files in sizes.items()}
     has_shared = any(count > 1 for count in shared.values())
     reasons = _reasons_to_stay(timeline, sizes)
-    best: dict[int, list[str]] = {}
-    for key, mode in modes.items():
-        if (found := timeline.best(key, mode)) is not None:
-            best.setdefault(id(found), []).append(f"best {key}")
+    best = {
+        key: found
+        for key in dict.fromkeys([*keys, *modes])
+        if key in modes and (found := timeline.best(key, modes[key])) is not None
+    }
     has_epochs = any(life.number("epoch") is not None for life in timeline.lives)
     places = list(dict.fromkeys([axis or "epoch", "epoch"])) if has_epochs else [axis] * bool(axis)
     wanted = dict.fromkeys([*keys, *timeline.metrics()])
@@ -105,20 +134,19 @@ def make_page(
     newest = there[-1] if there else None
     lines = []
     for number, life in enumerate(timeline.lives, start=1):
-        marks = list(best.get(id(life), []))
+        marks = [f"best {key}" for key, found in best.items() if found is life]
         marks += ["newest"] if life is newest else []
         marks += ["pinned"] if life.pinned else []
         marks += ["for recovery only"] if life.ephemeral else []
         named = life.name if life.checkpoint is not None else ""
-        cells = [
-            Cell(str(number), number),
-            *(_number_cell(life, key) for key in places),
-            *(_number_cell(life, key) for key in metrics),
+        cells = [*(_number_cell(life, key) for key in (*metrics, *places))]
+        more = [
             Cell(say_when(life.made), life.made),
-            _size_cell(life.size),
             _size_cell(sum(sizes[named].values()) if named in sizes else None),
             *([_size_cell(own.get(named))] if has_shared else []),
+            _size_cell(life.size),
             Cell("" if life.seconds is None else say_duration(life.seconds), life.seconds),
+            Cell(str(number), number),
         ]
         state = "damaged" if named in damage else _STATES[life.state]
         why = life.reason or "; ".join(damage.get(named, ())) or reasons.get(named, "")
@@ -126,29 +154,35 @@ def make_page(
             why = f"{say_when(life.removed)}: {why}"
         elif life.state == "gone":
             why = "it is not there, and nothing was noted of its removal"
-        lines.append(Line(say_text(life.name), state, marks, cells, say_text(why, _LONGEST_REASON)))
-    columns = [
-        "save",
-        *places,
-        *metrics,
-        "saved",
-        "written",
-        "on disk",
-        *["own"] * has_shared,
-        "took",
-    ]
+        name, reason = say_text(short_name(life.name)), say_text(why, _LONGEST_REASON)
+        lines.append(Line(name, state, marks, cells, reason, more))
+    highlights = [
+        _highlight(
+            life,
+            f"{'lowest' if modes[key] == 'min' else 'highest'} {key}",
+            say_number(life.number(key)),
+            places,
+            hyperparameters_of,
+        )
+        for key, life in best.items()
+    ] or [_highlight(life, "newest", "", places, hyperparameters_of) for life in there[-1:]]
     return Page(
         title=say_text(title),
         where=say_text(where, 1000),
+        highlights=highlights[:_HIGHLIGHTS],
         facts=_facts(timeline, sizes, own, damage),
         problems=_problems(timeline, damage),
-        columns=[say_text(column, 60) for column in columns],
-        lines=lines,
+        columns=[say_text(column, 60) for column in (*metrics, *places)],
+        more_columns=["saved", "on disk", *["own"] * has_shared, "written", "took", "save"],
+        lines=lines[::-1],
         chart=chart(timeline),
         runs=_runs(timeline),
         resumes=_resumes(timeline),
         averages=[
-            (say_text(life.name), say_text(", ".join(life.averaged_from), 1000))
+            (
+                say_text(short_name(life.name)),
+                say_text(", ".join(map(short_name, life.averaged_from)), 1000),
+            )
             for life in timeline.lives
             if life.averaged_from
         ],
@@ -159,6 +193,26 @@ def make_page(
         ],
         plotted=[say_text(key, 60) for key in keys],
         has_history=timeline.has_history,
+    )
+
+
+def _highlight(
+    life: CheckpointHistory,
+    title: str,
+    value: str,
+    places: Sequence[str],
+    hyperparameters_of: Callable[[Checkpoint], Mapping[str, object]],
+) -> Highlight:
+    assert life.checkpoint is not None
+    where = [f"{key.replace('_', ' ')} {_number_cell(life, key).text}" for key in places]
+    given = hyperparameters_of(life.checkpoint)
+    told = [(say_text(key, 60), say_text(say_number(each), 100)) for key, each in given.items()]
+    return Highlight(
+        title=say_text(title, 100),
+        value=value,
+        saved=", ".join([*where, f"saved {say_when(life.made)}"]),
+        path=say_text(display_path(life.checkpoint.path.absolute()), 1000),
+        hyperparameters=told[:_HYPERPARAMETERS],
     )
 
 
@@ -223,7 +277,8 @@ def _resumes(timeline: Timeline) -> list[tuple[str, str, str]]:
     for resume in timeline.resumes:
         step = resume.step()
         where = "" if step is None else f"{step[0].replace('_', ' ')} {step[1]:,.10g}"
-        found.append((say_text(resume.source), where, say_text(resume.first.name)))
+        source, first = (say_text(short_name(each)) for each in (resume.source, resume.first.name))
+        found.append((source, where, first))
     return found
 
 

@@ -81,19 +81,19 @@ def run(tmp_path):
 
 
 def test_every_checkpoint_is_told_of_with_what_became_of_it(run, tmp_path):
-    """One row each in the order in which they were made, with the reason to stay or to go."""
+    """One row each, the newest first, with the reason to stay or to go."""
     path = report(run, tmp_path / "a.html")
     assert path == tmp_path / "a.html"
     page = read(path)
     rows = page.table("name")
     assert [row["name"] for row in rows] == [
-        *(f"CKPT+step{n}00" for n in (1, 2, 3, 4)),
-        "CKPT+halt400",
-        *(f"CKPT+step{n}00" for n in (5, 6, 7, 8)),
-        "CKPT+halt800",
+        "halt800",
+        *(f"step{n}00" for n in (8, 7, 6, 5)),
+        "halt400",
+        *(f"step{n}00" for n in (4, 3, 2, 1)),
     ]
     by_name = {row["name"]: row for row in rows}
-    best = by_name["CKPT+step600"]
+    best = by_name["step600"]
     assert (best["state"], best["marks"], best["loss"], best["global_step"]) == (
         "kept",
         "best loss",
@@ -101,14 +101,28 @@ def test_every_checkpoint_is_told_of_with_what_became_of_it(run, tmp_path):
         "600",
     )
     assert best["why"] == "among the 2 best loss (min): 0.3"
-    assert by_name["CKPT+step800"]["why"].startswith("goes next: not among the 2 best loss")
-    assert by_name["CKPT+step200"]["marks"] == "pinned"
-    assert by_name["CKPT+step200"]["why"] == "pinned: in the paper"
-    gone = by_name["CKPT+step500"]
+    assert by_name["step800"]["why"].startswith("goes next: not among the 2 best loss")
+    assert by_name["step200"]["marks"] == "pinned"
+    assert by_name["step200"]["why"] == "pinned: in the paper"
+    gone = by_name["step500"]
     assert gone["state"] == "removed"
     assert gone["why"].endswith(": not among the 2 best loss, older than the newest 1")
     assert (gone["on disk"], best["on disk"][-2:]) == ("", "KB")
-    assert by_name["CKPT+step300"]["loss"] == "nan"
+    assert by_name["step300"]["loss"] == "nan"
+
+
+def test_it_opens_with_the_best_its_path_and_its_hyperparameters(run, tmp_path):
+    """As text: what somebody looks for first, and copies."""
+    (run / "CKPT+step600" / "hparams.yaml").write_text("lr: 0.01\nlayers: [64, 64]\n")
+    html = report(run, tmp_path / "a.html").read_text()
+    top = re.sub(r"<[^>]+>", "", html.partition("<header>")[2].partition("<dl")[0])
+    title, place, given = [line.strip() for line in top.splitlines() if line.strip()][2:]
+    assert title == "best: lowest loss0.3"
+    assert place.startswith("global step 600, epoch 3, saved ")
+    assert place.endswith(str(run / "CKPT+step600"))
+    assert given == "lr 0.01 layers [64, 64]"
+    (run / "HISTORY.jsonl").unlink()
+    assert "newest" in report(run, tmp_path / "b.html").read_text().partition("<dl")[0]
 
 
 def test_the_heading_counts(run, tmp_path):
@@ -133,9 +147,9 @@ def test_lineage_and_rules_are_told(run, tmp_path):
     ]
     assert page.table("resumed from") == [
         {
-            "resumed from": "CKPT+halt400",
+            "resumed from": "halt400",
             "at": "global step 400",
-            "first saved afterwards": "CKPT+step500",
+            "first saved afterwards": "step500",
         }
     ]
     assert [row["rule"] for row in page.table("since")] == [
@@ -149,7 +163,7 @@ def test_an_average_is_told_with_its_sources(tmp_path):
     checkpointer = Checkpointer(tmp_path / "run", {"model": torch.nn.Linear(1, 1)})
     checkpointer.save_checkpoint({"averaged-from": ["CKPT+a", "CKPT+b"]}, name="mean")
     rows = read(report(tmp_path / "run")).table("average")
-    assert rows == [{"average": "CKPT+mean", "of": "CKPT+a, CKPT+b"}]
+    assert rows == [{"average": "mean", "of": "a, b"}]
 
 
 @needs_torch("2.6", "torch.serialization.skip_data, by which files are linked,")
@@ -177,9 +191,9 @@ def test_damaged_and_unreadable_ones_stand_at_the_top(run, tmp_path):
     file.write_bytes(data)
     page = read(report(run, tmp_path / "a.html"))
     states = {row["name"]: row["state"] for row in page.table("name")}
-    assert states["CKPT+step700"] == "damaged"
-    assert states["CKPT+step800"] == "unreadable"
-    assert states["CKPT+step600"] == "kept"
+    assert states["step700"] == "damaged"
+    assert states["step800"] == "unreadable"
+    assert states["step600"] == "kept"
     assert re.search(
         r"CKPT\+step700: model.ckpt has 5 bytes, [\d,]+ were written", page.texts["li"]
     )
@@ -237,7 +251,9 @@ def hostile(tmp_path):
         bad = root / f"CKPT+bad{number}{MARKUP}"
         bad.mkdir()
         (bad / "CKPT.yaml").write_text(f"[{MARKUP}")
-    (checkpointer.find_checkpoint().path / "MANIFEST.yaml").write_text(MARKUP)
+    newest = checkpointer.find_checkpoint().path
+    (newest / "MANIFEST.yaml").write_text(MARKUP)
+    (newest / "hparams.yaml").write_text(json.dumps({f"lr{MARKUP}": MARKUP}))
     history = root / "HISTORY.jsonl"
     event = '{{"event": {0}, "time": 1e300, "name": {1}, "reason": {1}, "rules": [{1}]}}\n'
     with history.open("a") as stream:
@@ -261,6 +277,7 @@ def test_names_and_meta_never_become_markup_or_script(hostile, tmp_path):
     }
     assert page.texts["h1"].strip() == f"run{MARKUP}"
     assert "\x1b" not in path.read_text()
+    assert f"lr{MARKUP}" in page.texts["span"]
 
 
 def test_without_matplotlib_there_is_a_page_without_a_picture(run, tmp_path, monkeypatch):

@@ -52,9 +52,9 @@ class Browser:
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         return done.stdout, console
 
-    def elements(self, page, fragment=""):
+    def elements(self, page, *arguments, fragment=""):
         """Return the page as it is after its script ran, and what the console says."""
-        return self._run(page, "--dump-dom", fragment=fragment)
+        return self._run(page, "--dump-dom", *arguments, fragment=fragment)
 
     def picture(self, page, *arguments):
         """Return what is seen, as an array of colours."""
@@ -74,7 +74,7 @@ def page(tmp_path):
 
 
 def names_in(html):
-    return re.findall(r'<td class="name">CKPT\+(\w+)</td>', html)
+    return re.findall(r'<td class="name">(\w+)</td>', html)
 
 
 AS_SAVED = ["step100", "step200", "step300", "step400", "halt400"]
@@ -88,19 +88,19 @@ BY_LOSS = ["step600", "step700", "step800", "step400", "step500", "step200", "st
 @pytest.mark.parametrize(
     ("fragment", "expected", "column", "way"),
     [
-        ("", AS_SAVED, None, None),
+        ("", AS_SAVED[::-1], None, None),
         ("#sort=loss", BY_LOSS, "loss", "ascending"),
         ("#sort=-loss", BY_LOSS[::-1], "loss", "descending"),
         ("#sort=name", sorted(AS_SAVED), "name", "ascending"),
         ("#sort=-save", AS_SAVED[::-1], "save", "descending"),
-        ("#sort=nonsense", AS_SAVED, None, None),
-        ("#sort=%E0%A4%A", AS_SAVED, None, None),
-        ("#plot", AS_SAVED, None, None),
+        ("#sort=nonsense", AS_SAVED[::-1], None, None),
+        ("#sort=%E0%A4%A", AS_SAVED[::-1], None, None),
+        ("#plot", AS_SAVED[::-1], None, None),
     ],
 )
 def test_the_table_sorts_as_the_address_asks(browser, page, fragment, expected, column, way):
     """By numbers as numbers, by names as names; the heading says which way."""
-    html, console = browser.elements(page, fragment)
+    html, console = browser.elements(page, fragment=fragment)
     assert console == []
     assert names_in(html)[: len(expected)] == expected
     assert sorted(names_in(html)) == sorted(AS_SAVED)
@@ -137,6 +137,22 @@ def test_a_click_on_a_heading_sorts_and_the_next_turns_it_round(
     assert console == []
     assert names_in(html)[: len(expected)] == expected
     assert f"<title>{fragment}</title>" in html
+
+
+LAYOUT = """
+const rows = [...document.querySelectorAll("#checkpoints tbody tr")].map((row) => row.offsetHeight);
+const page = document.documentElement;
+document.title = [Math.max(...rows) - Math.min(...rows), page.scrollWidth - innerWidth].join();
+"""
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_rows_are_one_line_high_and_the_page_is_no_wider_than_the_screen(browser, page, width):
+    """On a phone, too, in the least width that the browser's window has."""
+    html, _ = browser.elements(with_script(page, LAYOUT), f"--window-size={width},900")
+    difference, overflow = re.search(r"<title>(.*?)</title>", html)[1].split(",")
+    assert int(difference) <= 2
+    assert int(overflow) <= 0
 
 
 FILTER = """
