@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from inspect import isroutine
+from types import ModuleType
 from typing import Any
 
 import torch
 import xxhash
 
 from lightning_sbckpt.plugin.packages import LightningModule
+from lightning_sbckpt.rng.walk import slots
 
 BY_UP_TO = " differing by up to "
 
@@ -39,9 +44,17 @@ def clone(state: Any) -> Any:
 
 
 def fingerprint(state: Any) -> str:
-    """Return a hash of every bit."""
+    """Return a hash of every bit, of what an object holds too.
+
+    Example:
+        >>> from argparse import Namespace
+        >>> fingerprint(Namespace(x=torch.ones(2))) == fingerprint(Namespace(x=torch.ones(2)))
+        True
+        >>> fingerprint(Namespace(x=torch.ones(2))) == fingerprint(Namespace(x=torch.zeros(2)))
+        False
+    """
     hasher = xxhash.xxh3_64()
-    _feed(hasher, state)
+    _feed(hasher, state, {})
     return str(hasher.hexdigest())
 
 
@@ -50,20 +63,45 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
 
 
-def _feed(hasher: Any, state: Any) -> None:
+def _feed(hasher: Any, state: Any, seen: dict[int, Any]) -> None:
     if isinstance(state, torch.Tensor):
         tensor = _own(state).cpu().contiguous()
         hasher.update(str((tensor.dtype, tuple(tensor.shape))).encode())
         hasher.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
     elif isinstance(state, Mapping):
         for key, value in state.items():
-            hasher.update(repr(key).encode())
-            _feed(hasher, value)
+            hasher.update(_text(key))
+            _feed(hasher, value, seen)
     elif isinstance(state, (list, tuple)):
         for value in state:
-            _feed(hasher, value)
+            _feed(hasher, value, seen)
+    elif isinstance(state, AbstractSet):
+        for text in sorted(map(_text, state)):
+            hasher.update(text)
+    elif hasattr(state, "tobytes") and hasattr(state, "dtype") and not state.dtype.hasobject:
+        # numpy's, which shows the ends of a long array alone.
+        hasher.update(f"{state.dtype} {state.shape}".encode())
+        hasher.update(state.tobytes())
+    elif attributes := _attributes(state):
+        hasher.update(type(state).__qualname__.encode())
+        if id(state) not in seen:
+            seen[id(state)] = state  # Held, so that no other object gets its address.
+            _feed(hasher, attributes, seen)
     else:
-        hasher.update(repr(state).encode())
+        hasher.update(_text(state))
+
+
+def _attributes(state: object) -> dict[str, Any]:
+    """Return what an object holds; of classes and functions only the name counts."""
+    if isinstance(state, (type, ModuleType)) or isroutine(state):
+        return {}
+    names = [name for name in slots(type(state)) if hasattr(state, name)]
+    return {name: getattr(state, name) for name in names} | getattr(state, "__dict__", {})
+
+
+def _text(state: object) -> bytes:
+    """Return how it shows itself, without its address, which every process has another of."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(state)).encode()
 
 
 def differences(reference: Outcome, resumed: Outcome) -> list[str]:

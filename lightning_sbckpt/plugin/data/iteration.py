@@ -228,18 +228,25 @@ def mark_of(batch: object) -> int:
 def _bytes_in(value: Any) -> bytes:
     kind = type(value).__name__
     if isinstance(value, torch.Tensor):
-        said = f"{tuple(value.shape)} {value.dtype}".encode()
-        plain = value.device.type == "cpu" and value.layout is torch.strided
-        if not plain or value.is_quantized or value.numel() == 0:
-            return said
-        some = value.detach().flatten()[:_MOST_VALUES].resolve_conj().resolve_neg()
-        return said + some.contiguous().view(torch.uint8).numpy().tobytes()
+        # Whatever a subclass does when it is taken apart is for whoever trains with it.
+        with torch._C.DisableTorchFunctionSubclass():
+            return _bytes_in_tensor(value)
     if isinstance(value, (int, float, complex, str, bytes, type(None))):
         return f"{kind} {value!r}"[:1000].encode(errors="replace")
     if hasattr(value, "tobytes") and hasattr(value, "dtype") and value.dtype.kind in "biufcSUmM":
         some = value[:1] if getattr(value, "ndim", 0) else value
         return f"{kind} {getattr(value, 'shape', ())}".encode() + bytes(some.tobytes()[:4096])
     return kind.encode()
+
+
+def _bytes_in_tensor(tensor: torch.Tensor) -> bytes:
+    said = f"{tuple(tensor.shape)} {tensor.dtype}".encode()
+    plain = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    own = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    if not (plain and own) or tensor.is_quantized or tensor.numel() == 0:
+        return said
+    some = tensor.detach().flatten()[:_MOST_VALUES].resolve_conj().resolve_neg()
+    return said + some.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def draw_seed(loader: Any) -> None:
