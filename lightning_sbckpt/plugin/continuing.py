@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._layout.publish import read_checkpoint
 from lightning_sbckpt._world.world import decided_by_main
@@ -259,7 +259,10 @@ class ResumePlan:
     def _ready(self, resumption: Restore, report: ResumeReport) -> None:
         self._resumption = None
         self._went_on(resumption)
-        rank_zero_info(f"SBCheckpoint: resumed\n{report.details()}")
+        # On a resume that lacks nothing there is one line, the headline.
+        if lacking := report.lacking():
+            rank_zero_info(f"SBCheckpoint: resumed; {lacking}")
+        rank_zero_debug(f"SBCheckpoint: resumed\n{report.details()}")
 
     @property
     def _where(self) -> object:

@@ -52,7 +52,8 @@ class ResumeReport:
         restored: The names of what was restored.
         skipped: What the checkpoint has and was not restored, each with the reason.
         missing: What this run has and the checkpoint lacks.
-        notes: How the data was positioned, and what can't be exact.
+        data: How each loader came to its place.
+        notes: What is not as it was, and what can't be exact.
         changes: How the experiment differs from the checkpoint's, and what is in force.
     """
 
@@ -61,6 +62,7 @@ class ResumeReport:
     restored: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
 
@@ -76,6 +78,16 @@ class ResumeReport:
             f"{self.meta.get('global_step', '?')}"
         )
 
+    def lacking(self) -> str:
+        """Return in one line what was skipped, what is missing and what can't be exact, if anything.
+
+        Example:
+            >>> ResumeReport("run/CKPT+a", skipped=["optimizer: told to"]).lacking()
+            'skipped: optimizer: told to'
+        """
+        parts = {"skipped: ": self.skipped, "missing: ": self.missing, "": self.notes}
+        return "; ".join(f"{what}{'; '.join(found)}" for what, found in parts.items() if found)
+
     def details(self) -> str:
         """Return what was restored, skipped and missing, a line each."""
         lines = []
@@ -83,6 +95,7 @@ class ResumeReport:
             found = cast("list[str]", getattr(self, name))
             lines.append(f"  {name + ':':<10}{'; '.join(found) or 'nothing'}")
         lines += [f"  {'changed:':<10}{change}" for change in self.changes]
+        lines += [f"  {'data:':<10}{place}" for place in self.data]
         lines += [f"  {'note:':<10}{note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -347,6 +360,7 @@ class Restore:
             self.report.notes += self._reductions.restore(position.get("reductions"))
             self.report.notes += self._reductions.restore_hooks(self._state.get(COMM_HOOKS, ()))
         self.report.notes += self._tracker.report()
+        self.report.data += self._tracker.placed
         self.report.notes += exact.changes_of_hardware(self._trainer, self._state)
         self.report.notes += exact.nondeterminism_warnings(self._trainer)
         self.report.notes += self._reductions.nondeterminism_warnings()

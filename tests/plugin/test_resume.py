@@ -434,18 +434,34 @@ class Unfreeze(BaseFinetuning):
 class TestReport:
     """What was restored, skipped and missing, by name."""
 
+    def test_one_line_says_that_it_resumes_and_one_that_it_ended(self, tmp_path, lines, caplog):
+        """In the middle of an epoch, too; what was restored is told where somebody debugs."""
+        options = {"min_key": "val_loss", "every_n_train_steps": 2, **ALL}
+        with pytest.raises(RuntimeError):
+            fit(tmp_path, callbacks=[raise_at("on_train_batch_end", 7, RuntimeError())], **options)
+        (begun,) = lines()
+        assert begun == f"SBCheckpoint: no checkpoint in {tmp_path}, the run begins anew"
+        caplog.set_level(logging.DEBUG, "lightning.pytorch")
+        run = fit(tmp_path, **options)
+        assert run.callback.resume_report.data
+        resumed, details, ended = lines()
+        assert resumed == f"SBCheckpoint: {run.callback.resume_report.headline()}"
+        assert details.startswith("SBCheckpoint: resumed\n  restored: ")
+        assert ended.startswith("SBCheckpoint: restored the best weights, lowest val_loss (")
+
     def test_it_names_what_was_restored(self, tmp_path, lines):
-        """In the callback's attribute and, when training goes on, in the log."""
+        """In the callback's attribute; what is lacking in the log, too."""
         fit(tmp_path, data=Data(), trainer={"max_epochs": 1})
         run = fit(tmp_path, data=Data())
         report = run.callback.resume_report
         assert {"model", "optimizer", "loops", "rng", "loaders", "datamodule"} <= {*report.restored}
         assert (report.skipped, report.missing) == ([], [])
-        (said,) = [text for text in lines() if text.startswith("SBCheckpoint: resumed\n")]
-        assert "restored: " in said and "skipped:  nothing" in said and "missing:  nothing" in said
+        told = report.details()
+        assert "restored: " in told and "skipped:  nothing" in told and "missing:  nothing" in told
+        assert not [text for text in lines() if text.startswith("SBCheckpoint: resumed")]
         assert str(report).startswith(f"resuming from {report.checkpoint}, saved ")
 
-    def test_it_names_callbacks_that_are_gone_or_new(self, tmp_path):
+    def test_it_names_callbacks_that_are_gone_or_new(self, tmp_path, lines):
         """One whose state finds no owner is skipped, one that finds no state is missing."""
         fit(tmp_path, callbacks=[EarlyStopping("val_loss")], trainer={"max_epochs": 1})
         run = fit(tmp_path, callbacks=[EarlyStopping("train_loss")])
@@ -455,6 +471,8 @@ class TestReport:
         assert skipped.startswith("callbacks: EarlyStopping{'monitor': 'val_loss'")
         assert skipped.endswith("(not among this Trainer's callbacks)")
         assert missing.startswith("callbacks: EarlyStopping{'monitor': 'train_loss'")
+        (said,) = [text for text in lines() if text.startswith("SBCheckpoint: resumed")]
+        assert said == f"SBCheckpoint: resumed; skipped: {skipped}; missing: {missing}"
 
     def test_it_names_an_optional_recoverable_that_is_missing(self, tmp_path):
         """It stays as it is."""

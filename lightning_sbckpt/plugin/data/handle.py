@@ -58,7 +58,8 @@ class LoaderHandle:
 
     Attributes:
         data: What the objects behind the loader know about where they are.
-        notes: What was found on the way to a place, a half sentence each.
+        placed: How it came to its place, a half sentence each.
+        notes: What is not as it was, a half sentence each.
     """
 
     def __init__(self, loader: Any, baseline: Baseline) -> None:
@@ -68,6 +69,7 @@ class LoaderHandle:
         apart = samplers_in(loader).values()
         self.data = DataState(root, baseline, skip=("_iterator",), apart=apart)
         self.latest: Iteration | None = None
+        self.placed: list[str] = []
         self.notes: list[str] = []
         self._baseline = counters(samplers_in(loader))
         self._born: Place | None = None

@@ -373,7 +373,7 @@ class LoaderPosition(LoaderHandle):
                 self._set(place["before_last"])
             fresh["before_last"] = place.get("before_last")
             iteration.ready.append(next(inner))
-        self.notes.append(f"{count} batches skipped by index, none loaded")
+        self.placed.append(f"{count} batches skipped by index, none loaded")
         return iteration
 
     def _rebuild_order(self, place: Place) -> tuple[Iterator[object], bool]:
@@ -464,7 +464,7 @@ class LoaderPosition(LoaderHandle):
                 self._replay_round(each)
             if earlier:
                 total = sum(each["yielded"] for each in earlier)
-                self.notes.append(f"{total} batches of earlier epochs loaded again and dropped")
+                self.placed.append(f"{total} batches of earlier epochs loaded again and dropped")
             self._set(place["created"], samplers=True, states=not (anew or place.get("rounds")))
         self._rounds = list(place.get("rounds", ()))
         if isinstance(self.loader, Stateful) and is_torchdata(self.loader):
@@ -507,7 +507,7 @@ class LoaderPosition(LoaderHandle):
         iteration.yielded = loaded
         # Until a fresh iteration has shown that a loader's own state is a place.
         iteration.is_position = False
-        self.notes.append(f"{loaded} batches loaded again and dropped")
+        self.placed.append(f"{loaded} batches loaded again and dropped")
         return iteration
 
     def _resume_own(self, place: Place, *, keeps_last: bool) -> Iteration:
@@ -531,7 +531,7 @@ class LoaderPosition(LoaderHandle):
             else:
                 self._set(place["before_last"])
                 iteration.ready.append(next(inner))
-        self.notes.append(f"it went on from its own state, at batch {place['yielded']}")
+        self.placed.append(f"it went on from its own state, at batch {place['yielded']}")
         return iteration
 
 

@@ -50,7 +50,7 @@ class LoaderTracker:
         >>> tracker.release(mid_epoch=True)
         >>> next(iter(loader)).item() == expected
         True
-        >>> tracker.report()
+        >>> tracker.placed
         ['train loader 0 (DataLoader): 3 batches skipped by index, none loaded.']
     """
 
@@ -60,6 +60,7 @@ class LoaderTracker:
         self.is_complete = dict.fromkeys(STAGES, False)
         self.pending: dict[tuple[str, int], Mapping[str, Any]] = {}
         self._saved_counts: dict[str, int] = {}
+        self.placed: list[str] = []
         self.notes: list[str] = []
         self._undo: Callable[[], None] | None = None
         self.is_holding = False
@@ -188,7 +189,7 @@ class LoaderTracker:
             (stage, index): saved for stage in STAGES for index, saved in enumerate(state[stage])
         }
         self._saved_counts = {stage: len(state[stage]) for stage in STAGES}
-        self.notes = []
+        self.placed, self.notes = [], []
         self.is_holding = True
 
     def release(self, mid_epoch: bool) -> None:
@@ -229,7 +230,7 @@ class LoaderTracker:
         ]
 
     def report(self) -> list[str]:
-        """Return, after a resume, how each loader was positioned and what is not as it was."""
+        """Return, after a resume, what is not as it was; `placed` says how loaders were positioned."""
         sentences = []
         for stage, saved in self._saved_counts.items():
             here = len(self._groups[stage])
@@ -459,8 +460,12 @@ class Track:
 
     def take_notes(self) -> None:
         """Hand the tracker what the position has to tell."""
-        notes, self.position.notes = self.position.notes, []
-        self.tracker.notes += [f"{self.name}: {note}." for note in notes]
+        for told, of_all in (
+            (self.position.placed, self.tracker.placed),
+            (self.position.notes, self.tracker.notes),
+        ):
+            of_all += [f"{self.name}: {note}." for note in told]
+            told.clear()
 
 
 def _itself(loader: object) -> object:

@@ -134,9 +134,9 @@ def test_a_stream_that_goes_on_is_told_at_the_first_fit(tmp_path, recwarn):
     assert len(told) == 1
     assert "loads all batches since the run began again" in told[0]
     run = fitted(tmp_path, Slice())
-    notes = run.callback.resume_report.notes
-    assert any("4 batches of earlier epochs loaded again" in note for note in notes)
-    assert any("source is an iterator" in note for note in notes)
+    report = run.callback.resume_report
+    assert any("4 batches of earlier epochs loaded again" in place for place in report.data)
+    assert any("source is an iterator" in note for note in report.notes)
 
 
 def test_a_replay_that_gives_other_data_is_found_out(tmp_path):
