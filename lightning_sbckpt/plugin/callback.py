@@ -19,6 +19,7 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import ForNewModule
 from lightning_sbckpt.plugin.dirpath import folder, place_of
+from lightning_sbckpt.plugin.logs import follow_logs
 from lightning_sbckpt.plugin.model_checkpoint import arguments_like, refusing_its_arguments
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
 from lightning_sbckpt.plugin.options import checked
@@ -419,6 +420,14 @@ class SBCheckpoint(_Base):
         self.current_score = None if value_now is None else torch.tensor(value_now, device="cpu")
 
 
+def _resumes_from(trainer: Trainer) -> Path | str | None:
+    """Return the folder that a fit of a Trainer would go on from, or None."""
+    for callback in _private.trainer.callbacks_of(trainer):
+        if isinstance(callback, SBCheckpoint) and callback._options.resume:  # noqa: SLF001 - its own
+            return callback._place(trainer)  # noqa: SLF001
+    return None
+
+
 def join(package: str) -> None:
     """Be a callback of a package's Trainers, which take checkpoint folders from now on, as its modules do.
 
@@ -435,6 +444,7 @@ def join(package: str) -> None:
         ),
     )
     open_for_every_trainer(package, SBCheckpoint, SBCheckpoint._place)  # noqa: SLF001 - its own
+    follow_logs(package, _resumes_from)
     hand_back_attributes(package, SBCheckpoint)
     _private.trainer.name_mixed_packages(package)
     # Last: what fails above is tried again when a callback is made, and no base can be there twice.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 __all__ = [
     "BatchSizeFinder",
+    "CSVLogger",
     "Callback",
     "Checkpoint",
     "EarlyStopping",
@@ -38,6 +39,7 @@ __all__ = [
     "SLURMEnvironment",
     "StochasticWeightAveraging",
     "Strategy",
+    "TensorBoardLogger",
     "Timer",
     "Trainer",
     "WandbLogger",
@@ -69,7 +71,13 @@ if TYPE_CHECKING:
         Timer,
     )
     from lightning.pytorch.core.optimizer import LightningOptimizer
-    from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+    from lightning.pytorch.loggers import (
+        CSVLogger,
+        Logger,
+        MLFlowLogger,
+        TensorBoardLogger,
+        WandbLogger,
+    )
     from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 else:
 
@@ -96,7 +104,7 @@ else:
         (PACKAGES.keys(), "callbacks", "GradientAccumulationScheduler LearningRateFinder"),
         (PACKAGES.keys(), "callbacks", "ModelCheckpoint ModelPruning OnExceptionCheckpoint"),
         (PACKAGES.keys(), "callbacks", "StochasticWeightAveraging Timer"),
-        (PACKAGES.keys(), "loggers", "Logger MLFlowLogger WandbLogger"),
+        (PACKAGES.keys(), "loggers", "CSVLogger Logger MLFlowLogger TensorBoardLogger WandbLogger"),
         (PACKAGES.keys(), "strategies", "FSDPStrategy ModelParallelStrategy Strategy"),
         (PACKAGES.values(), "plugins.environments", "LightningEnvironment SLURMEnvironment"),
     ):

@@ -15,6 +15,7 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.experiment import Experiment
+from lightning_sbckpt.plugin.logs import Logs
 from lightning_sbckpt.plugin.metrics import Metrics
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer
 from lightning_sbckpt.plugin.preemption import Watch
@@ -46,6 +47,7 @@ class Saving:
         reductions: How DDP adds up gradients.
         watch: Whether the run is to end; None if nobody may ask it to.
         experiment: What is trained.
+        logs: What its loggers write.
         mode: `"sync"`, `"async"` or `"overlap"`.
         warns: Whether training goes on without a checkpoint that could not be written.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
@@ -60,6 +62,7 @@ class Saving:
     reductions: Reductions
     watch: Watch | None
     experiment: Experiment
+    logs: Logs
     mode: str
     warns: bool
     announce: Callable[[], object]
@@ -215,6 +218,7 @@ class Saving:
                 extra_files={
                     **self.gatherer.extra_files(trainer, self.experiment.in_force),
                     **self.experiment.extra_files(),
+                    **self.logs.extra_files(),
                 },
                 on_discarded=self.schedule.take_anew,
                 on_failed=self.schedule.last_failed,
@@ -233,4 +237,5 @@ class Saving:
 
     def _announce(self) -> None:
         self._unannounced = False
+        self.logs.saved()
         self.announce()

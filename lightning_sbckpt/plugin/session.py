@@ -19,6 +19,7 @@ from lightning_sbckpt.plugin.dirpath import versioned
 from lightning_sbckpt.plugin.doors import Doors
 from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.io import read_folders
+from lightning_sbckpt.plugin.logs import Logs, unknown_loggers
 from lightning_sbckpt.plugin.metrics import Metrics
 from lightning_sbckpt.plugin.opening import open_checkpointer
 from lightning_sbckpt.plugin.options import Options
@@ -129,6 +130,8 @@ class FitSession:
                 keep_lr=options.adaptation.keep_lr,
             )
             closing.callback(experiment.leave)
+            self._logs = Logs(trainer)
+            closing.callback(self._logs.end)
             self._saving = Saving(
                 self.run,
                 self._gatherer,
@@ -139,6 +142,7 @@ class FitSession:
                 self._reductions,
                 self._watch,
                 experiment,
+                self._logs,
                 options.save_policy.mode,
                 options.save_policy.on_error == "warn",
                 announce,
@@ -196,6 +200,13 @@ class FitSession:
     def path(self, given: object) -> object:
         """Return where Lightning is to restore from, given what `fit` was given."""
         path = self.beginning.path(given)
+        lines = self._logs.begin(
+            self.run.resumed_from,
+            self.run.checkpointer.checkpoints_dir,
+            explicit=given is not None,
+        )
+        if self.beginning.report is not None:
+            self.beginning.report.notes += lines
         if self.run.resumed_from is not None:
             self._schedule.resumes_at(
                 int(cast("int", self.run.resumed_from.meta.get("global_step", 0)))
@@ -225,6 +236,7 @@ class FitSession:
                 *_private.callbacks.neighbours(self._trainer, self._options.dirpath),
                 *versioned(self._trainer, self._options.dirpath),
                 *artifacts.warnings(),
+                *unknown_loggers(self._trainer),
             ]:
                 rank_zero_warn(f"SBCheckpoint: {sentence}")
         self._saving.begin(module)

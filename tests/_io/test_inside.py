@@ -305,6 +305,7 @@ ALLOWED = {
     "_format/keys.py": "the user's own keys",
     "export.py": "where the user wants a file",
     "transfer.py": "where the user wants a file",
+    "plugin/_private/log_runs.py": "what the user's own loggers wrote",
     "plugin/selftest.py": "a temporary folder of its own",
     "report.py": "this package's own files",
     "plugin/session.py": "doors",

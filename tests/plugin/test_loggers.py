@@ -130,12 +130,12 @@ def test_a_logger_keeps_the_file_checkpoints_that_it_is_to_upload(tmp_path):
 
 
 def test_the_csv_logger_goes_on_over_a_restart(tmp_path):
-    """A logger without an opinion on checkpoints is left in peace."""
+    """Two starts write one log."""
     for max_epochs in (1, 2):
         fit(
             tmp_path / "run",
             trainer={"logger": CSVLogger(tmp_path, name="csv"), "max_epochs": max_epochs},
         )
-    logs = [path.read_text() for path in sorted((tmp_path / "csv").rglob("metrics.csv"))]
-    assert len(logs) == 2
-    assert ["0.2" in logs[0], "0.1111" in logs[1]] == [True, True]
+    (log,) = (tmp_path / "csv").rglob("metrics.csv")
+    assert "0.2" in log.read_text()
+    assert "0.1111" in log.read_text()

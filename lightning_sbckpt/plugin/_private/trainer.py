@@ -208,6 +208,28 @@ def let_words_be_paths(package: str, path_of: Callable[[Trainer, object, str], o
     connectors._CheckpointConnector._parse_ckpt_path = parse
 
 
+def when_loggers_are_given(package: str, act: Callable[[Trainer], None]) -> None:
+    """Have `act(trainer)` called when a Trainer has been given its loggers.
+
+    `_LoggerConnector.on_trainer_init` is the last but a few steps of making one; its callbacks are there.
+
+    Args:
+        package: Whose Trainers.
+        act: What is called.
+    """
+    connectors: Any = import_module(
+        f"{package}.trainer.connectors.logger_connector.logger_connector"
+    )
+    original = connectors._LoggerConnector.on_trainer_init
+
+    @wraps(original)
+    def on_trainer_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        act(self.trainer)
+
+    connectors._LoggerConnector.on_trainer_init = on_trainer_init
+
+
 def name_mixed_packages(package: str) -> None:
     """Have a package's Trainers name both packages when they are given a module of the other one.
 
