@@ -29,13 +29,21 @@ import pickle
 import struct
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 
 import torch
 import xxhash
 
 from lightning_sbckpt._io.devices import GAP, Begun, Part, begin_copies, bytes_of, device_of
+
+with suppress(ImportError):  # It came with torch 2.6.
+    # `torch.save` imports it in a first save, and an exception of a signal handler in there would leave
+    # Python's import lock held for good.
+    import_module("torch.utils.serialization.config")
+
 
 # Bytes from which on copying by several threads, and without the interpreter's lock, pays.
 LARGE = 2**18
