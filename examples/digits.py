@@ -129,6 +129,22 @@ class Classifier(L.LightningModule):
         }
 
 
+def make(directory: Path) -> tuple[L.Trainer, Classifier, Digits]:
+    """Return what `lightning-sbckpt selftest digits:make` kills, starts again and compares."""
+    L.seed_everything(1, verbose=False)
+    trainer = L.Trainer(
+        max_epochs=3,
+        limit_train_batches=10,
+        callbacks=[SBCheckpoint(directory, max_key="val_acc")],
+        accelerator="cpu",
+        deterministic=True,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, Classifier(), Digits()
+
+
 def train(directory: Path, *, epochs: int, seed: int, die_at: tuple[int, int] | None) -> None:
     """Train in this process; the same call starts a run and goes on with it."""
     L.seed_everything(seed, verbose=False)

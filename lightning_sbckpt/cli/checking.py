@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import multiprocessing
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,7 +39,8 @@ __all__ = ["selftest", "verify"]
     multiple=True,
     metavar="HOOK:COUNT[,HOOK:COUNT...]",
     help="Where to kill the run: at the COUNT-th call of a callback hook. Several in one option are "
-    "several deaths of one run. May be given again.",
+    "several deaths of one run. May be given again. By default after the first save: within an "
+    "epoch, in a validation, at the end of an epoch.",
 )
 @click.option(
     "--ranks",
@@ -54,12 +58,16 @@ def selftest(factory: str, kills: tuple[str, ...], ranks: int, timeout: float) -
     point, and every bit is compared. Exits with 0 if all agree, with 1 if something differs, with 2
     if nothing was proved: the script can't be run, no batch is trained, no kill point is reached.
     """
-    from lightning_sbckpt.plugin.selftest import DEFAULT_KILL_POINTS, run_selftest
-
-    points = [kill.split(",") for kill in kills] or DEFAULT_KILL_POINTS
     make = _Reference.parse(factory)
     # A script beside the user is what she means, and the console script alone would not see it.
     sys.path.insert(0, str(Path.cwd()))
+    # It has everything loaded while this process still imports torch, and forks each run at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_sbckpt.plugin.selftest", *make.imports()])
+    forkserver.ensure_running()
+    from lightning_sbckpt.plugin.selftest import run_selftest
+
+    points = [kill.split(",") for kill in kills] or None
     try:
         with _ending_in_order():
             report = run_selftest(make, points, ranks=ranks, timeout=timeout)
@@ -176,6 +184,22 @@ class _Reference:
             raise click.BadParameter(f"{text!r} is not {_EXPECTED}")
         return cls(module, function)
 
+    def imports(self) -> list[str]:
+        """Return what the script imports of libraries that may be imported before a fork.
+
+        Nothing of the user's own: what that draws or counts when it is imported must be as it is in
+        a new process.
+        """
+        script = Path(*self.module.split(".")).with_suffix(".py")
+        try:
+            nodes = list(ast.walk(ast.parse(script.read_bytes())))
+        except (OSError, SyntaxError, ValueError):
+            return ["lightning.pytorch"]
+        plain = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+        plain += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        found = [name for name in plain if name.partition(".")[0] in _LIBRARIES]
+        return ["lightning.pytorch" if name == "lightning" else name for name in found]
+
     def __call__(self, folder: Path) -> Any:
         from lightning_sbckpt.plugin.selftest import NotTestedError
 
@@ -191,4 +215,8 @@ class _Reference:
         return make(folder)
 
 
+_LIBRARIES = {
+    *("lightning", "pytorch_lightning", "torch", "torchaudio", "torchdata", "torchmetrics"),
+    *("torchvision", "numpy", "pandas", "scipy", "sklearn", "timm", "transformers"),
+}
 _EXPECTED = "the name of a module and of a function in it, such as my_training:make"

@@ -14,16 +14,18 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
+from lightning_sbckpt._layout.publish import folder_names
 from lightning_sbckpt.errors import ConfigurationError, SBCheckpointError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.callback import SBCheckpoint
@@ -59,12 +61,9 @@ Factory = Callable[[Path], Sequence[Any]]
 _FINAL = "final.pt"
 _KILLED = "killed"
 
-DEFAULT_KILL_POINTS = (
-    "on_train_batch_start:2",
-    "on_train_batch_end:4",
-    "on_validation_batch_start:3",
-    "on_train_epoch_end:2",
-)
+_CALLS = "calls.json"
+# Where a run is killed by default: within an epoch, while it validates, and between two epochs.
+_HOOKS = ("on_train_batch_end", "on_validation_batch_start", "on_train_epoch_end")
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class SelftestReport:
 
 def assert_resume_exact(
     make_trainer_and_data: Factory,
-    kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] = DEFAULT_KILL_POINTS,
+    kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] | None = None,
     *,
     ranks: int = 1,
     timeout: float = 600.0,
@@ -164,7 +163,9 @@ def assert_resume_exact(
             a dictionary of arguments for `fit`). A function of a module that can be imported.
             With several ranks each of them calls it.
         kill_points: Where to kill; several in a sequence are several deaths of one run.
-            With several ranks the first that comes there dies, and all others with it.
+            With several ranks the first that comes there dies, and all others with it. By default
+            within an epoch, in a validation and at the end of an epoch, as far as the run has these
+            between its first checkpoint and its last batch.
         ranks: How many processes a run has: the Trainer's devices times its nodes.
         timeout: Seconds that one run may take.
 
@@ -184,7 +185,7 @@ def assert_resume_exact(
 
 def run_selftest(
     make_trainer_and_data: Factory,
-    kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] = DEFAULT_KILL_POINTS,
+    kill_points: Iterable[str | KillPoint | Sequence[str | KillPoint]] | None = None,
     *,
     ranks: int = 1,
     timeout: float = 600.0,
@@ -192,9 +193,9 @@ def run_selftest(
     """Do what `assert_resume_exact` does, and return the report whatever it says."""
     rounds = [
         [KillPoint.parse(point) for point in (each if isinstance(each, (list, tuple)) else (each,))]
-        for each in kill_points
+        for each in kill_points or ()
     ]
-    if not rounds or not all(rounds):
+    if kill_points is not None and not (rounds and all(rounds)):
         raise ConfigurationError("there is no kill point, so nothing would be tested: name one")
     report = SelftestReport()
     root = Path(tempfile.mkdtemp(prefix="sbckpt-selftest-"))
@@ -205,6 +206,9 @@ def run_selftest(
                 "the run trains no batch, so there is nothing to compare: look at the limits of its "
                 "Trainer and at the length of its data"
             )
+        if kill_points is None:
+            calls = json.loads((root / "through" / "rank-0" / _CALLS).read_text())
+            rounds = [[point] for point in _after_first_save([_Call(*each) for each in calls])]
         for number, kills in enumerate(rounds):
             folder = root / f"killed-{number}"
             for kill in kills:
@@ -227,6 +231,44 @@ def run_selftest(
             f"points, or save more often\n{report}"
         )
     return report
+
+
+class _Call(NamedTuple):
+    """A call of a hook, after how many batches, and whether there was a checkpoint by then."""
+
+    hook: str
+    number: int
+    batches: int
+    epoch: int
+    saved: bool
+
+
+def _after_first_save(calls: Sequence[_Call]) -> list[KillPoint]:
+    """Return points at which there is a checkpoint to go on from, and something left to train.
+
+    Raises:
+        RuntimeError: There is none.
+
+    Example:
+        >>> calls = [_Call("on_train_batch_end", n, n, (n - 1) // 4, n > 4) for n in range(1, 13)]
+        >>> [str(point) for point in _after_first_save(calls)]
+        ['on_train_batch_end:6']
+    """
+    last = max(call.batches for call in calls)
+    found = []
+    for hook in _HOOKS:
+        usable = [call for call in calls if call.hook == hook and call.saved]
+        usable = [call for call in usable if call.batches < last]
+        # As early as may be; within an epoch, not at its last batch.
+        of_epoch = [call for call in usable if call.epoch == usable[0].epoch]
+        middle = (len(of_epoch) - 1) // 2 if hook == _HOOKS[0] else 0
+        found += [KillPoint(hook, call.number) for call in of_epoch[middle : middle + 1]]
+    if not found:
+        raise RuntimeError(
+            "the run has no checkpoint before its last batch, so there is nothing to go on from: save "
+            "more often, or let it train longer"
+        )
+    return found
 
 
 def _differences_by_rank(reference: Sequence[Outcome], resumed: Sequence[Outcome]) -> list[str]:
@@ -383,6 +425,7 @@ def _child(
             {"at the end of training": recorder.state, "after the fit": clone(weights(module))},
             folder / _FINAL,
         )
+        (folder / _CALLS).write_text(json.dumps(recorder.calls))
     except NotTestedError as error:
         (folder / "error.txt").write_text(str(error))
         raise SystemExit(1) from error
@@ -459,6 +502,23 @@ class _Recorder:
         self._stream = path.open("a")
         self._checkpoints = checkpoints
         self.state: dict[str, Any] = {}
+        self.calls: list[_Call] = []
+        self._counts: Counter[str] = Counter()
+        self._saved = False
+
+    def _note_call(self, hook: str, trainer: Trainer) -> None:
+        self._counts[hook] += 1
+        self._saved = self._saved or bool(folder_names(self._checkpoints))
+        batches, epoch = _private.trainer.batches_seen(trainer), trainer.current_epoch
+        self.calls.append(_Call(hook, self._counts[hook], batches, epoch, self._saved))
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Note that a run may be killed here."""
+        self._note_call("on_validation_batch_start", trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, _: LightningModule) -> None:
+        """Note that a run may be killed here."""
+        self._note_call("on_train_epoch_end", trainer)
 
     def write(self, record: Mapping[str, object]) -> None:
         """Write one line."""
@@ -480,6 +540,7 @@ class _Recorder:
                 f"the SBCheckpoint of the Trainer under test saves to {callback.dirpath}, which may "
                 f"hold checkpoints of other runs, not to the folder that the factory was given, {given}"
             )
+        self._checkpoints = used
         report = callback.resume_report
         self.write({"resumed": report and report.headline().replace(str(callback.dirpath), "")})
 
@@ -487,6 +548,7 @@ class _Recorder:
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Write the fingerprints of the batch, the weights and the random states."""
+        self._note_call("on_train_batch_end", trainer)
         self.write(
             {
                 "batch": _private.trainer.batches_seen(trainer),

@@ -80,6 +80,20 @@ def test_a_run_that_resumes_exactly_passes(tmp_path):
 
 
 @pytest.mark.long
+def test_by_default_every_death_has_a_checkpoint_to_go_on_from():
+    """Within an epoch, in a validation and at the end of an epoch, all after the first save."""
+    report = assert_resume_exact(exact)
+    batch, validation, epoch = [row.kills.partition(":") for row in report.rows]
+    assert (batch[0], validation[0], epoch[0]) == (
+        "on_train_batch_end",
+        "on_validation_batch_start",
+        "on_train_epoch_end",
+    )
+    assert int(batch[2]) > 3
+    assert all(row.resumed for row in report.rows)
+
+
+@pytest.mark.long
 def test_what_differs_first_is_named_with_how_far(tmp_path):
     """State in a plain attribute is lost: the first batch with other weights is in the table."""
     with pytest.raises(AssertionError, match="does not resume exactly") as caught:

@@ -95,6 +95,7 @@ def exact(dirpath):
     ("make", "points", "said"),
     [
         (no_batch, ["on_fit_start:1"], "trains no batch"),
+        (never_saved, None, "no checkpoint before its last batch"),
         (never_saved, POINT, "no killed run had a checkpoint to go on from"),
         (elsewhere, POINT, "not to the folder that the factory was given"),
         (killed_by_the_kernel, POINT, "ended by exit code -9 before the fit was over"),
