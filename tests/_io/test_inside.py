@@ -303,6 +303,7 @@ ALLOWED = {
     "_remote/registry.py": "the user's cache",
     "_remote/sftp.py": "a server's files",
     "_format/keys.py": "the user's own keys",
+    "cli/checking.py": "the user's own script",
     "export.py": "where the user wants a file",
     "transfer.py": "where the user wants a file",
     "plugin/_private/log_runs.py": "what the user's own loggers wrote",
