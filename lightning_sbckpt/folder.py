@@ -817,8 +817,8 @@ class CheckpointFolder:
         """
         predicate = as_predicate(ckpt_predicate)
         may_remove = not dry_run and self.access != "read"
-        if may_remove:
-            self._history.kept_by(rules, predicate)
+        if may_remove and self._history.kept_by(rules, predicate) and self._uploads is not None:
+            self._uploads.push_history()
         plan = self._sound_plan(rules, predicate, list(protected))
         if dry_run or all(decision.keep for decision in plan):
             return plan

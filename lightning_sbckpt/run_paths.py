@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning_sbckpt._layout.publish import folder_names, is_checkpoint
-from lightning_sbckpt._remote.places import resolve_local
+from lightning_sbckpt._remote.places import display_path, resolve_local
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import CheckpointNotFoundError
 from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.retention.noted import best_by, run_rules
 
-__all__ = ["WORDS", "checkpoint_of_run", "folder_of", "means_run", "resolved"]
+__all__ = ["WORDS", "checkpoint_of_run", "folder_of", "means_run", "place_in_run", "resolved"]
 
 logger = logging.getLogger("lightning_sbckpt")
 
@@ -26,7 +26,9 @@ WORDS = ("best", "newest")
 
 
 def means_run(path: object) -> bool:
-    """Return whether a path is that of a run, or of its best or newest checkpoint; a URL is not.
+    """Return whether a path is that of a run, or of its best or newest checkpoint.
+
+    Of URLs only those that end in one of the words are: no store is asked about any other.
 
     Example:
         >>> means_run("runs/nowhere/best")
@@ -57,8 +59,8 @@ def checkpoint_of_run(
         criterion = best_by(run_rules(root).rules)
     if word == "best" and criterion is None:
         raise CheckpointNotFoundError(
-            f"{path}: which checkpoint of {root} is best is not known, since no rule Best(...) was "
-            f"noted there. Give the checkpoint itself, or {root / 'newest'}"
+            f"{path}: which checkpoint of {display_path(root)} is best is not known, since no rule "
+            f"Best(...) was noted there. Give the checkpoint itself, or {display_path(root)}/newest"
         )
     key = None if criterion is None else criterion.key
     lowest = criterion is not None and criterion.lowest
@@ -71,13 +73,17 @@ def checkpoint_of_run(
         wanted = [] if part is None else [f"has {part!r}"]
         wanted += [] if criterion is None else [f"has the {criterion.describe()}"]
         which = f" that {' and '.join(wanted)}" if wanted else ""
-        raise CheckpointNotFoundError(f"{path}: there is no sound checkpoint in {root}{which}")
+        raise CheckpointNotFoundError(
+            f"{path}: there is no sound checkpoint in {display_path(root)}{which}"
+        )
     why = "the newest" if criterion is None else f"the best: {criterion.describe()}"
     return found, f"{path} means {found.path.name}, {why}"
 
 
-def resolved(path: T, part: str | None = None) -> T | Path:
+def resolved(path: T, part: str | None = None) -> T | Path | str:
     """Return the folder of the checkpoint that the path of a run means; any other path as it is.
+
+    Of a URL it is the URL of the checkpoint: the mirror of another rank may lie elsewhere.
 
     Args:
         path: A path.
@@ -91,7 +97,17 @@ def resolved(path: T, part: str | None = None) -> T | Path:
         return path
     found, why = checkpoint_of_run(path, part=part)
     logger.info("%s", why)
-    return found.path
+    return place_in_run(path, found)
+
+
+def place_in_run(path: object, found: Checkpoint) -> Path | str:
+    """Return the URL of a checkpoint that was found by the URL of a run, or else its folder.
+
+    Example:
+        >>> place_in_run("run/best", Checkpoint(Path("run/CKPT+a"), {}, {})).name
+        'CKPT+a'
+    """
+    return display_path(found.path) if is_url(path) else found.path
 
 
 def folder_of(source: Checkpoint | str | os.PathLike[str], part: str | None = None) -> Path:
@@ -117,8 +133,12 @@ def folder_of(source: Checkpoint | str | os.PathLike[str], part: str | None = No
 
 def _run_of(path: object) -> tuple[Path, str] | None:
     """Return the folder of a run and the word after it, if a path is of that form."""
-    if not isinstance(path, (str, os.PathLike)) or is_url(path):
+    if not isinstance(path, (str, os.PathLike)):
         return None
+    if is_url(path):
+        above, _, word = os.fspath(path).rstrip("/").rpartition("/")
+        root = resolve_local(above) if word in WORDS else None
+        return (root, word) if root is not None and folder_names(root) else None
     place = Path(path)
     if is_checkpoint(place):
         return None

@@ -114,9 +114,9 @@ def test_the_best_must_be_known(tmp_path, scale):
 
 
 def test_any_other_path_is_left_alone(tmp_path):
-    """Also one that is not there, and a URL."""
+    """Also one that is not there, and a URL of Lightning's, about which no store is asked."""
     (tmp_path / "best").mkdir()
-    for path in (tmp_path, tmp_path / "best", str(tmp_path / "gone"), "s3://bucket/run/best"):
+    for path in (tmp_path, tmp_path / "best", str(tmp_path / "gone"), "s3://bucket/last.ckpt"):
         assert not means_run(path)
         assert resolved(path) is path
     with pytest.raises(CheckpointNotFoundError, match="no folder of checkpoints"):

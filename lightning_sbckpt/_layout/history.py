@@ -80,8 +80,8 @@ class History:
         """Note that a checkpoint was removed, and why."""
         self._note("removed", name=name, reason=reason)
 
-    def kept_by(self, rules: Sequence[object], predicate: object = None) -> None:
-        """Note what retention goes by, if it is not what was noted last.
+    def kept_by(self, rules: Sequence[object], predicate: object = None) -> bool:
+        """Note what retention goes by, and return whether it is not what was noted last.
 
         Args:
             rules: The rules.
@@ -90,9 +90,11 @@ class History:
         """
         only = None if predicate is None else getattr(predicate, "text", "a function")
         found = ([repr(rule) for rule in rules], only)
-        if found != self._rules:
-            self._rules = found
-            self._note("rules", rules=found[0], predicate=only)
+        if found == self._rules:
+            return False
+        self._rules = found
+        self._note("rules", rules=found[0], predicate=only)
+        return True
 
     def _note(self, event: str, **fields: object) -> None:
         try:

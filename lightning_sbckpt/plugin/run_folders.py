@@ -19,7 +19,7 @@ from lightning_sbckpt.plugin.io import read_folders
 from lightning_sbckpt.plugin.packages import Callback, Trainer
 from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder
 from lightning_sbckpt.plugin.world import TrainerWorld
-from lightning_sbckpt.run_paths import checkpoint_of_run, means_run
+from lightning_sbckpt.run_paths import checkpoint_of_run, means_run, place_in_run
 
 
 def is_readable(path: object) -> bool:
@@ -33,7 +33,7 @@ def checkpoint_at(path: object, *, newest: bool = False) -> object:
         return path
     found, why = checkpoint_of_run(path, newest=newest, part=MODEL)
     rank_zero_info(f"SBCheckpoint: {why}")
-    return str(found.path)
+    return str(place_in_run(path, found))
 
 
 def open_for_every_trainer(

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from lightning_sbckpt import Checkpointer, average_checkpoints
+from lightning_sbckpt import Checkpointer, Pretrainer, average_checkpoints
 from lightning_sbckpt._layout.history import read_history
 from lightning_sbckpt._remote.folder import RemoteFolder
 from lightning_sbckpt.averaging import save_average
@@ -18,6 +18,7 @@ from lightning_sbckpt.errors import (
     RemoteError,
     SaveError,
 )
+from lightning_sbckpt.export import to_state_dict
 from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.verify import verify
 from remote._machines import Machines, filled
@@ -67,6 +68,31 @@ def test_only_the_files_that_are_asked_for_are_brought(machines):
     second.recover_if_possible()
     assert found.paramfiles["model"].exists()
     assert not found.paramfiles["optimizer"].exists()
+
+
+@pytest.mark.sample(2)
+def test_the_best_and_the_newest_of_a_url_are_taken_wherever_a_checkpoint_is(machines, tmp_path):
+    """As behind the path of a run: loading, averages, exports, files of a pretrainer."""
+    first = machines.another()
+    for value, loss in ((1.0, 0.25), (2.0, 0.5)):
+        first.recoverables["model"] = filled(value)
+        first.save_and_keep_only({"loss": loss}, min_keys=["loss"], num_to_keep=2)
+    second = machines.another({"model": filled(0.0)})
+    second.list_checkpoints()
+    for word, value in (("best", 1.0), ("newest", 2.0)):
+        url = f"{machines.url}/{word}"
+        second.load_checkpoint(url)
+        assert second.recoverables["model"].bias[0] == value
+        assert average_checkpoints([url], "model")["bias"][0] == value
+        to_state_dict(url, tmp_path / f"{word}.pt")
+        assert torch.load(tmp_path / f"{word}.pt")["bias"][0] == value
+        loaded = filled(0.0)
+        pretrainer = Pretrainer(
+            tmp_path / word, loadables={"model": loaded}, paths={"model": f"{url}/model.ckpt"}
+        )
+        pretrainer.collect_files()
+        pretrainer.load_collected()
+        assert loaded.bias[0] == value
 
 
 def test_a_checkpoint_is_loaded_by_its_url(machines):

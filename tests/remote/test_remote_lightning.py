@@ -111,13 +111,14 @@ def test_urls_go_where_paths_of_checkpoints_go(here, bucket, monkeypatch, tmp_pa
     name = Path(callback.last_model_path).name
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another-cache"))
-    loaded = Net.load_from_checkpoint(f"{url}/{name}")
-    for key, value in module.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
+    for word in (name, "best", "newest"):
+        loaded = Net.load_from_checkpoint(f"{url}/{word}")
+        for key, value in module.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
 
     again = SBCheckpoint(tmp_path / "elsewhere")
     going_on = trainer(again, epochs=2)
-    going_on.fit(Net(), loader(), loader(), ckpt_path=f"{url}/{name}")
+    going_on.fit(Net(), loader(), loader(), ckpt_path=f"{url}/newest")
     assert again.resume_report.meta["global_step"] == 5
     assert going_on.global_step == 10
 
@@ -125,7 +126,7 @@ def test_urls_go_where_paths_of_checkpoints_go(here, bucket, monkeypatch, tmp_pa
     Net.test_step = Net.validation_step
     try:
         tested = trainer(SBCheckpoint(tmp_path / "x")).test(
-            Net(), loader(), ckpt_path=f"{url}/{name}", verbose=False
+            Net(), loader(), ckpt_path=f"{url}/best", verbose=False
         )
     finally:
         del Net.test_step
