@@ -50,6 +50,7 @@ class SavePolicy:
         mode: `"sync"`, `"async"` or `"overlap"`.
         on_error: `"raise"`, or `"warn"`: a save that fails is said, and nothing else happens.
         when_busy: `"wait"` for the save in flight, or `"skip"` the new one.
+        log_saves: Log the seconds, the bytes and the name of each checkpoint with the Trainer's loggers.
 
     Raises:
         ConfigurationError: One is none of these.
@@ -62,6 +63,7 @@ class SavePolicy:
     mode: SaveMode = "sync"
     on_error: OnSaveError = "raise"
     when_busy: WhenBusy = "wait"
+    log_saves: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is not known."""

@@ -401,8 +401,13 @@ class SBCheckpoint(_Base):
 
     def _upload(self, *, ends: bool) -> None:
         if self._session is not None:
-            paths = [*self.best_k_models, self.last_model_path]
-            self._session.upload(paths, self.best_model_path, ends=ends)
+            has_key = self._options.best_by.is_given
+            scores = {
+                path: float(score) if has_key else None
+                for path, score in self.best_k_models.items()
+            }
+            scores.setdefault(self.last_model_path, None)
+            self._session.upload(scores, self.best_model_path, self.last_model_path, ends=ends)
 
     def _set_paths(self, run: Run) -> None:
         best_by = self._options.best_by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_sbckpt._format.yaml import dump_yaml, parse_yaml
 from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
 from lightning_sbckpt._io.storage import LocalStorage
+from lightning_sbckpt._layout.history import read_history
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import MetaError, SBCheckpointError
 from lightning_sbckpt.folder import CheckpointFolder
@@ -99,10 +101,13 @@ class Logs:
 
     Args:
         trainer: Has them.
+        log_saves: Whether they are told of each save.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, *, log_saves: bool) -> None:
         self._trainer = trainer
+        self._log_saves = log_saves
+        self._logged_until = time.time()
         self._runs: list[LogRun] = []
         self._begun: Path | None = None
         self._waits = trainer.is_global_zero
@@ -187,10 +192,23 @@ class Logs:
         return {LOGGERS_YAML: self._text()} if self._runs else {}
 
     def saved(self) -> None:
-        """Note that there is a checkpoint, which says it itself."""
-        if self._waits and self._begun is not None:
+        """Note that there is a checkpoint, which says it itself, and log it if that is wanted."""
+        if self._begun is None or not self._trainer.is_global_zero:
+            return
+        if self._waits:
             LocalStorage().remove_file(self._begun)
             self._waits = False
+        if not self._log_saves:
+            return
+        for entry in read_history(self._begun.parent):
+            if entry["event"] != "saved" or entry["time"] <= self._logged_until:
+                continue
+            self._logged_until = entry["time"]
+            numbers = {f"checkpoint/{name}": float(entry[name]) for name in ("seconds", "bytes")}
+            step = entry["meta"].get("global_step")
+            for logger in self._trainer.loggers:
+                if logger in _joined and isinstance(step, int):
+                    _joined[logger].tell(entry["name"], numbers, step)
 
     def end(self) -> None:
         """Leave the loggers as they were, in the run that they write."""

@@ -131,7 +131,12 @@ def checked(given: Mapping[str, Any]) -> Options:
         ),
         resume=args["resume"],
         restore_best=args["restore_best"],
-        save_policy=SavePolicy(args["save_mode"], args["on_save_error"], args["when_busy"]),
+        save_policy=SavePolicy(
+            args["save_mode"],
+            args["on_save_error"],
+            args["when_busy"],
+            log_saves=isinstance(policy := given["save_mode"], SavePolicy) and policy.log_saves,
+        ),
         preemption=as_preemption(args["preemption"]),
         when_in_use=_one_of("when_in_use", args["when_in_use"], get_args(WhenInUse)),
         link_unchanged=args["link_unchanged"],

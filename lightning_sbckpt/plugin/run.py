@@ -62,6 +62,11 @@ class Run:
         best_by: Which is best.
         rules: Which stay.
         predicate: Which retention may delete at all.
+
+    Attributes:
+        checkpointer: As given.
+        resumed_from: The checkpoint that the run went on from.
+        busy: Checkpoints that somebody is reading at the moment.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class Run:
     ) -> None:
         self.checkpointer = checkpointer
         self.resumed_from: Checkpoint | None = None
+        self.busy: set[Path] = set()
         self._best_by = best_by
         self._rules = rules
         self._predicate = predicate
@@ -152,6 +158,11 @@ class Run:
             (ckpt, "another run wrote it")
             for ckpt in self.checkpointer.list_checkpoints()
             if self._id_in(ckpt) != self._id
+        ]
+        protected += [
+            (ckpt, "it is being uploaded")
+            for ckpt in self.checkpointer.list_checkpoints()
+            if ckpt.path in self.busy and self._id_in(ckpt) == self._id
         ]
         removable = _Removable(frozenset(ckpt.path for ckpt, _ in protected), self._predicate)
         origin = self.resumed_from

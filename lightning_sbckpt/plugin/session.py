@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import cast
@@ -130,7 +130,7 @@ class FitSession:
                 keep_lr=options.adaptation.keep_lr,
             )
             closing.callback(experiment.leave)
-            self._logs = Logs(trainer)
+            self._logs = Logs(trainer, log_saves=options.save_policy.log_saves)
             closing.callback(self._logs.end)
             self._saving = Saving(
                 self.run,
@@ -267,16 +267,19 @@ class FitSession:
         self._saving.finish()
         self.run.note_end(self._trainer.global_step, why_ended(self._trainer))
 
-    def upload(self, paths: list[str], best: str, *, ends: bool) -> None:
+    def upload(
+        self, scores: Mapping[str, float | None], best: str, last: str, *, ends: bool
+    ) -> None:
         """Hand checkpoints to the loggers that want them.
 
         Args:
-            paths: The folders.
+            scores: The folders, with the values that they are judged by.
             best: The best one of them.
+            last: The newest one.
             ends: Whether the fit is over.
         """
         if self._artifacts is not None and self._trainer.is_global_zero:
-            self._artifacts.upload(paths, best, ends=ends)
+            self._artifacts.upload(scores, best, last, self.run.busy, ends=ends)
 
     def restore_best(self, module: LightningModule) -> None:
         """Put the best weights in the module, if that is wanted."""

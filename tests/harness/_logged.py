@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -138,6 +139,8 @@ def life(folder: Path, kinds, at: int, after: float, script=fit) -> None:
         os.dup2(words.fileno(), 2)
         with suppress(SystemExit):
             script(folder, kinds, [Kill(at, after)])
+        if wandb := sys.modules.get("wandb"):
+            wandb.finish()  # As when an interpreter ends, which this one doesn't.
 
 
 def lives(folder: Path, kinds, kills, script=fit) -> int:

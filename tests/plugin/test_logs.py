@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -14,7 +15,7 @@ from _processes import context
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers.logger import Logger
 
-from lightning_sbckpt import SBCheckpoint
+from lightning_sbckpt import SavePolicy, SBCheckpoint
 from lightning_sbckpt.errors import SBCheckpointError
 
 NEEDS = {"csv": "csv", "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -228,6 +229,21 @@ class TestSameRun:
         assert "tested" in (after[0] if kind == "csv" else after)
         assert len(after) >= len(before)
 
+    @pytest.mark.sample(1)
+    def test_saves_are_logged_if_that_is_wanted(self, tmp_path, kind):
+        """Their seconds and bytes, at their steps."""
+        fit(tmp_path, [kind], epochs=1, save_mode=SavePolicy(log_saves=True))
+        log = held(kind, tmp_path)["version_0"][0]
+        if kind == "csv":
+            header, *lines = log
+            named = [dict(zip(header, line, strict=True)) for line in lines]
+            saved = [row for row in named if row["checkpoint/bytes"]]
+            assert [row["step"] for row in saved] == ["4", "8", "10"]
+            assert all(row["checkpoint/name"].startswith("CKPT+") for row in saved)
+            assert all(float(row["checkpoint/seconds"]) > 0 for row in saved)
+        else:
+            assert [step for step, _ in log["checkpoint/bytes"]] == [4, 8, 10]
+
     def test_run_that_is_killed_before_its_first_checkpoint(self, tmp_path, whole, kind):
         """It begins anew, and so does its log, in the same place."""
         stopped(tmp_path, [kind], 3)
@@ -354,3 +370,26 @@ def test_two_loggers_and_none(tmp_path, whole):
     assert versions == ["version_0", "version_1"]
     fit(tmp_path / "b", [], monitor=False)
     assert not [*(tmp_path / "b" / "run").glob("CKPT+*/loggers.yaml")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("log_model", [True, "all", False])
+def test_checkpoints_reach_mlflow(tmp_path, log_model):
+    """As artifacts with what is known of them, or by their paths."""
+    pytest.importorskip("mlflow")
+    logger = logger_of(
+        "mlflow", tmp_path, log_model=log_model, artifact_location=str(tmp_path / "a")
+    )
+    trainer = fit(tmp_path, [logger], epochs=2)
+    callback = trainer.checkpoint_callback
+    client, run = logger.experiment, logger.run_id
+    names = {each.path for each in client.list_artifacts(run)}
+    if not log_model:
+        assert names == set()
+        assert client.get_run(run).data.tags["checkpoint/last"] == callback.last_model_path
+        return
+    last = Path(callback.last_model_path).name
+    assert last in names
+    assert len(names) == 1 if log_model is True else len(names) > 3
+    files = {each.path for each in client.list_artifacts(run, last)}
+    assert {f"{last}/CKPT.yaml", f"{last}/model.ckpt", f"{last}/metadata.yaml"} <= files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 import warnings
 from pathlib import Path
@@ -147,10 +148,13 @@ class Uploads:
     """Stands in for the client of a service."""
 
     def __init__(self):
-        self.id, self.uploaded = "x", []
+        self.id, self.uploaded, self.told = "x", [], []
 
     def log_artifact(self, *args, aliases=()):
         self.uploaded.append((*args, *aliases))
+
+    def log_dict(self, run, dictionary, file):
+        self.told.append((file, dictionary))
 
 
 class Silent:
@@ -209,6 +213,44 @@ class TestLoggersThatUpload:
         if log_model is True:
             paths = {callback.best_model_path, callback.last_model_path}
             assert {one[1] for one in uploaded} == paths
+
+    def test_training_goes_on_while_a_checkpoint_is_uploaded(self, tmp_path):
+        """And what is being uploaded stays, whatever the rules say, until it is."""
+
+        class Slow(Uploads):
+            def log_artifact(self, _, folder):
+                # The last save of the fit is announced while the first is still on its way.
+                assert trained.wait(60)
+                assert Path(folder, "model.ckpt").exists()
+                super().log_artifact(folder)
+
+        class Last(L.Callback):
+            def on_train_end(self, *_):
+                trained.set()
+
+        trained = threading.Event()
+        logger = MLFlow("all")
+        logger.client = Slow()
+        run = fit(tmp_path / "run", callbacks=[Last()], trainer={"logger": logger})
+        names = [Path(folder).name for (folder,) in logger.client.uploaded]
+        assert len(names) == 3
+        assert [file for file, _ in logger.client.told] == [
+            f"{name}/metadata.yaml" for name in names
+        ]
+        assert [told["aliases"] for _, told in logger.client.told][-1] == ["latest", "best"]
+        assert run.callback.best_model_path.endswith(names[-1])
+
+    def test_failed_upload_ends_no_fit(self, tmp_path):
+        """It is said, with where the checkpoint is."""
+
+        class Refuses(Uploads):
+            def log_artifact(self, *_):
+                raise ConnectionError("gone")
+
+        logger = MLFlow(True)
+        logger.client = Refuses()
+        said = told(lambda: fit(tmp_path / "run", trainer={"logger": logger}))
+        assert any("was not uploaded (ConnectionError: gone)" in one for one in said)
 
     def test_wandb(self, tmp_path, monkeypatch):
         """As one artifact each, the best by its alias."""

@@ -75,6 +75,10 @@ class LogRun(ABC):
     def cut(self, noted: Noted) -> str:
         """Take back what was logged later than was noted; return what prevents it, or nothing."""
 
+    def tell(self, name: str, numbers: dict[str, float], step: int) -> None:
+        """Log what is known of a checkpoint."""
+        self._logger.log_metrics({**numbers, "checkpoint/name": name}, step)
+
     def undo(self) -> None:
         """Leave the logger as it was, at the end of a fit."""
         while self._undo:
@@ -335,6 +339,10 @@ class _TensorBoard(LogRun):
             ]
         return ""
 
+    def tell(self, name: str, numbers: dict[str, float], step: int) -> None:
+        self._logger.log_metrics(numbers, step)
+        self._logger.experiment.add_text("checkpoint/name", name, step)
+
 
 def _forget_later_steps(writer: Any, step: int) -> None:
     """Write the event that `SummaryWriter(purge_step=)` begins with."""
@@ -428,6 +436,10 @@ class _MLflow(LogRun):
             wrap(logger, "log_hyperparams", partial(self._log_params, params)),
         ]
         return ""
+
+    def tell(self, name: str, numbers: dict[str, float], step: int) -> None:
+        self._logger.log_metrics(numbers, step)
+        self._logger.experiment.set_tag(self._logger.run_id, "checkpoint/name", name)
 
     def _log_new(self, original: Callable[..., Any], metrics: Any, step: Any = None) -> None:
         new = {}
