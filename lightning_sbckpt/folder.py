@@ -38,6 +38,7 @@ from lightning_sbckpt.errors import (
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.retention import Decision, plan_retention, rules_from_keys
+from lightning_sbckpt.retention.plan import Decisions
 from lightning_sbckpt.selection import importance
 from lightning_sbckpt.typing import Access, CheckpointPredicate, ImportanceKey, RetentionRule, World
 
@@ -445,14 +446,13 @@ class CheckpointFolder:
             return self._catalog.checkpoints(), self._catalog.unreadable
 
     def _repr_html_(self) -> str:
-        from lightning_sbckpt._display.cards import failed_card
+        from lightning_sbckpt._display import cards
         from lightning_sbckpt._views.folder_view import folder_card
 
-        title = type(self).__name__
-        try:
-            return folder_card(title, self.checkpoints_dir, self.timeline(with_lineage=False))
-        except Exception as error:  # A notebook would show a traceback in place of the value.
-            return failed_card(title, self.checkpoints_dir, error)
+        title, folder = type(self).__name__, self.checkpoints_dir
+        return cards.shown(
+            title, folder, lambda: folder_card(title, folder, self.timeline(with_lineage=False))
+        )
 
     def pin(self, checkpoint: Checkpoint | str | Path, reason: str = "") -> None:
         """Keep a checkpoint whatever the rules of retention say.
@@ -824,7 +824,7 @@ class CheckpointFolder:
             return plan
         self._require_writable()
         self._lock.acquire()
-        plan = [each if each.keep else self._remove(each, verbosity) for each in plan]
+        plan = Decisions(each if each.keep else self._remove(each, verbosity) for each in plan)
         if self._uploads is not None:
             self._uploads.push_history()
         return plan

@@ -91,12 +91,9 @@ class Checkpoint(NamedTuple):
 
     def _repr_html_(self) -> str:
         # Imported here: it is needed in notebooks alone.
-        from lightning_sbckpt._display.cards import checkpoint_card, failed_card
+        from lightning_sbckpt._display import cards
 
-        try:
-            return checkpoint_card(self, parse_yaml)
-        except Exception as error:  # A notebook would show a traceback in place of the value.
-            return failed_card("Checkpoint", self.path, error)
+        return cards.shown("Checkpoint", self.path, lambda: cards.checkpoint_card(self, parse_yaml))
 
 
 def ckpt_recency(ckpt: Checkpoint) -> float:

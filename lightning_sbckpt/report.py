@@ -18,13 +18,12 @@ from typing import Literal
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from lightning_sbckpt._display.wording import say_text, say_when
+from lightning_sbckpt._display.wording import say_text, say_when, short_name
 from lightning_sbckpt._io.progress import Progress, Tally
 from lightning_sbckpt._layout.manifest import file_damage, find_damage, read_manifest
 from lightning_sbckpt._layout.sizes import checkpoint_bytes
 from lightning_sbckpt._remote.places import display_path, resolve_local
 from lightning_sbckpt._remote.urls import is_url
-from lightning_sbckpt._views.columns import short_name
 from lightning_sbckpt._views.report_view import make_page
 from lightning_sbckpt._views.timeline import Timeline
 from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError

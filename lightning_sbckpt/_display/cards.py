@@ -19,6 +19,7 @@ from lightning_sbckpt._display.wording import (
     say_size,
     say_text,
     say_when,
+    short_name,
 )
 from lightning_sbckpt._io.open_regular import read_regular
 from lightning_sbckpt._io.records import remote_files
@@ -117,10 +118,47 @@ def folder_table(
     return _framed(parts)
 
 
-def failed_card(title: str, where: object, error: BaseException) -> str:
-    """Return what to show where nothing can be shown."""
-    problem = f"{type(error).__name__}: {say_text(error, 500)}"
-    return _framed([_heading(title, say_text(where)), _said(f"can't be shown: {problem}")])
+def tables_card(
+    title: str,
+    where: object,
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[object]]]],
+    remarks: Sequence[str] = (),
+) -> str:
+    """Return a card of tables.
+
+    Args:
+        title: What it is.
+        where: Stands below it.
+        tables: Of each a title, the head, and rows; of many rows the first are shown.
+        remarks: Sentences below.
+    """
+    parts = [_heading(title, say_text(where))]
+    for name, head, rows in tables:
+        cells = "".join(f"<th>{_safe(each)}</th>" for each in head)
+        body = "".join(
+            f"<tr>{''.join(f'<td>{_safe(say_number(cell))}</td>' for cell in row)}</tr>"
+            for row in rows[:ROWS]
+        )
+        parts.append(f'<div class="b">{_safe(name)}</div>' if name else "")
+        parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>")
+        if len(rows) > ROWS:
+            parts.append(_said(f"and {len(rows) - ROWS:,} more"))
+    return _framed([*parts, *map(_said, remarks)])
+
+
+def shown(title: str, where: object, card: Callable[[], str]) -> str:
+    """Return a card, or one that says why there is none: a notebook would show a traceback.
+
+    Args:
+        title: What it is.
+        where: Stands below it.
+        card: Makes it.
+    """
+    try:
+        return card()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {say_text(error, 500)}"
+        return _framed([_heading(title, say_text(where)), _said(f"can't be shown: {problem}")])
 
 
 _NUMBER = ' class="n"'
@@ -136,7 +174,7 @@ def _row(checkpoint: Checkpoint, step: str, keys: Sequence[str], marks: Sequence
         *(say_number(meta.get(key)) for key in keys),
     ]
     cells = "".join(f"<td{_NUMBER}>{_safe(value, _LONGEST_CELL)}</td>" for value in values)
-    name = _safe(checkpoint.path.name, 80)
+    name = _safe(short_name(checkpoint.path.name), 80)
     return f'<tr><td class="w">{name}</td>{cells}<td class="b">{_safe(", ".join(marks))}</td></tr>'
 
 

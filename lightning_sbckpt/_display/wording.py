@@ -6,6 +6,9 @@ import math
 import reprlib
 import time
 
+# What training needs to go on exactly, and nobody looks at.
+MACHINERY = ("callbacks", "loaders", "loops", "metrics", "nonpersistent", "rng")
+
 
 def say_number(value: object) -> str:
     """Return a value of the meta in few characters.
@@ -110,3 +113,23 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text
     )
+
+
+def short_name(name: str) -> str:
+    """Return the name of a checkpoint without what all of them begin with.
+
+    Example:
+        >>> short_name("CKPT+2026-11-22+10-15-03+00")
+        '2026-11-22+10-15-03+00'
+    """
+    return printable(name.removeprefix("CKPT+"))
+
+
+def by_interest(name: str) -> tuple[bool, bool, str]:
+    """Return how files are sorted: the model, what else learns, then the machinery of the run.
+
+    Example:
+        >>> sorted(["loops", "optimizer", "rng", "model"], key=by_interest)
+        ['model', 'optimizer', 'loops', 'rng']
+    """
+    return name in MACHINERY, name != "model", name

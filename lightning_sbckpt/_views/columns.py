@@ -16,9 +16,9 @@ from lightning_sbckpt._display.wording import (
     say_number,
     say_size,
     say_when,
+    short_name,
 )
 from lightning_sbckpt._io.records import remote_files
-from lightning_sbckpt._layout.publish import CKPT_PREFIX
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 
 _NO_METRICS = {"unixtime", "end-of-epoch", "epoch", "step", "global_step"}
@@ -99,16 +99,6 @@ def columns_of(
         columns = [each for each in columns if any(each.cells) or each.title in asked]
     said = [", ".join(marks.get(ckpt.path, ())) for ckpt in rows]
     return [*columns, Column("", said, _MARKS, right=False)]
-
-
-def short_name(name: str) -> str:
-    """Return the name of a checkpoint without what all of them begin with.
-
-    Example:
-        >>> short_name("CKPT+2026-11-22+10-15-03+00")
-        '2026-11-22+10-15-03+00'
-    """
-    return printable(name.removeprefix(f"{CKPT_PREFIX}+"))
 
 
 def metric_cells(checkpoints: Sequence[Checkpoint], metrics: Sequence[str]) -> list[Column]:

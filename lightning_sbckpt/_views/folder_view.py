@@ -45,21 +45,21 @@ def read_timeline(
     )
 
 
-def folder_card(title: str, root: Path, timeline: Timeline) -> str:
+def folder_card(title: str, root: Path, timeline: Timeline, remarks: Sequence[str] = ()) -> str:
     """Return the HTML that a notebook shows of a folder.
 
     Args:
         title: What it is.
         root: The folder.
         timeline: What happened there.
+        remarks: Sentences below.
     """
     there = [life.checkpoint for life in timeline.lives if life.checkpoint is not None]
     unreadable = [life for life in timeline.lives if life.state == "unreadable"]
-    remarks = [
-        f"{life.name} can't be read: {life.reason}" for life in unreadable[:_MOST_UNREADABLE]
-    ]
-    more = len(unreadable) - len(remarks)
-    if more:
-        remarks.append(f"and {more:,} more can't be read")
+    said = [*remarks]
+    said += [f"{life.name} can't be read: {life.reason}" for life in unreadable[:_MOST_UNREADABLE]]
+    more = len(unreadable) - _MOST_UNREADABLE
+    if more > 0:
+        said.append(f"and {more:,} more can't be read")
     shown = timeline.metrics_of_those_there()
-    return cards.folder_table(title, root, newest_first(there), shown, timeline.marks(), remarks)
+    return cards.folder_table(title, root, newest_first(there), shown, timeline.marks(), said)

@@ -14,10 +14,10 @@ from lightning_sbckpt._display.wording import (
     say_size,
     say_text,
     say_when,
+    short_name,
 )
 from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.bars import Chart, chart
-from lightning_sbckpt._views.columns import short_name
 from lightning_sbckpt._views.timeline import CheckpointHistory, State, Timeline
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint

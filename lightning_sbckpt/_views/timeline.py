@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_sbckpt._display.wording import say_when, short_name
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.retention import Best, Pareto, parse_rule
@@ -189,6 +190,31 @@ class Timeline:
             if life.ephemeral:
                 words.append("for recovery only")
         return found
+
+    def _repr_html_(self) -> str:
+        from lightning_sbckpt._display import cards
+
+        def card() -> str:
+            key = self.main_metric()
+            rows = [
+                (
+                    short_name(life.name),
+                    life.state,
+                    *([life.number(key)] if key else []),
+                    say_when(life.made),
+                    "" if life.removed is None else say_when(life.removed),
+                    life.reason,
+                )
+                for life in reversed(self.lives)
+            ]
+            head = ("checkpoint", "state", *([key] if key else []), "made", "removed", "why")
+            went_on = [f"resumed from {short_name(resume.source)}" for resume in self.resumes]
+            return cards.tables_card(title, where, [("", head, rows)], went_on)
+
+        there = sum(life.checkpoint is not None for life in self.lives)
+        title = f"{len(self.lives)} checkpoints were made, {there} are there"
+        where = f"kept by {', '.join(self.rules)}" if self.rules else ""
+        return cards.shown(title, where, card)
 
     def main_metric(self) -> str | None:
         """Return the key of the first rule that ranks, else the first metric there is."""

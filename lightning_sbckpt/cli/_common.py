@@ -38,12 +38,10 @@ _LONGEST_NUMBER = 10_000  # In bits.
 
 __all__ = [
     "EXIT_CODES",
-    "MACHINERY",
     "NO",
     "REFUSED",
     "WRONG",
     "Failure",
-    "by_interest",
     "code_of",
     "collected_warnings",
     "counted",
@@ -58,9 +56,6 @@ __all__ = [
 NO = 1
 WRONG = 2
 REFUSED = 3
-
-# What training needs to go on exactly, and nobody looks at.
-MACHINERY = ("callbacks", "loaders", "loops", "metrics", "nonpersistent", "rng")
 
 EXIT_CODES = (
     "Exit codes: 0 all right; 1 the answer is no (damage, nothing matches, a difference); 2 wrong "
@@ -158,16 +153,6 @@ def collected_warnings() -> Iterator[list[str]]:
         yield handler.messages
     finally:
         logger.handlers, logger.propagate = before, propagated
-
-
-def by_interest(name: str) -> tuple[bool, bool, str]:
-    """Return how files are sorted: the model, what else learns, then the machinery of the run.
-
-    Example:
-        >>> sorted(["loops", "optimizer", "rng", "model"], key=by_interest)
-        ['model', 'optimizer', 'loops', 'rng']
-    """
-    return name in MACHINERY, name != "model", name
 
 
 def json_option(command: F) -> F:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_sbckpt.cli._common import MACHINERY, by_interest, printable
+from lightning_sbckpt._display.wording import MACHINERY, by_interest, printable
 from lightning_sbckpt.difference import Difference, FileDifference, TensorChange
 
 
@@ -36,19 +36,7 @@ def lines_of(found: Difference, top: int, *, in_full: bool) -> list[str]:
 
 
 def _of_file(file: FileDifference, changes: Sequence[TensorChange], top: int) -> list[str]:
-    if file.same_bytes:
-        return [f"{file.name}: same bytes"]
-    counts = {
-        "changed": len(file.changed),
-        "of another shape or type": len(file.reshaped),
-        "only in A": len(file.missing),
-        "only in B": len(file.added),
-        "other values changed": len(file.values),
-        "not compared": len(file.not_compared),
-        "tensors equal": file.equal_tensors,
-    }
-    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    lines = [f"{file.name}: {said or 'nothing to compare'}"]
+    lines = [f"{file.name}: {file.summary()}"]
     if changes and top:
         lines += [f"  {row}" for row in _table(changes[:top])]
     if len(changes) > top:

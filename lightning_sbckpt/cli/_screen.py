@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console, RenderableType
 
-from lightning_sbckpt._display.wording import printable
+from lightning_sbckpt._display.wording import printable, short_name
 from lightning_sbckpt._views.columns import (
     Column,
     ago,
@@ -17,7 +17,6 @@ from lightning_sbckpt._views.columns import (
     metric_cells,
     metric_keys,
     place_cells,
-    short_name,
 )
 from lightning_sbckpt._views.grid import ENDLESS, as_text, draw
 from lightning_sbckpt._views.timeline import CheckpointHistory

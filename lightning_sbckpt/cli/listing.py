@@ -10,11 +10,10 @@ from typing import Any
 
 import click
 
-from lightning_sbckpt._display.wording import say_number
+from lightning_sbckpt._display.wording import say_number, short_name
 from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.columns import (
     metric_keys,
-    short_name,
     size_of,
     step_of,
 )

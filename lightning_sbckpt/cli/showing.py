@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from lightning_sbckpt._display.wording import printable, say_number, say_size, say_when
+from lightning_sbckpt._display.wording import (
+    MACHINERY,
+    by_interest,
+    printable,
+    say_number,
+    say_size,
+    say_when,
+)
 from lightning_sbckpt._io.lazy import is_tensor, torch
 from lightning_sbckpt._io.records import remote_files
 from lightning_sbckpt._layout.manifest import read_manifest
@@ -19,10 +26,8 @@ from lightning_sbckpt._layout.publish import SHARDED_EXT
 from lightning_sbckpt._remote.places import display_path
 from lightning_sbckpt._views.columns import age_of, files_of, size_of
 from lightning_sbckpt.cli._common import (
-    MACHINERY,
     NO,
     Failure,
-    by_interest,
     echo,
     json_option,
     print_json,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from lightning_sbckpt._display.wording import MACHINERY, by_interest
 from lightning_sbckpt._format.names import pickled_path
 from lightning_sbckpt._io.progress import Progress
 from lightning_sbckpt._io.records import bring_file
@@ -88,6 +89,34 @@ class Difference:
             reverse=True,
         )
         return changes[:count]
+
+    def _repr_html_(self) -> str:
+        from lightning_sbckpt._display import cards
+
+        title, where = "equal" if self.equal else "different", f"{self.before} and {self.after}"
+        files = sorted(self.files, key=lambda file: by_interest(file.name))
+        summary: list[Sequence[object]] = [(file.name, file.summary()) for file in files]
+        summary += [(name, "only in B") for name in self.files_added]
+        summary += [(name, "only in A") for name in self.files_missing]
+        meta: list[Sequence[object]]
+        meta = [(one.name, one.before, one.after) for one in self.meta_changed]
+        meta += [(key, "", "only in B") for key in self.meta_added]
+        meta += [(key, "only in A", "") for key in self.meta_missing]
+        changes: list[Sequence[object]] = [
+            (file, one.name, f"{one.changed:,} of {one.elements:,}", one.largest, one.relative)
+            for file, one in sorted(self.largest_changes(), key=lambda pair: by_interest(pair[0]))
+            if file not in MACHINERY
+        ]
+        tables = [
+            ("", ("file", "what differs"), summary),
+            ("meta", ("", "A", "B"), meta),
+            ("tensors", ("file", "tensor", "changed", "largest", "relative"), changes),
+        ]
+        return cards.shown(
+            title,
+            where,
+            lambda: cards.tables_card(title, where, [each for each in tables if each[2]]),
+        )
 
     def as_dict(self) -> dict[str, object]:
         """Return all of it in what JSON can hold; NaN and infinity as text.

@@ -105,6 +105,25 @@ class FileDifference:
     not_compared: tuple[str, ...] = ()
     equal_tensors: int = 0
 
+    def summary(self) -> str:
+        """Return in a few words how much differs.
+
+        Example:
+            >>> FileDifference("model", added=("w",), equal_tensors=2).summary()
+            '1 only in B, 2 tensors equal'
+        """
+        counts = {
+            "changed": len(self.changed),
+            "of another shape or type": len(self.reshaped),
+            "only in A": len(self.missing),
+            "only in B": len(self.added),
+            "other values changed": len(self.values),
+            "not compared": len(self.not_compared),
+            "tensors equal": self.equal_tensors,
+        }
+        said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return "same bytes" if self.same_bytes else said or "nothing to compare"
+
     @property
     def equal(self) -> bool:
         """Whether nothing that was compared differs, and nothing was left out."""

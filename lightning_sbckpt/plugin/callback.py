@@ -262,6 +262,18 @@ class SBCheckpoint(_Base):
         key = f", {self.mode}_key={self.monitor!r}" if self.monitor else ""
         return f"{type(self).__name__}({str(self.dirpath)!r}{key})"
 
+    def _repr_html_(self) -> str:
+        from lightning_sbckpt._display import cards
+        from lightning_sbckpt._views.folder_view import folder_card
+
+        def card() -> str:
+            found = self.checkpointer or Checkpointer(self.dirpath, access="read")
+            report = [] if self.resume_report is None else str(self.resume_report).splitlines()
+            timeline = found.timeline(with_lineage=False)
+            return folder_card(repr(self), found.checkpoints_dir, timeline, report)
+
+        return cards.shown(repr(self), self.dirpath, card)
+
     @property
     def checkpointer(self) -> Checkpointer | None:
         """The `Checkpointer` that saves; None before the first fit."""

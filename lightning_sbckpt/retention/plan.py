@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
+from lightning_sbckpt._display.wording import short_name
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -45,6 +46,23 @@ class Decision:
         """Return one line for a log or a dry run."""
         verb = "keep" if self.keep else "remove"
         return f"{verb:<6} {self.checkpoint.path.name}: {self.reason}"
+
+
+class Decisions(list[Decision]):
+    """What happens to each checkpoint; a notebook shows it as a table."""
+
+    def _repr_html_(self) -> str:
+        from lightning_sbckpt._display import cards
+
+        rows = [
+            ("stays" if each.keep else "goes", short_name(each.checkpoint.path.name), each.reason)
+            for each in self
+        ]
+        going = sum(not each.keep for each in self)
+        where = self[0].checkpoint.path.parent if self else ""
+        title = f"{len(self) - going} of {len(self)} checkpoints stay"
+        table = ("", ("", "checkpoint", "why"), rows)
+        return cards.shown(title, where, lambda: cards.tables_card(title, where, [table]))
 
 
 def plan_retention(
@@ -127,7 +145,7 @@ def plan_retention(
     for limit in rules:
         if isinstance(limit, RetentionLimit):
             plan = _limited(plan, limit, votes, in_play, bytes_of)
-    return plan
+    return Decisions(plan)
 
 
 @dataclass

@@ -12,7 +12,8 @@ import torch
 from _foreign import forget_manifest
 from _lives import small_run
 
-from lightning_sbckpt import Checkpoint, Checkpointer
+from lightning_sbckpt import Checkpoint, Checkpointer, SBCheckpoint
+from lightning_sbckpt.difference import diff
 from lightning_sbckpt.folder import CheckpointFolder
 
 
@@ -57,7 +58,7 @@ def test_a_folder_is_a_table_newest_first(tmp_path):
     shown = Reader(small_run(tmp_path / "run")._repr_html_())
     assert shown.rows[0] == ["name", "step", "epoch", "age", "size", "loss", "acc", ""]
     names = [row[0] for row in shown.rows[1:]]
-    assert names == ["CKPT+halt800", *(f"CKPT+step{step}" for step in (800, 700, 600, 200))]
+    assert names == ["halt800", *(f"step{step}" for step in (800, 700, 600, 200))]
     step600 = shown.rows[4]
     assert (step600[1], step600[2], step600[5], step600[6]) == ("600", "3", "0.3", "0.7")
     assert step600[4].endswith("KB")
@@ -76,7 +77,7 @@ def test_of_many_the_newest_fifty_are_shown_and_the_others_counted(checkpointer)
     for number in range(60):
         checkpointer.save_checkpoint({"loss": 1 / (number + 1)}, name=str(number))
     shown = Reader(checkpointer._repr_html_())
-    assert [row[0] for row in shown.rows[1:]] == [f"CKPT+{n}" for n in range(59, 9, -1)]
+    assert [row[0] for row in shown.rows[1:]] == [f"{n}" for n in range(59, 9, -1)]
     assert "60 checkpoints" in shown.text
     assert "and 10 more, older than these" in shown.text
 
@@ -106,7 +107,7 @@ def test_unreadable_checkpoints_are_named_under_the_table(checkpointer):
         folder.mkdir()
         (folder / "CKPT.yaml").write_text("[" * 5)
     shown = Reader(checkpointer._repr_html_())
-    assert [row[0] for row in shown.rows[1:]] == ["CKPT+good"]
+    assert [row[0] for row in shown.rows[1:]] == ["good"]
     assert shown.text.count("can't be read: ") == 5
     assert "and 2 more can't be read" in shown.text
 
@@ -177,11 +178,73 @@ def test_names_and_meta_never_become_markup(checkpointer):
     bad = checkpointer.checkpoints_dir / f"CKPT+{MARKUP}"
     bad.mkdir()
     (bad / "CKPT.yaml").write_text("[")
-    for html in (saved._repr_html_(), checkpointer._repr_html_()):
+    checkpointer.recoverables["model"].bias.data += 1
+    values = (
+        *(saved, checkpointer, checkpointer.timeline(), SBCheckpoint(checkpointer.checkpoints_dir)),
+        diff(saved, checkpointer.save_checkpoint({MARKUP: 2.0}, name=f"b{MARKUP}")),
+        checkpointer.delete_checkpoints(dry_run=True),
+    )
+    for html in (value._repr_html_() for value in values):
         shown = Reader(html)
         assert shown.tags <= OURS
         assert MARKUP in shown.text
         assert "\x1b" not in html
+
+
+def test_a_timeline_is_a_table_of_all_that_was_made(tmp_path):
+    """Newest first, with what became of each, the rules, and where the run went on."""
+    shown = Reader(small_run(tmp_path / "run").timeline()._repr_html_())
+    assert shown.rows[0] == ["checkpoint", "state", "loss", "made", "removed", "why"]
+    assert [row[0] for row in shown.rows[1:4]] == ["halt800", "step800", "step700"]
+    gone = next(row for row in shown.rows if row[0] == "step500")
+    assert gone[1] == "removed"
+    assert gone[-1] == "not among the 2 best loss, older than the newest 1"
+    assert "10 checkpoints were made, 5 are there" in shown.text
+    assert "kept by Best(key='loss', n=2" in shown.text
+    assert "resumed from halt400" in shown.text
+
+
+def test_decisions_are_a_table_with_the_reasons(checkpointer):
+    """Those of a dry run, and those that were carried out."""
+    for name in "ab":
+        checkpointer.save_checkpoint(name=name)
+    for decisions in (
+        checkpointer.delete_checkpoints(dry_run=True),
+        checkpointer.delete_checkpoints(),
+    ):
+        shown = Reader(decisions._repr_html_())
+        assert shown.rows[1:] == [
+            ["stays", "b", "among the newest 1"],
+            ["goes", "a", "older than the newest 1"],
+        ]
+        assert "1 of 2 checkpoints stay" in shown.text
+
+
+def test_a_difference_is_tables_with_the_model_first(checkpointer):
+    """Files, meta, and of the tensors those of the model before the others."""
+    for name in ("aaa", "loops"):
+        checkpointer.add_recoverable(name, torch.nn.Linear(1, 1))
+    first = checkpointer.save_checkpoint({"loss": 0.5})
+    for module in checkpointer.recoverables.values():
+        module.bias.data += 1
+    found = diff(first, checkpointer.save_checkpoint({"loss": 0.25}))
+    shown = Reader(found._repr_html_())
+    assert [row[0] for row in shown.rows[1:4]] == ["model", "aaa", "loops"]
+    assert ["loss", "0.5", "0.25"] in shown.rows
+    assert [row[:2] for row in shown.rows if len(row) == 5][1:] == [
+        ["model", "bias"],
+        ["aaa", "bias"],
+    ]
+    assert "different" in shown.text
+
+
+def test_the_callback_is_the_table_of_its_folder(tmp_path):
+    """Before a fit, too; and of a folder that nothing is known of yet."""
+    small_run(tmp_path / "run")
+    shown = Reader(SBCheckpoint(tmp_path / "run", min_key="loss")._repr_html_())
+    assert [row[0] for row in shown.rows[1:3]] == ["halt800", "step800"]
+    assert f"SBCheckpoint('{tmp_path / 'run'}', min_key='loss')" in shown.text
+    assert "no checkpoints yet" in SBCheckpoint(tmp_path / "new")._repr_html_()
 
 
 def test_nothing_raises_whatever_goes_wrong(checkpointer, monkeypatch):
