@@ -7,15 +7,55 @@ is looked at is not described here. OmegaConf is used only where it is in use al
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_sbckpt.errors import MissingDependencyError, UntrustedPickleError
+from lightning_sbckpt.errors import ConfigurationError, MissingDependencyError, UntrustedPickleError
 
 _NAMES = {
     "omegaconf.dictconfig.DictConfig": "DictConfig",
     "omegaconf.listconfig.ListConfig": "ListConfig",
 }
 _LEAVES = (bool, int, float, str, bytes, type(None))
+
+
+T = TypeVar("T")
+
+
+def opaque(kind: type[T]) -> type[T]:
+    """Have OmegaConf, and so Hydra, take objects of a dataclass for objects.
+
+    A dataclass in a list or a dictionary becomes a configuration, field by field, and functions,
+    times and other rules can't be fields of one. What has no list of its fields is left as it is.
+    """
+    delattr(kind, "__dataclass_fields__")
+    return kind
+
+
+def plain(given: Any) -> Any:
+    """Return plain lists, dictionaries and rules in place of OmegaConf's containers.
+
+    Hydra hands over lists and dictionaries as its own, and dataclasses in them as dictionaries.
+
+    Raises:
+        ConfigurationError: A value in one is missing, or refers to what is not there.
+
+    Example:
+        >>> plain({"exp": ["a", 1]})
+        {'exp': ['a', 1]}
+    """
+    if type(given).__module__.partition(".")[0] == "omegaconf":
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            return OmegaConf.to_object(given)
+        except OmegaConfBaseException as error:
+            raise ConfigurationError(f"{error}".partition("\n")[0]) from error
+    if isinstance(given, dict):
+        return {key: plain(value) for key, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(plain(value) for value in given)
+    return given
 
 
 def name_of(kind: type) -> str | None:

@@ -24,7 +24,7 @@ from lightning_sbckpt.plugin.model_checkpoint import arguments_like, refusing_it
 from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
 from lightning_sbckpt.plugin.options import checked
 from lightning_sbckpt.plugin.packages import LightningModule, ModelCheckpoint, Trainer, catch_up
-from lightning_sbckpt.plugin.policies import ResumePolicy, SavePolicy, Store
+from lightning_sbckpt.plugin.policies import ResumePolicy, SavePolicy, Store, said_once
 from lightning_sbckpt.plugin.preemption import Preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run
@@ -104,8 +104,10 @@ class SBCheckpoint(_Base):
             nothing was validated in it. A validation at the end of an epoch is saved when the
             epoch's last hook has run. None for not at all.
         every_n_train_steps: Save after every n optimizer steps, too.
-        train_time_interval: Save when so much time has passed since the last save, too.
-        triggers: More triggers of `lightning_sbckpt.triggers`; a checkpoint is saved when any is due.
+        train_time_interval: Save when so much time has passed since the last save, too: a
+            `timedelta`, seconds, or a text such as `"10 min"`.
+        triggers: More triggers of `lightning_sbckpt.triggers`, or their texts, such as
+            `"EveryNSteps(100) & AfterStep(1000)"`; a checkpoint is saved when any is due.
         resume: Go on from the newest sound checkpoint in `dirpath`, if there is one and `fit` was
             given no `ckpt_path`. A `ResumePolicy(...)` does so and says how: it has the arguments `optional`
             to `on_change` below, and `trust_pickle`.
@@ -166,21 +168,24 @@ class SBCheckpoint(_Base):
     """
 
     @refusing_its_arguments
+    @said_once
     def __init__(
         self,
-        dirpath: str | Path | Store | None = None,
+        # What jsonargparse would take for a text or a path as well stands first.
+        dirpath: Store | str | Path | None = None,
         *,
         min_key: str | None = None,
         max_key: str | None = None,
         importance_key: ImportanceKey | None = None,
-        ckpt_predicate: CheckpointPredicate | str | None = None,
+        # The other way round, a text would be written back as the path of a function.
+        ckpt_predicate: str | CheckpointPredicate | None = None,
         num_to_keep: int = 1,
         keep_recent: bool = True,
         keep: Sequence[RetentionRule | str] = (),
         every_n_epochs: int | None = 1,
         every_n_train_steps: int | None = None,
-        train_time_interval: timedelta | float | None = None,
-        triggers: Sequence[Trigger] = (),
+        train_time_interval: timedelta | float | str | None = None,
+        triggers: Sequence[Trigger | str] = (),
         resume: bool | ResumePolicy = True,
         restore_best: bool = True,
         save_mode: SaveMode | SavePolicy = "sync",

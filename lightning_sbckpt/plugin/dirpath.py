@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
@@ -13,7 +14,7 @@ from lightning_sbckpt._remote.urls import is_url, normal_url
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.identity import hyperparameters_of
-from lightning_sbckpt.plugin.packages import Trainer
+from lightning_sbckpt.plugin.packages import SaveConfigCallback, Trainer
 from lightning_sbckpt.plugin.rendering import digest_of, rendered
 
 ROOT = "default_root_dir"
@@ -36,7 +37,7 @@ def folder(dirpath: str | os.PathLike[str] | None) -> Path | str:
         return DEFAULT
     if not isinstance(dirpath, (str, os.PathLike)):
         raise ConfigurationError(
-            f"dirpath is {dirpath!r:.80}, expected a path or a URL, such as 'runs/digits'"
+            f"dirpath is {dirpath!r:.80}, expected a path or a URL, such as 'runs/digits', or a Store(...)"
         )
     text = os.fspath(dirpath)
     if is_url(text):
@@ -88,21 +89,61 @@ def place_of(dirpath: Path | str, trainer: Trainer) -> Path | str:
     return normal_url(text) if is_url(text) else absolute(text)
 
 
-def versioned(trainer: Trainer, dirpath: Path | str) -> list[str]:
-    """Return, in a sentence, whether a folder lies in one that a logger makes anew at each start."""
-    inside = [
-        log_dir
+def next_start(trainer: Trainer, dirpath: Path | str) -> list[str]:
+    """Return what keeps the same command from going on with a run, a sentence each.
+
+    Args:
+        trainer: Has the loggers and callbacks.
+        dirpath: Where the checkpoints of the run are.
+    """
+    place = Path(dirpath)
+    made_anew = {
+        f"{folder}, and unless the logger is given its version": Path(folder).absolute()
         for logger in trainer.loggers
-        if (log_dir := getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None))
-        and re.fullmatch(r"version_\d+", Path(log_dir).name)
-        and Path(log_dir).absolute() in (Path(dirpath), *Path(dirpath).parents)
+        if (folder := getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None))
+        and _is_version(folder)
+    }
+    if folder := _timed_folder_of_hydra():
+        made_anew[f"{folder}, which Hydra names by the time, and unless hydra.run.dir is set"] = (
+            folder
+        )
+    moving = [
+        f"{dirpath} lies in {which} there will be another at the next start, which won't find the "
+        "checkpoints of this one. Use a folder that is the same from start to start, such as 'runs/name'"
+        for which, folder in made_anew.items()
+        if folder in (place, *place.parents)
     ]
-    return [
-        f"{dirpath} lies in {log_dir}, and unless the logger is given its version there will be another "
-        "at the next start, which won't find the checkpoints of this one. Use a folder that is the same "
-        "from start to start, such as 'runs/name'"
-        for log_dir in inside[:1]
+    refusing = [
+        f"the next start of this command will find {callback.config_filename} in {folder} and refuse to "
+        'run: write LightningCLI(..., save_config_kwargs={"overwrite": True})'
+        for callback in _private.trainer.callbacks_of(trainer)
+        if isinstance(callback, SaveConfigCallback)
+        and not callback.overwrite
+        and getattr(callback, "save_to_log_dir", True)
+        and (folder := trainer.log_dir) is not None
+        and not _is_version(folder)
     ]
+    return moving + refusing
+
+
+def _is_version(folder: str | os.PathLike[str]) -> bool:
+    return re.fullmatch(r"version_\d+", Path(folder).name) is not None
+
+
+def _timed_folder_of_hydra() -> Path | None:
+    """Return the folder of this job, if Hydra runs it and its name has the time in it."""
+    module = sys.modules.get("hydra.core.hydra_config")
+    if module is None or not module.HydraConfig.initialized():
+        return None
+    from omegaconf import OmegaConf
+
+    config = module.HydraConfig.get()
+    if OmegaConf.is_missing(config.runtime, "output_dir"):
+        return None
+    several = getattr(config.get("mode"), "name", None) == "MULTIRUN"
+    # As it is written: `outputs/${now:%Y-%m-%d}/${now:%H-%M-%S}`.
+    written = OmegaConf.to_yaml(config.sweep if several else config.run)
+    return Path(config.runtime.output_dir) if "${now:" in written else None
 
 
 def _is_template(text: str) -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args
 
+from lightning_sbckpt._display.quantities import as_seconds
+from lightning_sbckpt._format.omega import plain
 from lightning_sbckpt._save.saver import SavePolicy
-from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.errors import ConfigurationError, SelectionError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin.best import BestBy
@@ -30,6 +33,7 @@ from lightning_sbckpt.triggers import (
     EveryNSteps,
     Trigger,
     may_be_due,
+    parse_trigger,
 )
 from lightning_sbckpt.typing import (
     CheckpointPredicate,
@@ -113,16 +117,18 @@ def checked(given: Mapping[str, Any]) -> Options:
         ConfigurationError: One can't be meant, or two contradict each other.
         SelectionError: More than one of the three keys was given.
     """
-    # Hydra's containers become plain ones.
-    args = with_shorthands({name: plain(value) for name, value in given.items()})
+    args = {name: _plain(name, value) for name, value in given.items()}
+    args = {name: plain(value) for name, value in with_shorthands(args).items()}
     check_kinds({name: args[name] for name in KINDS})
     check_lists({name: args[name] for name in ("split_model", "optional", "skip")})
     best = best_by(args["importance_key"], args["max_key"], args["min_key"])
+    with _of("ckpt_predicate"):
+        predicate = as_predicate(args["ckpt_predicate"])
     return Options(
         dirpath=folder(args["dirpath"]),
         best_by=best,
         rules=retention_rules(best, args["num_to_keep"], args["keep_recent"], args["keep"]),
-        predicate=as_predicate(args["ckpt_predicate"]),
+        predicate=predicate,
         triggers=triggers(
             args["every_n_epochs"],
             args["every_n_train_steps"],
@@ -154,24 +160,18 @@ def checked(given: Mapping[str, Any]) -> Options:
     )
 
 
-def plain(given: Any) -> Any:
-    """Return plain lists, dictionaries and rules in place of OmegaConf's containers.
+@contextmanager
+def _of(name: str) -> Iterator[None]:
+    """Have an error in a value name the argument that it was given for."""
+    try:
+        yield
+    except (ConfigurationError, SelectionError) as error:
+        raise type(error)(f"SBCheckpoint: {name}: {error}") from error
 
-    Hydra hands over lists and dictionaries as its own, and the dataclasses in them as dictionaries.
 
-    Example:
-        >>> plain({"exp": ["a", 1]})
-        {'exp': ['a', 1]}
-    """
-    if type(given).__module__.partition(".")[0] == "omegaconf":
-        from omegaconf import OmegaConf
-
-        return OmegaConf.to_object(given)
-    if isinstance(given, dict):
-        return {key: plain(value) for key, value in given.items()}
-    if type(given) in (list, tuple):
-        return type(given)(plain(value) for value in given)
-    return given
+def _plain(name: str, given: Any) -> Any:
+    with _of(name):
+        return plain(given)
 
 
 def check_kinds(given: Mapping[str, object]) -> None:
@@ -208,8 +208,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_time(value: object) -> bool:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    return number or isinstance(value, timedelta)
+    return as_seconds(value) is not None
 
 
 def _is_flag(value: object) -> bool:
@@ -242,7 +241,7 @@ def _is_rule(value: object) -> bool:
 
 def _is_triggers(value: object) -> bool:
     given = list(value) if _is_list(value) else [value]  # type: ignore[call-overload] # a list
-    return all(isinstance(each, Trigger) and not isinstance(each, type) for each in given)
+    return all(isinstance(each, (Trigger, str)) and not isinstance(each, type) for each in given)
 
 
 def _is_mapping(value: object) -> bool:
@@ -285,11 +284,14 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     ),
     "triggers": (
         _is_triggers,
-        "objects with a method due(moment), such as EveryNSteps(1000)",
+        "objects with a method due(moment) such as EveryNSteps(1000), or their texts",
     ),
     "every_n_epochs": (_or_none(_is_whole), f"{_WHOLE}, or None"),
     "every_n_train_steps": (_or_none(_is_whole), f"{_WHOLE}, or None"),
-    "train_time_interval": (_or_none(_is_time), "a timedelta, a number of seconds, or None"),
+    "train_time_interval": (
+        _or_none(_is_time),
+        "a timedelta, a number of seconds, a text such as '10 min', or None",
+    ),
     "recoverables": (_or_function(_is_mapping), f"a dictionary of objects by name, or {_FUNCTION}"),
     "meta": (_or_function(_is_mapping), f"a dictionary, or {_FUNCTION}"),
     "key_map": (_or_none(_is_mapping_of_text), "a dictionary of prefixes of parameter names"),
@@ -298,11 +300,11 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
         _or_none(lambda value: isinstance(value, (str, os.PathLike))),
         "a path on this machine",
     ),
+    "resume": (_is_flag, f"{_FLAG}, or a ResumePolicy(...)"),
     **dict.fromkeys(("optional", "skip", "split_model"), (_is_names, _NAMES)),
     **dict.fromkeys(
         (
             "keep_recent",
-            "resume",
             "restore_best",
             "link_unchanged",
             "partial",
@@ -342,7 +344,8 @@ def retention_rules(
         ConfigurationError: None would.
         SelectionError: A text is no rule.
     """
-    more = [parse_rule(rule) if isinstance(rule, str) else rule for rule in keep]
+    with _of("keep"):
+        more = [parse_rule(rule) if isinstance(rule, str) else rule for rule in keep]
     # A limit gives no reason to keep anything.
     if num_to_keep < 1 and all(isinstance(rule, RetentionLimit) for rule in more):
         raise ConfigurationError(
@@ -364,8 +367,8 @@ def retention_rules(
 def triggers(
     every_n_epochs: int | None,
     every_n_train_steps: int | None,
-    train_time_interval: timedelta | float | None,
-    more: Sequence[Trigger] = (),
+    train_time_interval: timedelta | float | str | None,
+    more: Trigger | str | Sequence[Trigger | str] = (),
 ) -> tuple[AnyOf, AnyOf]:
     """Return the triggers that every batch may set off, and those of validation and epoch end.
 
@@ -376,11 +379,14 @@ def triggers(
     if every_n_train_steps is not None:
         batch.append(EveryNSteps(int(every_n_train_steps)))
     if train_time_interval is not None:
-        batch.append(EveryInterval(train_time_interval))
+        with _of("train_time_interval"):
+            batch.append(EveryInterval(train_time_interval))
     ends: list[Trigger] = [] if every_n_epochs is None else [EveryNEpochs(int(every_n_epochs))]
-    if isinstance(more, Trigger):
-        more = [more]
-    for trigger in AnyOf(more).triggers:
+    given = [more] if isinstance(more, (Trigger, str)) else more
+    with _of("triggers"):
+        parsed = [parse_trigger(each) if isinstance(each, str) else each for each in given]
+        every = AnyOf(parsed).triggers
+    for trigger in every:
         # What is never due after a batch must not cost anything there.
         if may_be_due(trigger, "batch"):
             batch.append(trigger)

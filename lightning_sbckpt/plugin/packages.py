@@ -37,6 +37,7 @@ __all__ = [
     "ModelPruning",
     "OnExceptionCheckpoint",
     "SLURMEnvironment",
+    "SaveConfigCallback",
     "StochasticWeightAveraging",
     "Strategy",
     "TensorBoardLogger",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         StochasticWeightAveraging,
         Timer,
     )
+    from lightning.pytorch.cli import SaveConfigCallback
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from lightning.pytorch.loggers import (
         CSVLogger,
@@ -98,6 +100,7 @@ else:
 
     for _roots, _place, _names in (
         (PACKAGES.keys(), "callbacks.callback", "Callback"),
+        (PACKAGES.keys(), "cli", "SaveConfigCallback"),
         (PACKAGES.keys(), "core", "LightningDataModule LightningModule LightningOptimizer"),
         (PACKAGES.keys(), "trainer", "Trainer"),
         (PACKAGES.keys(), "callbacks", "BatchSizeFinder Checkpoint EarlyStopping"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+from lightning_sbckpt._format.omega import plain
 from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.typing import OnChange
 
-__all__ = ["ResumePolicy", "SavePolicy", "Store", "with_shorthands"]
+__all__ = ["ResumePolicy", "SavePolicy", "Store", "said_once", "with_shorthands"]
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,39 @@ _POLICIES: dict[str, tuple[type, dict[str, str]]] = {
 }
 
 
+def said_once(init: Callable[P, None]) -> Callable[P, None]:
+    """Have `__init__` refuse an argument beside a policy that has it, too.
+
+    jsonargparse, which LightningCLI reads configurations by, gives every argument there is: then
+    only those that differ from their default are taken to have been written.
+    """
+    place = list(signature(init).parameters).index
+
+    @wraps(init)
+    def checked(*args: P.args, **given: P.kwargs) -> None:
+        for argument, (policy, names) in _POLICIES.items():
+            at = place(argument)
+            value = args[at] if len(args) > at else plain(given.get(argument))
+            others = [name for name in names if name != argument and name in given]
+            if not isinstance(value, policy):
+                continue
+            if len(others) == len(names) - (argument in names):
+                defaults: dict[str, Any] = {
+                    field.name: (field.default, []) for field in fields(policy)
+                }
+                others = [name for name in others if given[name] not in defaults[names[name]]]
+            if others:
+                raise ConfigurationError(
+                    f"SBCheckpoint: {', '.join(others)} beside {argument}={policy.__name__}(...), which "
+                    f"has {'them' if len(others) > 1 else 'it'}, too: say it in one place"
+                )
+        init(*args, **given)
+
+    return checked
+
+
 def with_shorthands(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of `SBCheckpoint` with each policy replaced by the flat ones it stands for.
-
-    Raises:
-        ConfigurationError: One is given both in a policy and beside it.
 
     Example:
         >>> save = {"save_mode": SavePolicy("async"), "on_save_error": "raise", "when_busy": "wait"}
@@ -83,20 +116,7 @@ def with_shorthands(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     flat = dict(given)
     for argument, (policy, names) in _POLICIES.items():
-        value = given[argument]
-        if not isinstance(value, policy):
-            continue
-        defaults = {field.name: field.default for field in fields(policy)}
-        twice = [
-            name
-            for name, attribute in names.items()
-            if name != argument and given[name] not in (defaults[attribute], [])
-        ]
-        if twice:
-            raise ConfigurationError(
-                f"SBCheckpoint: {', '.join(twice)} beside {argument}={policy.__name__}(...), which has "
-                f"{'them' if len(twice) > 1 else 'it'}, too: say it in one place"
-            )
-        flat[argument] = True
-        flat.update({name: getattr(value, attribute) for name, attribute in names.items()})
+        if isinstance(value := given[argument], policy):
+            flat[argument] = True
+            flat.update({name: getattr(value, attribute) for name, attribute in names.items()})
     return flat

@@ -23,6 +23,8 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_sbckpt._display.quantities import as_seconds
+from lightning_sbckpt._format.omega import plain
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -45,9 +47,10 @@ class Preemption:
         signals: Names of the signals that announce it. After SIGINT (Ctrl+C) the run ends as
             Lightning ends it, by exit code 1, so that nothing starts it again; a second one does not
             wait for the checkpoint.
-        grace_time: Seconds from the signal until the process has to be gone. If the checkpoint is
-            not written by then, the process ends all the same, at once and by the same exit code,
-            and the checkpoint before stands. None: as long as it takes.
+        grace_time: Seconds, a `timedelta` or a text such as `"2 min"`, from the signal until the
+            process has to be gone. If the checkpoint is not written by then, the process ends all
+            the same, at once and by the same exit code, and the checkpoint before stands. None: as
+            long as it takes.
         exit_code: How the process ends after the other signals, so that whoever started it starts
             it again.
         every_n_batches: How often several ranks ask each other. None: about once a second.
@@ -64,14 +67,15 @@ class Preemption:
     """
 
     signals: Sequence[str] = ("SIGTERM", "SIGUSR1", "SIGINT")
-    grace_time: float | timedelta | None = None
+    grace_time: float | timedelta | str | None = None
     # EX_TEMPFAIL of sysexits.h: try again later.
     exit_code: int = 75
     every_n_batches: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what can't be meant."""
-        given = self.signals
+        given = plain(self.signals)
+        object.__setattr__(self, "signals", given)
         if isinstance(given, str) or not given:
             raise ConfigurationError(
                 f"signals of Preemption is {given!r}, expected a list of names such as ['SIGTERM']"
@@ -87,10 +91,10 @@ class Preemption:
                 f"exit_code of Preemption is {self.exit_code}, expected a number from 1 to 255: by "
                 "it a run that has to go on is told from one that is done"
             )
-        if self.seconds is not None and self.seconds <= 0:
+        if self.grace_time is not None and not (self.seconds or 0) > 0:
             raise ConfigurationError(
-                f"grace_time of Preemption is {self.grace_time}, expected more than 0 seconds, or "
-                "None to take as long as it takes"
+                f"grace_time of Preemption is {self.grace_time!r}, expected more than 0 seconds, as a "
+                "number, a timedelta or a text such as '2 min', or None to take as long as it takes"
             )
         if self.every_n_batches is not None and self.every_n_batches < 1:
             raise ConfigurationError(
@@ -106,8 +110,7 @@ class Preemption:
             >>> Preemption(grace_time=timedelta(minutes=1)).seconds
             60.0
         """
-        grace = self.grace_time
-        return grace.total_seconds() if isinstance(grace, timedelta) else grace
+        return as_seconds(self.grace_time)
 
 
 class Preempted(SystemExit):

@@ -15,7 +15,7 @@ from lightning_sbckpt.plugin._private.loggers import Artifacts
 from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
 from lightning_sbckpt.plugin.continuing import ResumePlan
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
-from lightning_sbckpt.plugin.dirpath import versioned
+from lightning_sbckpt.plugin.dirpath import next_start
 from lightning_sbckpt.plugin.doors import Doors
 from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.io import read_folders
@@ -234,7 +234,7 @@ class FitSession:
                 *self._gatherer.unsaved(self._trainer),
                 *self._reductions.nondeterminism_warnings(),
                 *_private.callbacks.neighbours(self._trainer, self._options.dirpath),
-                *versioned(self._trainer, self._options.dirpath),
+                *next_start(self._trainer, self._options.dirpath),
                 *artifacts.warnings(),
                 *unknown_loggers(self._trainer),
             ]:

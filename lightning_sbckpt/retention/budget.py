@@ -7,12 +7,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightning_sbckpt._display.quantities import parse_bytes, say_bytes
+from lightning_sbckpt._format.omega import opaque
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.retention.quantities import parse_bytes, say_bytes
 from lightning_sbckpt.typing import BytesOf
 
 
+@opaque
 @dataclass(frozen=True)
 class Budget:
     """Bound the bytes of all checkpoints of the folder: the least wanted go first.

@@ -8,6 +8,7 @@ from math import isnan
 from operator import ge
 from typing import Literal
 
+from lightning_sbckpt._format.omega import opaque
 from lightning_sbckpt.errors import SelectionError, brief
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.selection import (
@@ -20,6 +21,7 @@ from lightning_sbckpt.selection import (
 from lightning_sbckpt.typing import ImportanceKey
 
 
+@opaque
 @dataclass(frozen=True)
 class Newest:
     """Keep the newest `n` checkpoints; considers every one.
@@ -61,6 +63,7 @@ class Newest:
         return f"older than the newest {self.n}" if self.n else "none are kept for being new"
 
 
+@opaque
 @dataclass(frozen=True)
 class Best:
     """Keep the `n` checkpoints with the best value of a key; considers those that have it.
@@ -127,6 +130,7 @@ class Best:
         return Criterion(key=self.key, lowest=self.mode == "min")
 
 
+@opaque
 @dataclass(frozen=True)
 class Important:
     """Keep the `n` checkpoints for which a function is highest; considers every one.
@@ -179,6 +183,7 @@ class Important:
         return f"{self.n} most important by {function_name(self.key_function)}"
 
 
+@opaque
 @dataclass(frozen=True)
 class Pareto:
     """Keep what nothing else beats in every key at once; considers those that have all the keys.

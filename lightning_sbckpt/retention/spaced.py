@@ -13,9 +13,10 @@ from datetime import timedelta
 from math import floor, inf, isfinite
 from typing import Literal, cast
 
+from lightning_sbckpt._display.quantities import parse_seconds, say_seconds
+from lightning_sbckpt._format.omega import opaque
 from lightning_sbckpt.errors import SelectionError, brief
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
-from lightning_sbckpt.retention.quantities import parse_seconds, say_seconds
 from lightning_sbckpt.selection import newest_first
 
 _Place = tuple[float, ...]
@@ -23,6 +24,7 @@ _Place = tuple[float, ...]
 _TOO_MANY = 2**63
 
 
+@opaque
 @dataclass(frozen=True)
 class EveryNSteps:
     """Keep the first checkpoint at or after every multiple of `n` steps.
@@ -73,6 +75,7 @@ class EveryNSteps:
         return _steps(checkpoint, self.key)
 
 
+@opaque
 @dataclass(frozen=True)
 class EveryNEpochs:
     """Keep the first checkpoint at or after the end of every `n` epochs.
@@ -124,6 +127,7 @@ class EveryNEpochs:
         return _epochs(checkpoint, self.key, self.first_epoch)
 
 
+@opaque
 @dataclass(frozen=True)
 class Milestones:
     """Keep the first checkpoint at or after each of the given steps, or ends of epochs.
@@ -203,6 +207,7 @@ class Milestones:
         return _epochs(checkpoint, self.key or "epoch", self.first_epoch)
 
 
+@opaque
 @dataclass(frozen=True)
 class TimeSpaced:
     """Keep checkpoints densely from lately and ever more sparsely from long ago.

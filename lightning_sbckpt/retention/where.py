@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from lightning_sbckpt._format.omega import opaque
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression, as_predicate
 from lightning_sbckpt.meta import Checkpoint
@@ -12,6 +13,7 @@ from lightning_sbckpt.selection import function_name, newest_first
 from lightning_sbckpt.typing import CheckpointPredicate
 
 
+@opaque
 @dataclass(frozen=True)
 class Where:
     """Keep every checkpoint for which a condition holds.

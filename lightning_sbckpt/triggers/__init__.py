@@ -21,6 +21,7 @@ from lightning_sbckpt.triggers.basic import (
 )
 from lightning_sbckpt.triggers.combined import AfterStep, AllOf, AnyOf, Ephemeral, ask
 from lightning_sbckpt.triggers.moment import Due, Moment, Trigger, may_be_due, together
+from lightning_sbckpt.triggers.text import parse_trigger
 
 __all__ = [
     "AfterStep",
@@ -39,5 +40,6 @@ __all__ = [
     "WhenTrue",
     "ask",
     "may_be_due",
+    "parse_trigger",
     "together",
 ]

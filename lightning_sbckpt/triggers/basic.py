@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from math import isfinite
 from typing import ClassVar
 
+from lightning_sbckpt._display.quantities import as_seconds
+from lightning_sbckpt._format.omega import opaque
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.selection import function_name
 from lightning_sbckpt.triggers.combined import (
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 
+@opaque
 @dataclass(frozen=True)
 class EveryNEpochs(Composable):
     """Due after every `n` epochs: when validation ends, or the epoch if nothing was validated.
@@ -63,6 +65,7 @@ class EveryNEpochs(Composable):
         return None
 
 
+@opaque
 @dataclass(frozen=True)
 class EveryNSteps(Composable):
     """Due after the batch in which the global step reached or passed a multiple of `n`.
@@ -98,12 +101,13 @@ class EveryNSteps(Composable):
         return None
 
 
+@opaque
 @dataclass(frozen=True)
 class EveryInterval(Composable):
     """Due after the first batch that ends so long after the last save, whatever caused it.
 
     Args:
-        interval: A `timedelta`, or a number of seconds.
+        interval: A `timedelta`, a number of seconds, or a text such as `"10 min"`.
 
     Raises:
         ConfigurationError: The interval is not a positive, finite time.
@@ -114,23 +118,20 @@ class EveryInterval(Composable):
         '601 s since the last save, every 600 s'
     """
 
-    interval: timedelta | float
+    interval: timedelta | float | str
     kinds: ClassVar[tuple[Kind, ...]] = ("batch",)
 
     def __post_init__(self) -> None:
         """Refuse an interval that never or always passes."""
-        interval: object = self.interval
-        number = isinstance(interval, (int, float)) and not isinstance(interval, bool)
-        if not (number or isinstance(interval, timedelta)):
+        seconds = as_seconds(self.interval)
+        if seconds is None or not seconds > 0:
             raise ConfigurationError(
-                f"EveryInterval has interval={interval!r}, expected a datetime.timedelta or a "
-                "number of seconds."
+                f"EveryInterval has interval={self.interval!r}, expected more than 0 s: a "
+                "datetime.timedelta, a number of seconds, or a text such as '10 min'. To save after "
+                "every step, use EveryNSteps(1)."
             )
-        if not (isfinite(self.seconds) and self.seconds > 0):
-            raise ConfigurationError(
-                f"EveryInterval has interval={interval!r}, which is {self.seconds:g} s: expected "
-                "more than 0 s. To save after every step, use EveryNSteps(1)."
-            )
+        if isinstance(self.interval, str):
+            object.__setattr__(self, "interval", seconds)
 
     @property
     def seconds(self) -> float:
@@ -147,6 +148,7 @@ class EveryInterval(Composable):
         return None
 
 
+@opaque
 @dataclass(frozen=True)
 class AtSteps(Composable):
     """Due after the batch in which the global step reached or passed one of the given steps.
@@ -188,6 +190,7 @@ class AtSteps(Composable):
         return ", ".join(f"step {step}" for step in reached) or None
 
 
+@opaque
 @dataclass(frozen=True)
 class FirstStep(Composable):
     """Due after the very first optimizer step of a run, for recovery only.
@@ -211,6 +214,7 @@ class FirstStep(Composable):
         return None
 
 
+@opaque
 @dataclass(frozen=True)
 class OnValidationEnd(Composable):
     """Due whenever a validation has ended, how many there may be in an epoch.
@@ -228,6 +232,7 @@ class OnValidationEnd(Composable):
         return "validation has ended" if moment.kind == "validation_end" else None
 
 
+@opaque
 @dataclass(frozen=True)
 class WhenTrue(Composable):
     """Due when a function of the moment says so.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+from lightning_sbckpt._format.omega import opaque, plain
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.triggers.moment import (
     KINDS,
@@ -62,6 +63,7 @@ def _parts(trigger: Trigger, of: type[AnyOf | AllOf]) -> Sequence[Trigger]:
     return trigger.triggers if isinstance(trigger, of) else (trigger,)
 
 
+@opaque
 @dataclass(frozen=True)
 class AnyOf(Composable):
     """Due when any of the triggers is; says which. With no trigger it is never due.
@@ -113,6 +115,7 @@ class AnyOf(Composable):
         return ", ".join(reason for reason in reasons if reason is not None) or None
 
 
+@opaque
 @dataclass(frozen=True)
 class AllOf(Composable):
     """Due when all of the triggers are at the same moment.
@@ -160,6 +163,7 @@ class AllOf(Composable):
         return None if answer is None else answer.reason
 
 
+@opaque
 @dataclass(frozen=True)
 class AfterStep(Composable):
     """True from step `n` on; restricts other triggers, by `&`, to the time from there.
@@ -188,6 +192,7 @@ class AfterStep(Composable):
         return f"from step {self.n} on" if moment.global_step >= self.n else None
 
 
+@opaque
 @dataclass(frozen=True)
 class Ephemeral(Composable):
     """Due when its trigger is; the checkpoint is for recovery only.
@@ -210,7 +215,7 @@ class Ephemeral(Composable):
 
     def __post_init__(self) -> None:
         """Refuse what is no trigger."""
-        _checked("Ephemeral", [self.trigger])
+        object.__setattr__(self, "trigger", _checked("Ephemeral", [self.trigger])[0])
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -251,7 +256,7 @@ def check_period(owner: str, n: object) -> None:
 
 
 def _checked(owner: str, triggers: Iterable[Trigger]) -> tuple[Trigger, ...]:
-    given: tuple[object, ...] = tuple(triggers)
+    given: tuple[object, ...] = tuple(plain(triggers))
     # A class has the method, too, but can't answer.
     wrong = [t for t in given if isinstance(t, type) or not isinstance(t, Trigger)]
     if wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from datetime import timedelta
@@ -83,7 +84,7 @@ class TestKindsOfArguments:
             ("every_n_epochs", "1"),
             ("every_n_epochs", 1.5),
             ("every_n_train_steps", "100"),
-            ("train_time_interval", "10 minutes"),
+            ("train_time_interval", "00:10:00"),
             ("resume", "auto"),
             ("restore_best", None),
             ("recoverables", ["tokenizer"]),
@@ -176,11 +177,27 @@ class TestHydra:
             assert newest(tmp_path / name).meta["sizes"] == [1, 2]
 
     def test_a_list_may_hold_one_of_them(self, tmp_path):
-        """Of Hydra's partial conversion, say."""
+        """A rule of the user's that is a dataclass: a configuration by Hydra's partial conversion."""
         omegaconf = pytest.importorskip("omegaconf")
-        rule = omegaconf.OmegaConf.structured(EveryNEpochs(1), flags={"allow_objects": True})
+        rule = omegaconf.OmegaConf.structured(Even(), flags={"allow_objects": True})
         fit(tmp_path, keep=[rule])
-        assert steps_saved(tmp_path) == [4, 8, 12]
+        assert steps_saved(tmp_path) == [8, 12]
+
+
+@dataclasses.dataclass
+class Even:
+    """Keeps the checkpoints of every second epoch."""
+
+    n: int = 2
+
+    def considers(self, checkpoint):
+        return True
+
+    def keeps(self, checkpoints):
+        return {each: "even" for each in checkpoints if (each.meta["epoch"] + 1) % self.n == 0}
+
+    def rejects(self, checkpoint):
+        return "odd"
 
 
 def pickled(obj):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from typing import get_args
 
@@ -92,6 +93,37 @@ def test_lightning_cli_makes_them_from_yaml(tmp_path):
             "save_mode": {"mode": "async", "on_error": "warn"},
         }
     }
-    callback = parser.instantiate_classes(parser.parse_string(yaml.safe_dump(config))).callback
+    callback = getattr(parser, "instantiate", parser.instantiate_classes)(
+        parser.parse_string(yaml.safe_dump(config))
+    ).callback
     assert callback._options.adaptation.partial
     assert callback._options.save_policy == SavePolicy("async", on_error="warn")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"resume": ResumePolicy(partial=True), "partial": False}, "partial beside resume="),
+        ({"save_mode": SavePolicy(), "when_busy": "wait"}, "when_busy beside save_mode="),
+        (
+            {"dirpath": Store("s3://b/run"), "storage_options": None},
+            "storage_options beside dirpath=",
+        ),
+    ],
+)
+def test_what_is_said_twice_is_refused_even_if_it_is_the_default(arguments, named):
+    """It may contradict the policy, and one of the two would be silently ignored."""
+    with pytest.raises(ConfigurationError, match=named):
+        SBCheckpoint(**{"dirpath": "run", **arguments})
+
+
+def test_a_tool_that_gives_every_argument_may_give_a_policy():
+    """Which were written can't be told then: those that differ from their default."""
+    every = {
+        name: parameter.default
+        for name, parameter in inspect.signature(SBCheckpoint).parameters.items()
+    }
+    given = SBCheckpoint(**{**every, "dirpath": "run", "resume": ResumePolicy(partial=True)})
+    assert given._options.adaptation.partial
+    with pytest.raises(ConfigurationError, match="keep_lr beside resume="):
+        SBCheckpoint(**{**every, "dirpath": "run", "resume": ResumePolicy(), "keep_lr": True})

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_sbckpt._display.quantities import say_bytes, say_seconds
 from lightning_sbckpt._layout.sizes import checkpoint_bytes, real_bytes
 from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.meta import Checkpoint
@@ -29,7 +30,6 @@ from lightning_sbckpt.retention import (
     Where,
     plan_retention,
 )
-from lightning_sbckpt.retention.quantities import say_bytes, say_seconds
 from lightning_sbckpt.selection import newest_first
 
 NAN = float("nan")

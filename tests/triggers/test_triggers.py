@@ -167,7 +167,7 @@ def test_an_interval_that_never_or_always_passes_is_refused(interval):
 @pytest.mark.parametrize("interval", ["00:10:00", None, True])
 def test_an_interval_that_is_no_time_is_refused(interval):
     """The message says which kinds are taken."""
-    with pytest.raises(ConfigurationError, match=r"expected a datetime\.timedelta or a number"):
+    with pytest.raises(ConfigurationError, match=r"a datetime\.timedelta, a number of seconds"):
         EveryInterval(interval)
 
 

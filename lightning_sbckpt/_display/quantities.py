@@ -39,20 +39,30 @@ def parse_bytes(given: float | str, owner: str) -> int:
     return int(number)
 
 
+def as_seconds(given: object) -> float | None:
+    """Return a number of seconds, a `timedelta` or a text such as `"10 min"` as seconds, or None.
+
+    Example:
+        >>> as_seconds("90s"), as_seconds(timedelta(minutes=1)), as_seconds("soon")
+        (90.0, 60.0, None)
+    """
+    number = _number(given.total_seconds() if isinstance(given, timedelta) else given, _SECONDS)
+    return None if number is None else float(number)
+
+
 def parse_seconds(given: timedelta | float | str, owner: str) -> float:
     """Return a number of seconds, of at least one.
 
     Raises:
         SelectionError: What was given is no such time.
     """
-    plain = given.total_seconds() if isinstance(given, timedelta) else given
-    number = _number(plain, _SECONDS)
+    number = as_seconds(given)
     if number is None or number < 1:
         raise SelectionError(
             f"{owner} has the time {given!r}, expected at least 1 second: a number of seconds, a "
             "datetime.timedelta, or a text such as '10 min' or '2 hours'."
         )
-    return float(number)
+    return number
 
 
 def say_bytes(number: int) -> str:
