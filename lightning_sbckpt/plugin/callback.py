@@ -292,12 +292,7 @@ class SBCheckpoint(_Base):
         if stage != "fit" or _private.finders.is_no_run(trainer):
             open_folders(trainer, self._options, self._reading)
             return
-        others = [
-            each
-            for each in _private.trainer.callbacks_of(trainer)
-            if isinstance(each, SBCheckpoint)
-        ]
-        refuse_what_cannot_work(trainer, [each.dirpath for each in others])
+        refuse_what_cannot_work(trainer, [each.dirpath for each in _taking_part(trainer)])
         self.dirpath = self._placed = self._place(trainer)
         if str(self.dirpath) != str(self._options.dirpath):
             rank_zero_info(f"SBCheckpoint: the checkpoints of this run are in {self.dirpath}")
@@ -383,6 +378,10 @@ class SBCheckpoint(_Base):
         if session := self._session_of(trainer):
             session.beginning.note_callbacks(checkpoint.get("callbacks", {}))
 
+    def gives_way(self, trainer: Trainer) -> bool:
+        """Return whether it takes no part in the fits of a Trainer."""
+        return False
+
     def _place(self, trainer: Trainer) -> Path | str:
         """Return the folder of the run; the attribute may have been set since."""
         given = self._options.dirpath if self.dirpath == self._placed else folder(self.dirpath)
@@ -442,10 +441,18 @@ class SBCheckpoint(_Base):
         self.current_score = None if value_now is None else torch.tensor(value_now, device="cpu")
 
 
+def _taking_part(trainer: Trainer) -> list[SBCheckpoint]:
+    return [
+        each
+        for each in _private.trainer.callbacks_of(trainer)
+        if isinstance(each, SBCheckpoint) and not each.gives_way(trainer)
+    ]
+
+
 def _resumes_from(trainer: Trainer) -> Path | str | None:
     """Return the folder that a fit of a Trainer would go on from, or None."""
-    for callback in _private.trainer.callbacks_of(trainer):
-        if isinstance(callback, SBCheckpoint) and callback._options.resume:  # noqa: SLF001 - its own
+    for callback in _taking_part(trainer):
+        if callback._options.resume:  # noqa: SLF001 - its own
             return callback._place(trainer)  # noqa: SLF001
     return None
 
