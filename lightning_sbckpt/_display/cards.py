@@ -32,7 +32,6 @@ _MANIFEST_NAME = "MANIFEST.yaml"
 _MANIFEST_BYTES = 2**20
 _METRICS = 8
 _LONGEST_CELL = 24
-_PLACES = ("epoch", "global_step", "step")
 
 _STYLE = (
     "<style>.sbckpt{font-size:.9em;line-height:1.45}"
@@ -102,12 +101,13 @@ def folder_table(
     keys = list(metrics)[:_METRICS]
     step = "global_step" if any("global_step" in ckpt.meta for ckpt in shown) else "step"
     if shown:
-        head = ["name", "step", "epoch", "age", "size", *keys, ""]
+        places = [key for key in (step, "epoch") if any(key in ckpt.meta for ckpt in shown)]
+        head = ["name", *(key.rpartition("_")[2] for key in places), "age", "size", *keys, ""]
         cells = "".join(
             f"<th{_NUMBER if 0 < place < len(head) - 1 else ''}>{_safe(name)}</th>"
             for place, name in enumerate(head)
         )
-        body = "".join(_row(ckpt, step, keys, marks.get(ckpt.path, ())) for ckpt in shown)
+        body = "".join(_row(ckpt, places, keys, marks.get(ckpt.path, ())) for ckpt in shown)
         parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>")
     if count > len(shown):
         parts.append(_said(f"and {count - len(shown):,} more, older than these"))
@@ -164,11 +164,12 @@ def shown(title: str, where: object, card: Callable[[], str]) -> str:
 _NUMBER = ' class="n"'
 
 
-def _row(checkpoint: Checkpoint, step: str, keys: Sequence[str], marks: Sequence[str]) -> str:
+def _row(
+    checkpoint: Checkpoint, places: Sequence[str], keys: Sequence[str], marks: Sequence[str]
+) -> str:
     meta = checkpoint.meta
     values = [
-        say_number(meta.get(step)),
-        say_number(meta.get("epoch")),
+        *(say_number(meta.get(place)) for place in places),
         _age(meta.get("unixtime")),
         _size(checkpoint.path),
         *(say_number(meta.get(key)) for key in keys),
@@ -224,7 +225,7 @@ def _age(unixtime: object) -> str:
     if isinstance(unixtime, bool) or not isinstance(unixtime, (int, float)):
         return "unknown"
     try:
-        return say_duration(max(0, round(time.time() - unixtime)))
+        return say_duration(max(1, round(time.time() - unixtime)))
     except (OverflowError, ValueError):  # Not finite, or beyond all numbers.
         return "unknown"
 

@@ -275,9 +275,11 @@ class SBCheckpoint(_Base):
             found = self.checkpointer or Checkpointer(self.dirpath, access="read")
             report = [] if self.resume_report is None else str(self.resume_report).splitlines()
             timeline = found.timeline(with_lineage=False)
-            return folder_card(repr(self), found.checkpoints_dir, timeline, report)
+            return folder_card(title, found.checkpoints_dir, timeline, report)
 
-        return cards.shown(repr(self), self.dirpath, card)
+        key = f", {self.mode}_key={self.monitor!r}" if self.monitor else ""
+        title = f"{type(self).__name__}{key}"
+        return cards.shown(title, self.dirpath, card)
 
     @property
     def checkpointer(self) -> Checkpointer | None:

@@ -86,7 +86,7 @@ def test_of_many_metrics_the_first_are_shown_and_the_others_named(checkpointer):
     """A table that no screen holds helps nobody."""
     checkpointer.save_checkpoint({f"m{n}": n for n in range(30)})
     shown = Reader(checkpointer._repr_html_())
-    assert shown.rows[0][5:-1] == [f"m{n}" for n in range(8)]
+    assert shown.rows[0][3:-1] == [f"m{n}" for n in range(8)]
     assert f"not shown: {', '.join(f'm{n}' for n in range(8, 20))}, …" in shown.text
 
 
@@ -243,7 +243,7 @@ def test_the_callback_is_the_table_of_its_folder(tmp_path):
     small_run(tmp_path / "run")
     shown = Reader(SBCheckpoint(tmp_path / "run", min_key="loss")._repr_html_())
     assert [row[0] for row in shown.rows[1:3]] == ["halt800", "step800"]
-    assert f"SBCheckpoint('{tmp_path / 'run'}', min_key='loss')" in shown.text
+    assert "SBCheckpoint, min_key='loss'" in shown.text
     assert "no checkpoints yet" in SBCheckpoint(tmp_path / "new")._repr_html_()
 
 
