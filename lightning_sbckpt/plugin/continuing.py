@@ -167,7 +167,6 @@ class ResumePlan:
                 done=lambda report: self._ready(resumption, report),
             )
         self.report = resumption.report
-        rank_zero_info(f"SBCheckpoint: {self.report.headline()}")
 
     @property
     def resumption(self) -> Restore | None:
@@ -182,18 +181,19 @@ class ResumePlan:
             self._load(own)
 
     def settle(self) -> None:
-        """Say if there is nothing to train, now that all is restored."""
+        """Say from where the run goes on, or that it is complete, now that all is restored."""
         resumption = self._resumption
         if resumption is None:
             return
         complete = resumption.settle()
+        says = [resumption.report.headline(), *([complete] if complete else [])]
+        rank_zero_info(f"SBCheckpoint: {'; '.join(says)}")
         folder = cast("Checkpoint", self._run.resumed_from).path
         self._say_changes(
             folder, lambda: self._experiment.settle(folder, complete, resumption.found)
         )
         if complete:
             resumption.report.notes.append(complete)
-            rank_zero_info(f"SBCheckpoint: {complete}")
             _private.callbacks.hold_averages(self._trainer)
 
     def compare_data(self) -> None:

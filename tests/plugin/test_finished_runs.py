@@ -132,7 +132,8 @@ def test_a_complete_run_says_so_and_restores_the_best(tmp_path, lines, settings,
         callbacks=[hooks],
     )
     (said,) = [text for text in lines() if "already complete" in text]
-    assert said.startswith(f"SBCheckpoint: already complete: {line}")
+    assert said.startswith("SBCheckpoint: resuming from ")
+    assert f"; already complete: {line}" in said
     assert "another folder" in said
     assert run.module.steps == 8
     assert not [name for name in hooks.called if "train" in name or "validation" in name]
