@@ -20,13 +20,19 @@ from markupsafe import Markup
 
 from lightning_sbckpt._display.wording import say_text, say_when, short_name
 from lightning_sbckpt._io.progress import Progress, Tally
+from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt._layout.manifest import file_damage, find_damage, read_manifest
 from lightning_sbckpt._layout.sizes import checkpoint_bytes
 from lightning_sbckpt._remote.places import display_path, resolve_local
 from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._views.report_view import make_page
 from lightning_sbckpt._views.timeline import Timeline
-from lightning_sbckpt.errors import CheckpointNotFoundError, MetaError, MissingDependencyError
+from lightning_sbckpt.errors import (
+    CheckpointNotFoundError,
+    MetaError,
+    MissingDependencyError,
+    SBCheckpointError,
+)
 from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.meta import Checkpoint, read_meta
 from lightning_sbckpt.plotting import chosen_keys, svg_for_page, write_page
@@ -125,9 +131,11 @@ def report(
 
 
 def _hyperparameters(checkpoint: Checkpoint) -> Mapping[str, object]:
+    file = checkpoint.path / "hparams.yaml"
     try:
-        return read_meta(checkpoint.path / "hparams.yaml")
-    except (MetaError, OSError):
+        bring_file(file)
+        return read_meta(file)
+    except (SBCheckpointError, OSError):
         return {}  # A plain loop has none; and what can't be read is no loss for a page.
 
 

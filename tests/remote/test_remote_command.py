@@ -95,7 +95,9 @@ def test_looking_tells_what_is_there_and_writes_nothing(run, machines, call, tmp
     assert "3 sound" in call("verify", run).stdout
     assert call("plot", run, "-o", "out.png").stdout.strip() == "out.png"
     assert (tmp_path / "out.png").stat().st_size > 1000
-    assert "CKPT+e4" in call("watch", run, "--once").stdout
+    assert call("report", run, "-o", "out.html").stdout.strip() == "out.html"
+    assert f"{run}/CKPT+e3" in (tmp_path / "out.html").read_text()
+    assert "\ne4 " in call("watch", run, "--once").stdout
     assert "not among the 2 best val_loss" in call("ls", run, "--removed").stdout
     assert machines.objects() == before
 
