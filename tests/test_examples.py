@@ -11,7 +11,7 @@ from _python import python
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-TESTED = {"digits.py", "plain_pytorch.py", "custom_objects.py", "finetune.py"}
+TESTED = {"digits.py", "plain_pytorch.py", "custom_objects.py", "finetune.py", "fabric.py"}
 
 
 @pytest.fixture
@@ -91,6 +91,18 @@ def test_a_finished_plain_loop_only_loads_its_best(example):
     assert "epoch 2: accuracy" in trained
     assert ": accuracy" not in again
     assert again.splitlines()[-1] == trained.splitlines()[-1]
+
+
+def test_a_killed_loop_of_fabric_ends_like_one_that_was_not(example):
+    """Fabric: killed within the second epoch, it goes on within it, to the same weights."""
+    example("fabric.py", "--dir", "killed", "--epochs", "3", "--killed-after", "55", code=-9)
+    second = example("fabric.py", "--dir", "killed", "--epochs", "3")
+    whole = example("fabric.py", "--dir", "whole", "--epochs", "3")
+
+    assert second.startswith("going on from CKPT+")
+    assert "epoch 0:" not in second
+    assert second.splitlines()[-3:] == whole.splitlines()[-3:]
+    assert "the weights add up to" in whole
 
 
 def test_custom_objects_come_back_in_the_second_run(example):

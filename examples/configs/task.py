@@ -1,11 +1,11 @@
-"""The module and the data that both configurations train: the sign of a sum, with dropout."""
+"""The module and the data that all examples here train: the sign of a sum, with dropout."""
 
 from __future__ import annotations
 
 import lightning as L
 import torch
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class Signs(L.LightningModule):
@@ -37,21 +37,21 @@ class Signs(L.LightningModule):
 
 
 class Numbers(L.LightningDataModule):
-    """Random numbers, and whether they add up to more than zero."""
+    """Random numbers, and whether they add up to more than zero; one fold of them is for validation."""
 
-    def __init__(self, batch_size: int = 16) -> None:
+    def __init__(self, batch_size: int = 16, fold: int = 0, folds: int = 5) -> None:
         super().__init__()
-        self.batch_size = batch_size
-
-    def rows(self, count: int, seed: int) -> Dataset[tuple[torch.Tensor, ...]]:
-        """Return so many examples."""
-        x = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
-        return TensorDataset(x, (x.sum(1) > 0).long())
+        self.save_hyperparameters()
+        x = torch.randn(320, 8, generator=torch.Generator().manual_seed(0))
+        held_out = torch.arange(320) % folds == fold
+        labels = (x.sum(1) > 0).long()
+        self.train = TensorDataset(x[~held_out], labels[~held_out])
+        self.valid = TensorDataset(x[held_out], labels[held_out])
 
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Return the training data, shuffled."""
-        return DataLoader(self.rows(256, 0), self.batch_size, shuffle=True)
+        return DataLoader(self.train, self.hparams["batch_size"], shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[torch.Tensor, ...]]:
         """Return the validation data."""
-        return DataLoader(self.rows(64, 1), 64)
+        return DataLoader(self.valid, 64)

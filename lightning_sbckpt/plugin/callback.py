@@ -16,6 +16,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_sbckpt.checkpointer import Checkpointer
+from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import ForNewModule
 from lightning_sbckpt.plugin.dirpath import folder, place_of
@@ -379,6 +380,19 @@ class SBCheckpoint(_Base):
         """Note which callbacks find their state in the checkpoint, and which don't."""
         if session := self._session_of(trainer):
             session.beginning.note_callbacks(checkpoint.get("callbacks", {}))
+
+    def on_after_setup(self, fabric: object, module: object) -> None:
+        """Say what to do in Fabric, which alone calls this.
+
+        Raises:
+            ConfigurationError: Always: its loop is the user's, so no callback knows where it is.
+        """
+        raise ConfigurationError(
+            "SBCheckpoint is a callback of a Trainer, and it was given to Fabric, whose loop is yours: make "
+            "a Checkpointer(dirpath, {'model': model, 'optimizer': optimizer, ...}), call "
+            "recover_if_possible() before the loop and save_and_keep_only(meta) in it, as examples/fabric.py "
+            "does"
+        )
 
     def gives_way(self, trainer: Trainer) -> bool:
         """Return whether it takes no part in the fits of a Trainer."""
