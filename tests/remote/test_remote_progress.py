@@ -252,4 +252,4 @@ class TestBars:
             screen.read_until(lambda text: f"listing {url}" in text)
             own_s3_server.go_on()
             assert screen.finish() == 0
-        assert "CKPT+a" in screen.raw.rpartition("\x1b[?25h")[2]
+        assert "\r\na " in screen.raw.rpartition("\x1b[?25h")[2]
