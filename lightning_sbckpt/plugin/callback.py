@@ -22,20 +22,18 @@ from lightning_sbckpt.plugin._private.loading import ForNewModule
 from lightning_sbckpt.plugin.dirpath import folder, place_of
 from lightning_sbckpt.plugin.logs import follow_logs
 from lightning_sbckpt.plugin.model_checkpoint import arguments_like, refusing_its_arguments
-from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
 from lightning_sbckpt.plugin.options import checked
 from lightning_sbckpt.plugin.packages import LightningModule, ModelCheckpoint, Trainer, catch_up
 from lightning_sbckpt.plugin.policies import ResumePolicy, SavePolicy, Store, said_once
 from lightning_sbckpt.plugin.preemption import Preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
-from lightning_sbckpt.plugin.run import Run
+from lightning_sbckpt.plugin.run import Run, refuse_what_cannot_work
 from lightning_sbckpt.plugin.run_folders import (
     checkpoint_at,
     is_readable,
     open_for_every_trainer,
 )
 from lightning_sbckpt.plugin.session import FitSession, open_folders
-from lightning_sbckpt.plugin.spawned import hand_back_attributes
 from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
 from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.state.names import names_of_module
@@ -379,7 +377,7 @@ class SBCheckpoint(_Base):
     ) -> None:
         """Note which callbacks find their state in the checkpoint, and which don't."""
         if session := self._session_of(trainer):
-            session.beginning.note_callbacks(checkpoint.get("callbacks", {}))
+            session.plan.note_callbacks(checkpoint.get("callbacks", {}))
 
     def on_after_setup(self, fabric: object, module: object) -> None:
         """Say what to do in Fabric, which alone calls this.
@@ -417,7 +415,7 @@ class SBCheckpoint(_Base):
         if _private.finders.is_of_a_finder(given) or session is None:
             return given
         path = session.path(given)
-        self.resume_report = session.beginning.report
+        self.resume_report = session.plan.report
         if session.run.resumed_from is not None:
             self._set_paths(session.run)
         return path
@@ -490,7 +488,7 @@ def join(package: str) -> None:
     )
     open_for_every_trainer(package, SBCheckpoint, SBCheckpoint._place)  # noqa: SLF001 - its own
     follow_logs(package, _resumes_from)
-    hand_back_attributes(package, SBCheckpoint)
+    _private.spawn.hand_back_attributes(package, SBCheckpoint)
     _private.trainer.name_mixed_packages(package)
     # Last: what fails above is tried again when a callback is made, and no base can be there twice.
     checkpoint = import_module(f"{package}.callbacks").Checkpoint

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin._private.trainer import Place, place_of
 from lightning_sbckpt.plugin.packages import Trainer
-from lightning_sbckpt.plugin.schedule import Place, place_of
 
 
 class Metrics:

@@ -17,7 +17,6 @@ from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt.errors import ConfigurationError, SelectionError
 from lightning_sbckpt.expressions import as_predicate
 from lightning_sbckpt.meta import Checkpoint
-from lightning_sbckpt.plugin.best import BestBy
 from lightning_sbckpt.plugin.dirpath import absolute, folder
 from lightning_sbckpt.plugin.policies import with_shorthands
 from lightning_sbckpt.plugin.preemption import Preemption, as_preemption
@@ -25,7 +24,7 @@ from lightning_sbckpt.plugin.state.adapt import Adaptation
 from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
 from lightning_sbckpt.plugin.state.parts import check_disjoint, check_names
 from lightning_sbckpt.retention import Best, Important, Newest, parse_rule
-from lightning_sbckpt.selection import function_name
+from lightning_sbckpt.selection import function_name, importance
 from lightning_sbckpt.triggers import (
     AnyOf,
     EveryInterval,
@@ -45,6 +44,43 @@ from lightning_sbckpt.typing import (
 )
 
 _SHOWN = 80
+
+
+@dataclass(frozen=True)
+class BestBy:
+    """Which checkpoint is best: by one of three keys, or by none, and then it is the newest."""
+
+    importance_key: ImportanceKey | None = None
+    max_key: str | None = None
+    min_key: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse more than one key."""
+        self.criterion  # noqa: B018 - making it is the check
+
+    @property
+    def criterion(self) -> Any:
+        """The criterion of the core."""
+        return importance(**self.keys)
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The three keys, as the core's methods take them."""
+        return {
+            "importance_key": self.importance_key,
+            "max_key": self.max_key,
+            "min_key": self.min_key,
+        }
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a key."""
+        return any(key is not None for key in self.keys.values())
+
+    def value(self, checkpoint: Checkpoint) -> float:
+        """Return the value of the key, as it was logged."""
+        score = float(self.criterion.score(checkpoint))
+        return -score if self.criterion.lowest else score
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,32 @@
-"""Going on from a checkpoint: which one, in Lightning's own order, and a report of it."""
+"""Going on from a checkpoint: which one, then what of it in Lightning's own order, and a report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from lightning_utilities.core.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
+
+from lightning_sbckpt._layout.publish import read_checkpoint
+from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import MismatchError
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin import _private, stopping
 from lightning_sbckpt.plugin._private.ddp import Reductions
+from lightning_sbckpt.plugin._private.loading import FolderDump
 from lightning_sbckpt.plugin.data.epoch_position import EpochPosition
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.experiment import Experiment
+from lightning_sbckpt.plugin.options import Options
 from lightning_sbckpt.plugin.packages import Trainer
+from lightning_sbckpt.plugin.preemption import requeued_if_newer
+from lightning_sbckpt.plugin.run import ENDED, Run
+from lightning_sbckpt.plugin.run_folders import checkpoint_at
 from lightning_sbckpt.plugin.state import exact
+from lightning_sbckpt.plugin.state.capture import Gatherer
 from lightning_sbckpt.plugin.state.parts import (
     CALLBACKS,
     COMM_HOOKS,
@@ -23,20 +34,20 @@ from lightning_sbckpt.plugin.state.parts import (
     LOADERS,
     LOOPS,
     METRICS,
+    MODEL,
     NONPERSISTENT,
     RANK_BUFFERS,
     RNG,
     FolderReader,
+    is_folder,
     is_reserved,
+    is_resumable,
     position_in,
     read_as_ours,
     submodules_in,
 )
 from lightning_sbckpt.plugin.state.per_rank import number_of_ranks, state_of_rank
 from lightning_sbckpt.plugin.state.training_state import Description
-
-ENDED = "ended"
-"""The key under which a checkpoint says why the fit that ended with it did."""
 
 _PER_RANK = (RNG, LOADERS, METRICS, GRADIENTS, RANK_BUFFERS, COMM_HOOKS)
 _OF_RANKS = (*_PER_RANK, NONPERSISTENT)
@@ -104,19 +115,232 @@ class ResumeReport:
         return f"{self.headline()}\n{self.details()}"
 
 
+class ResumePlan:
+    """Finds the checkpoint that a fit goes on from, and sees to it until the first batch.
+
+    Args:
+        trainer: About to fit.
+        options: Of the callback.
+        run: Its checkpoints.
+        reader: Reads folders.
+        gatherer: Knows the user's recoverables.
+        tracker: Positions the loaders.
+        reductions: How DDP adds up gradients.
+        experiment: What is about to be trained.
+        went_on: Called when training is about to go on.
+
+    Attributes:
+        trainer: As given.
+        options: As given.
+        reader: As given.
+        tracker: As given.
+        reductions: As given.
+        world: The ranks.
+        report: What is known of the resume so far; None if the run begins anew.
+        restore: The resume that is under way; None before it has begun and when it is done.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        options: Options,
+        run: Run,
+        reader: FolderReader,
+        gatherer: Gatherer,
+        tracker: LoaderTracker,
+        reductions: Reductions,
+        experiment: Experiment,
+        went_on: Callable[[Restore], object],
+    ) -> None:
+        self.trainer, self.options, self.reader = trainer, options, reader
+        self.tracker, self.reductions = tracker, reductions
+        self.world = run.checkpointer.world
+        self.report: ResumeReport | None = None
+        self.restore: Restore | None = None
+        self._run, self._gatherer, self._experiment = run, gatherer, experiment
+        self._went_on = went_on
+
+    def path(self, given: object) -> object:
+        """Return where Lightning is to restore from.
+
+        Args:
+            given: What `fit` was given as `ckpt_path`, or the checkpoint of a requeued SLURM job.
+        """
+        self.report = None
+        checkpointer, world, searches = self._run.checkpointer, self.world, self.options.resume
+        explicit = False
+        decided_by_main(world, self._experiment.begin)
+        if (
+            searches
+            and given is not None
+            and given == _private.trainer.hpc_checkpoint(self.trainer)
+        ):
+            ours = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+            given = requeued_if_newer(str(given), ours, world)
+        if searches and str(given) in _private.callbacks.exception_files(self.trainer):
+            given = self._ours_rather_than(str(given))
+        if given is not None and given != "":
+            if searches:
+                rank_zero_info(
+                    f"SBCheckpoint: ckpt_path={str(given)!r} was given, so {self._where} is not "
+                    "searched for a checkpoint to resume from"
+                )
+            # What the others see of a shared disk may be older.
+            given = decided_by_main(world, lambda: checkpoint_at(given, newest=True))
+            if not decided_by_main(world, lambda: is_folder(given)):
+                self.report = explicit_report(given)
+                return given
+            chosen: Checkpoint | None = read_checkpoint(checkpointer.folder_of(str(given)))
+            explicit = True
+        elif searches:
+            chosen = checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+        else:
+            self._say_what_is_there()
+            return given
+        if chosen is None:
+            rank_zero_info(f"SBCheckpoint: no checkpoint in {self._where}, the run begins anew")
+            return given
+        folder = chosen.path
+        anew = decided_by_main(world, lambda: self._experiment.judge(folder, explicit=explicit))
+        if anew:
+            rank_zero_info(f"SBCheckpoint: {anew}")
+            return given
+        self._go_on_from(chosen)
+        return str(folder)
+
+    def _ours_rather_than(self, file: str) -> str | None:
+        """Return None if there is a checkpoint to go on from exactly, or the file of an exception."""
+        ours = self._run.checkpointer.find_sound_checkpoint(ckpt_predicate=is_resumable)
+        if ours is None:
+            return file
+        rank_zero_warn(
+            f"SBCheckpoint: OnExceptionCheckpoint has left {file}, which has no random states and no "
+            f"position of the data. The run goes on from {ours.path} instead, exactly; with "
+            "resume=False it would go on from the file. Beside SBCheckpoint that callback is not needed"
+        )
+        return None
+
+    def _say_what_is_there(self) -> None:
+        there = self._run.checkpointer.list_checkpoints()
+        if there:
+            newest = max(there, key=ckpt_recency).path.name
+            rank_zero_info(
+                f"SBCheckpoint: resume=False, so this run begins anew beside {len(there)} checkpoints "
+                f"of others in {self._where} (newest: {newest}). They stay, and only its own count "
+                "for what is best"
+            )
+
+    def _go_on_from(self, chosen: Checkpoint) -> None:
+        self._run.go_on_from(chosen)
+        with read_as_ours(chosen.path):
+            self.restore = Restore(self, chosen)
+        self.report = self.restore.report
+
+    def load_own(self) -> None:
+        """Load the user's recoverables, which all exist by now; refuse their names at once."""
+        own = self._gatherer.of_user(self.trainer)
+        # Strategies that shard the model restore after this, see `adapt`.
+        if not _private.strategies.restores_late(self.trainer.strategy):
+            self._load(own)
+
+    def settle(self) -> None:
+        """Say from where the run goes on, or that it is complete, now that all is restored."""
+        restore, origin = self.restore, self._run.resumed_from
+        if restore is None or origin is None:
+            return
+        complete = restore.settle()
+        says = [restore.report.headline(), *([complete] if complete else [])]
+        rank_zero_info(f"SBCheckpoint: {'; '.join(says)}")
+        self._say_changes(
+            origin.path, lambda: self._experiment.settle(origin.path, complete, restore.found)
+        )
+        if complete:
+            restore.report.notes.append(complete)
+            _private.callbacks.hold_averages(self.trainer)
+
+    def compare_data(self) -> None:
+        """Say how the data differs, now that the loaders are made."""
+        origin = self._run.resumed_from
+        folder = None if origin is None else origin.path
+        self._say_changes(folder, lambda: self._experiment.compare_data(folder))
+
+    def _say_changes(self, folder: Path | None, compare: Callable[[], list[str]]) -> None:
+        lines = decided_by_main(self.world, compare)
+        if not lines:
+            return
+        if self.report is not None:
+            self.report.changes += lines
+        text = "\n  ".join(lines)
+        rank_zero_warn(
+            f"SBCheckpoint: what is started is not quite what is in {folder}:\n  {text}\nUse a new "
+            "folder for a new experiment; pass on_change='raise' to have this end the fit"
+        )
+
+    def adapt(self, dump: dict[str, Any]) -> None:
+        """Change what is about to be restored to what is wanted of it."""
+        if isinstance(dump, FolderDump):
+            dump["callbacks"], notes = _private.callbacks.without_paths_elsewhere(
+                self.trainer, dump["callbacks"]
+            )
+            for note in notes:
+                rank_zero_warn(f"SBCheckpoint: {note}")
+            if self.report is not None:
+                self.report.notes += notes
+        if self.restore is not None:
+            limit = self.trainer.max_epochs
+            if limit is not None and limit >= 0:
+                with read_as_ours(self.restore.report.checkpoint):
+                    _private.loops.lower_epoch_count(dump, limit)
+            if self.options.adaptation.skips(MODEL):
+                # Lightning wants to load one, and hooks may look at it.
+                dump["state_dict"] = dict(self.reader.own_state(self.trainer.lightning_module))
+        if _private.strategies.restores_late(self.trainer.strategy):
+            self._load(self._gatherer.of_user(self.trainer))
+
+    def _load(self, own: Mapping[str, object]) -> None:
+        if self._run.resumed_from is None:
+            return
+        if self.restore is not None:
+            self.restore.note_recoverables(own)
+        wanted = {
+            name: obj for name, obj in own.items() if name not in self.options.adaptation.skip
+        }
+        if wanted:
+            optional = dict.fromkeys(self.options.optional, True)
+            self._run.checkpointer.load_into(wanted, self._run.resumed_from, optional)
+
+    def note_callbacks(self, saved: Mapping[str, object]) -> None:
+        """Note which callbacks find their state in the checkpoint, and which don't."""
+        if self.restore is not None:
+            self.restore.note_callbacks(saved)
+
+    def cancel(self) -> None:
+        """Give up: the fit ends, perhaps before its first batch."""
+        if self.restore is not None:
+            self.restore.cancel()
+            self.restore = None
+
+    def restored(self, restore: Restore) -> None:
+        """Say what a resume lacks: training is about to go on."""
+        self.restore = None
+        self._went_on(restore)
+        report = restore.report
+        # On a resume that lacks nothing there is one line, the headline.
+        if lacking := report.lacking():
+            rank_zero_info(f"SBCheckpoint: resumed; {lacking}")
+        rank_zero_debug(f"SBCheckpoint: resumed\n{report.details()}")
+
+    @property
+    def _where(self) -> object:
+        return self._run.checkpointer.url or self._run.checkpointer.checkpoints_dir
+
+
 class Restore:
     """One resume from one checkpoint folder, from Lightning's restore to the first batch after it.
 
     Args:
-        trainer: About to fit.
+        plan: What it is for, and with what; told when training is about to go on.
         checkpoint: The folder's record.
-        reader: Reads its parts.
-        tracker: Positions the loaders.
-        reductions: How DDP adds up gradients.
-        rank: The rank of this process.
-        size: How many ranks there are.
-        skip: Names of parts that are not restored.
-        done: Called with the report when training is about to go on.
 
     Attributes:
         report: What is known of the resume so far.
@@ -126,25 +350,12 @@ class Restore:
         validated_this_epoch: Whether the epoch had been validated before the save.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        checkpoint: Checkpoint,
-        reader: FolderReader,
-        tracker: LoaderTracker,
-        reductions: Reductions,
-        *,
-        rank: int,
-        size: int,
-        skip: Sequence[str],
-        done: Callable[[ResumeReport], None],
-    ) -> None:
-        self._skip = skip
-        self._size = size
-        self._trainer = trainer
-        self._tracker = tracker
-        self._reductions = reductions
-        self._done = done
+    def __init__(self, plan: ResumePlan, checkpoint: Checkpoint) -> None:
+        trainer, tracker = plan.trainer, plan.tracker
+        skip = plan.options.adaptation.skip
+        self._plan, self._trainer, self._tracker = plan, trainer, tracker
+        self._checkpoint, self._skip = checkpoint, skip
+        self._size = size = plan.world.size
         self.report = ResumeReport(str(checkpoint.path), checkpoint.meta)
         self.description = Description()
         self.found: Mapping[str, float] = {}
@@ -158,7 +369,7 @@ class Restore:
         self._told_to_stop = False
         self._ended = ENDED in checkpoint.meta
         self._patience = stopping.patience_of(trainer)
-        loops = reader.part(checkpoint, LOOPS)
+        loops = plan.reader.part(checkpoint, LOOPS)
         if loops is None:
             raise MismatchError(
                 f"{checkpoint.path} has weights and not the state of a fit (no {LOOPS}.ckpt), so no "
@@ -182,8 +393,8 @@ class Restore:
             return
         self.description = Description.saved_in(position)
         self.found = position.get("found", {})
-        self._read_rank_state(checkpoint, reader, rank, size)
-        self._read_buffers(checkpoint, reader, rank)
+        self._read_rank_state()
+        self._read_buffers()
         self.within_epoch = within_epoch = bool(position["within_epoch"])
         same_ranks = position.get("ranks", size) == size
         self._told_to_stop = bool(position["loops"]["should_stop"])
@@ -282,23 +493,23 @@ class Restore:
             if key not in saved and callback.state_dict()
         ]
 
-    def _read_rank_state(
-        self, checkpoint: Checkpoint, reader: FolderReader, rank: int, size: int
-    ) -> None:
+    def _part(self, name: str) -> Any:
+        skipped = name in self._skip
+        return None if skipped else self._plan.reader.part(self._checkpoint, name)
+
+    def _read_rank_state(self) -> None:
         for name in _PER_RANK:
-            if name in self._skip:
-                continue
-            part = reader.part(checkpoint, name)
+            part = self._part(name)
             if part is None:
                 continue
             saved_by = number_of_ranks(part)
-            if saved_by != size:
+            if saved_by != self._size:
                 self.report.skipped.append(
-                    f"{name} (saved by {_ranks(saved_by)}, this run has {size}: every rank has its "
+                    f"{name} (saved by {_ranks(saved_by)}, this run has {self._size}: every rank has its "
                     "own, so the run goes on, but not bit for bit)"
                 )
                 self._of_others[name] = state_of_rank(part, 0), saved_by
-            elif (mine := state_of_rank(part, rank)) is not None:
+            elif (mine := state_of_rank(part, self._plan.world.rank)) is not None:
                 self._state[name] = mine
                 self.report.restored.append(name)
 
@@ -333,10 +544,8 @@ class Restore:
             )
         return now
 
-    def _read_buffers(self, checkpoint: Checkpoint, reader: FolderReader, rank: int) -> None:
-        if NONPERSISTENT in self._skip:
-            return
-        part = reader.part(checkpoint, NONPERSISTENT)
+    def _read_buffers(self) -> None:
+        part, rank = self._part(NONPERSISTENT), self._plan.world.rank
         if part is None:
             return
         own = state_of_rank(part, rank) if rank < number_of_ranks(part) else None
@@ -345,6 +554,7 @@ class Restore:
         self.report.restored.append(NONPERSISTENT)
 
     def _finish(self, within_epoch: bool, position: Mapping[str, Any], *, same_ranks: bool) -> None:
+        reductions = self._plan.reductions
         if not within_epoch:
             self._tracker.release(False)
         self._let_search()
@@ -357,14 +567,14 @@ class Restore:
                 _private.logged.restore_values(self._trainer, self._of_others[METRICS][0]["logged"])
             self.report.skipped += exact.restore(self._trainer, self._state)
         if same_ranks:
-            self.report.notes += self._reductions.restore(position.get("reductions"))
-            self.report.notes += self._reductions.restore_hooks(self._state.get(COMM_HOOKS, ()))
+            self.report.notes += reductions.restore(position.get("reductions"))
+            self.report.notes += reductions.restore_hooks(self._state.get(COMM_HOOKS, ()))
         self.report.notes += self._tracker.report()
         self.report.data += self._tracker.placed
         self.report.notes += exact.changes_of_hardware(self._trainer, self._state)
         self.report.notes += exact.nondeterminism_warnings(self._trainer)
-        self.report.notes += self._reductions.nondeterminism_warnings()
-        self._done(self.report)
+        self.report.notes += reductions.nondeterminism_warnings()
+        self._plan.restored(self)
 
 
 def _of(done: int, limit: int, what: str) -> str:

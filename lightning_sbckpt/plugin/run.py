@@ -12,16 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from lightning_sbckpt._display.wording import printable
+from lightning_sbckpt._format.keys import share_with_ranks
 from lightning_sbckpt._layout.manifest import read_manifest
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.checkpointer import Checkpointer
-from lightning_sbckpt.errors import MetaError
+from lightning_sbckpt.errors import ConfigurationError, FolderInUseError, MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
-from lightning_sbckpt.plugin.best import BestBy
-from lightning_sbckpt.plugin.resume import ENDED
+from lightning_sbckpt.plugin import _private
+from lightning_sbckpt.plugin.options import BestBy, Options
+from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.parts import is_resumable
-from lightning_sbckpt.typing import CheckpointPredicate, RetentionRule
+from lightning_sbckpt.typing import Access, CheckpointPredicate, RetentionRule, World
+
+ENDED = "ended"
+"""The key under which a checkpoint says why the fit that ended with it did."""
 
 
 @dataclass(frozen=True)
@@ -185,3 +192,66 @@ class Run:
                 return None
             self._ids[checkpoint.path] = manifest.lineage.get("run") if manifest else None
         return self._ids[checkpoint.path]
+
+
+def open_checkpointer(options: Options, world: World) -> Checkpointer:
+    """Return the checkpointer of a run, to which the folder belongs from now on.
+
+    Raises:
+        FolderInUseError: Another process writes there.
+    """
+    policy = options.save_policy
+
+    def opened(access: Access) -> Checkpointer:
+        return Checkpointer(
+            options.dirpath,
+            world=world,
+            trust_pickle=options.trust_pickle,
+            save_mode=policy.mode,
+            on_save_error=policy.on_error,
+            when_busy=policy.when_busy,
+            link_unchanged=options.link_unchanged,
+            access=access,
+            local_dir=options.local_dir,
+            storage_options=options.storage_options,
+        )
+
+    share_with_ranks(world)
+    checkpointer = opened("exclusive")
+    try:
+        # Now, and not at the first save: hours may have gone by until then.
+        checkpointer.claim()
+    except FolderInUseError as error:
+        if options.when_in_use == "raise":
+            raise
+        rank_zero_warn(f"SBCheckpoint: nothing of this run will be saved: {error}")
+        return opened("read")
+    return checkpointer
+
+
+def refuse_what_cannot_work(trainer: Trainer, folders: Sequence[Path | str]) -> None:
+    """Refuse a Trainer with which no checkpoint would come about.
+
+    Args:
+        trainer: Is about to fit.
+        folders: Of its SBCheckpoint callbacks.
+
+    Raises:
+        ConfigurationError: There are several callbacks, or the strategy has a format of its own.
+    """
+    if len(folders) > 1:
+        raise ConfigurationError(
+            f"the Trainer has {len(folders)} SBCheckpoint callbacks, on "
+            f"{', '.join(map(str, folders))}: one run has one place to resume from. Use one, with "
+            "more rules in keep=[...]"
+        )
+    strategy = trainer.strategy
+    if _private.strategies.shards_the_model(strategy):
+        return
+    if _private.trainer.has_own_checkpoint_format(strategy):
+        raise ConfigurationError(
+            f"{type(strategy).__name__} writes checkpoints in a format of its own, which "
+            "SBCheckpoint can't divide into files. Use ModelParallelStrategy or FSDPStrategy to shard "
+            "the model, a strategy that holds the whole model on each rank, or Lightning's "
+            "ModelCheckpoint"
+        )

@@ -12,52 +12,38 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin._private.loggers import Artifacts
-from lightning_sbckpt.plugin.best import restore_weights, save_with_its_state
-from lightning_sbckpt.plugin.continuing import ResumePlan
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
 from lightning_sbckpt.plugin.dirpath import next_start
-from lightning_sbckpt.plugin.doors import Doors
+from lightning_sbckpt.plugin.doors import Doors, restore_weights, save_with_its_state
 from lightning_sbckpt.plugin.experiment import Experiment
-from lightning_sbckpt.plugin.io import read_folders
+from lightning_sbckpt.plugin.io import read_folders, reader_for
 from lightning_sbckpt.plugin.logs import Logs, unknown_loggers
 from lightning_sbckpt.plugin.metrics import Metrics
-from lightning_sbckpt.plugin.opening import open_checkpointer
 from lightning_sbckpt.plugin.options import Options
 from lightning_sbckpt.plugin.packages import Callback, LightningModule, Trainer
-from lightning_sbckpt.plugin.pieces import attach
 from lightning_sbckpt.plugin.preemption import Watch
-from lightning_sbckpt.plugin.resume import Restore
-from lightning_sbckpt.plugin.run import Run
-from lightning_sbckpt.plugin.saving import Saving
-from lightning_sbckpt.plugin.schedule import Schedule, why_ended
+from lightning_sbckpt.plugin.resume import Restore, ResumePlan
+from lightning_sbckpt.plugin.run import Run, open_checkpointer
+from lightning_sbckpt.plugin.saving import Saving, Schedule, why_ended
 from lightning_sbckpt.plugin.state import exact
 from lightning_sbckpt.plugin.state.capture import Gatherer
-from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader
+from lightning_sbckpt.plugin.state.parts import MODEL
 from lightning_sbckpt.plugin.wanted import WantedKeys
 from lightning_sbckpt.plugin.world import TrainerWorld
 
 
-def open_folders(
-    trainer: Trainer,
-    options: Options,
-    closing: ExitStack,
-    resumption: Callable[[], Restore | None] = lambda: None,
-) -> FolderReader:
-    """Have a Trainer take checkpoint folders wherever it takes files, by the options of a callback.
+def open_folders(trainer: Trainer, options: Options, closing: ExitStack) -> None:
+    """Have a Trainer that does not fit take folders wherever it takes files, by a callback's options.
 
     Args:
-        trainer: About to fit, or to validate, test or predict.
+        trainer: About to validate, test or predict.
         options: Of the callback.
         closing: Undoes it.
-        resumption: Returns the resume that is under way, or None.
     """
-    reader = FolderReader(trust_pickle=options.trust_pickle)
+    reader = reader_for(trainer, options)
     closing.callback(read_folders(trainer.strategy, reader))
-    for undo in attach(trainer, reader, options.adaptation.key_map):
+    for undo in Doors(trainer, reader, options.adaptation).open():
         closing.callback(undo)
-    for undo in Doors(trainer, reader, options.adaptation, resumption).open():
-        closing.callback(undo)
-    return reader
 
 
 class FitSession:
@@ -68,12 +54,12 @@ class FitSession:
         trainer: About to fit.
         callback: Whose fit it is.
         begin_at: Returns where Lightning is to restore from, given what `fit` was given; asks
-            `beginning.path`.
+            `plan.path`.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
 
     Attributes:
         run: The checkpoints of the run, and their `Checkpointer`.
-        beginning: Where the fit begins.
+        plan: Where the fit begins.
 
     Raises:
         FolderInUseError: Another process writes to the folder.
@@ -94,21 +80,9 @@ class FitSession:
         self._unpair: _private.trainer.Undo | None = None
         self._closing = ExitStack()
         with ExitStack() as closing:
-            self._reader = open_folders(
-                trainer, options, closing, lambda: self.beginning.resumption
-            )
-            self._reader.skip = options.adaptation.skip
-            closing.callback(setattr, self._reader, "skip", ())
-            checkpointer = open_checkpointer(
-                options.dirpath,
-                TrainerWorld(trainer),
-                options.save_policy,
-                trust_pickle=options.trust_pickle,
-                link_unchanged=options.link_unchanged,
-                when_in_use=options.when_in_use,
-                local_dir=options.local_dir,
-                storage_options=options.storage_options,
-            )
+            self._reader = reader_for(trainer, options, skip=options.adaptation.skip)
+            closing.callback(read_folders(trainer.strategy, self._reader))
+            checkpointer = open_checkpointer(options, TrainerWorld(trainer))
             closing.callback(checkpointer.release)
             self.run = Run(checkpointer, options.best_by, options.rules, options.predicate)
             self._schedule = Schedule(*options.triggers)
@@ -147,27 +121,27 @@ class FitSession:
                 options.save_policy.on_error == "warn",
                 announce,
             )
-            self.beginning = ResumePlan(
+            self.plan = ResumePlan(
                 trainer,
+                options,
                 self.run,
                 self._reader,
+                self._gatherer,
                 self._tracker,
                 self._reductions,
-                options.adaptation,
                 experiment,
-                own=lambda: self._gatherer.of_user(trainer),
-                optional=options.optional,
-                searches=options.resume,
-                went_on=self._went_on,
+                self._went_on,
             )
+            for undo in Doors(trainer, self._reader, options.adaptation, self.plan).open():
+                closing.callback(undo)
             outside = partial(_private.finders.outside_trials, callback, trainer)
             for undo in (
                 self._tracker.detach,
-                _private.trainer.provide_resume_path(trainer, begin_at, self.beginning.adapt),
-                _private.trainer.after_restore(trainer, self.beginning.settle),
+                _private.trainer.provide_resume_path(trainer, begin_at, self.plan.adapt),
+                _private.trainer.after_restore(trainer, self.plan.settle),
                 _private.trainer.between_batches(trainer, outside(self._saving.after_batch)),
                 _private.trainer.between_epochs(trainer, outside(self._saving.after_epoch)),
-                self.beginning.cancel,
+                self.plan.cancel,
             ):
                 closing.callback(undo)
             self._closing = closing.pop_all()
@@ -189,24 +163,24 @@ class FitSession:
         tracker.attach(self._trainer.strategy)
         return tracker
 
-    def _went_on(self, resumption: Restore) -> None:
+    def _went_on(self, restore: Restore) -> None:
         self._metrics.resumed(self._trainer)
         self._schedule.resumed(
             self._trainer,
-            within_epoch=resumption.within_epoch,
-            validated_this_epoch=resumption.validated_this_epoch,
+            within_epoch=restore.within_epoch,
+            validated_this_epoch=restore.validated_this_epoch,
         )
 
     def path(self, given: object) -> object:
         """Return where Lightning is to restore from, given what `fit` was given."""
-        path = self.beginning.path(given)
+        path = self.plan.path(given)
         lines = self._logs.begin(
             self.run.resumed_from,
             self.run.checkpointer.checkpoints_dir,
             explicit=given is not None,
         )
-        if self.beginning.report is not None:
-            self.beginning.report.notes += lines
+        if self.plan.report is not None:
+            self.plan.report.notes += lines
         if self.run.resumed_from is not None:
             self._schedule.resumes_at(
                 int(cast("int", self.run.resumed_from.meta.get("global_step", 0)))
@@ -217,7 +191,7 @@ class FitSession:
         """Load the user's own recoverables, which all exist by now; refuse names at once."""
         self._gatherer.check(self._trainer)
         self._gatherer.take_first_rates(self._trainer)
-        self.beginning.load_own()
+        self.plan.load_own()
 
     def train(self, module: LightningModule) -> None:
         """Tell what will not resume exactly at the first fit, not after the crash; begin to save.
@@ -226,7 +200,7 @@ class FitSession:
             Preempted: The run is to end before it has begun.
         """
         self._artifacts = artifacts = Artifacts(self._trainer)
-        self.beginning.compare_data()
+        self.plan.compare_data()
         if self.run.resumed_from is None:
             for sentence in [
                 *self._tracker.news(),
@@ -287,18 +261,13 @@ class FitSession:
         if not (options.restore_best and options.best_by.is_given):
             return
         best = self.run.best_sound()
-        restored = restore_weights(
-            best,
-            options.best_by,
-            self._reader,
-            module,
-            options.dirpath,
-            options.adaptation,
-            self.run.checkpointer.world,
-        )
+        world = self.run.checkpointer.world
+        restored = restore_weights(best, options, self._reader, module, world)
         step = self._trainer.global_step
         if best is not None and restored and best.meta.get("global_step") != step:
-            self._unpair = save_with_its_state(self._trainer, best, self._reader)
+            self._unpair = save_with_its_state(
+                self._trainer, best, trust_pickle=options.trust_pickle
+            )
 
     def close(self) -> None:
         """Leave the Trainer as it was, and let other processes write to the folder."""

@@ -18,7 +18,7 @@ from lightning_sbckpt.errors import SelectionError
 from lightning_sbckpt.expressions import Expression
 from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private
-from lightning_sbckpt.plugin.best import BestBy
+from lightning_sbckpt.plugin.options import BestBy
 from lightning_sbckpt.plugin.packages import Checkpoint as LightningCheckpoint
 from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.retention import Where

@@ -100,7 +100,7 @@ class TestWhenItSaves:
     def test_a_time_interval_is_a_wall_clock(self, tmp_path, monkeypatch):
         """Due after the first batch that ends so long after the last save."""
         seconds = 0.0
-        monkeypatch.setattr("lightning_sbckpt.plugin.schedule.time.monotonic", lambda: seconds)
+        monkeypatch.setattr("lightning_sbckpt.plugin.saving.time.monotonic", lambda: seconds)
 
         class Slow(Steps):
             def training_step(self, batch, batch_idx):
@@ -120,7 +120,7 @@ class TestWhenItSaves:
     def test_triggers_add_up_and_any_save_restarts_the_clock(self, tmp_path, monkeypatch):
         """Each is due for itself, except that the interval counts from the last save of all."""
         seconds = 0.0
-        monkeypatch.setattr("lightning_sbckpt.plugin.schedule.time.monotonic", lambda: seconds)
+        monkeypatch.setattr("lightning_sbckpt.plugin.saving.time.monotonic", lambda: seconds)
 
         class Slow(Steps):
             def training_step(self, batch, batch_idx):

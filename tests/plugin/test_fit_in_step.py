@@ -33,9 +33,9 @@ def put_clock_ahead(rank, module):
     """Let the seconds of one rank pass faster."""
     if rank == 1:
         usual = time.monotonic
-        from lightning_sbckpt.plugin import schedule
+        from lightning_sbckpt.plugin import saving
 
-        schedule.time = type("Clock", (), {"monotonic": staticmethod(lambda: 1000 * usual())})
+        saving.time = type("Clock", (), {"monotonic": staticmethod(lambda: 1000 * usual())})
 
 
 def test_train_time_interval_is_that_of_rank_zero(tmp_path):

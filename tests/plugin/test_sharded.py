@@ -26,7 +26,7 @@ from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt._sharded.reading import SavedShards
 from lightning_sbckpt.consolidation import consolidate
 from lightning_sbckpt.errors import ConfigurationError
-from lightning_sbckpt.plugin.opening import refuse_what_cannot_work
+from lightning_sbckpt.plugin.run import refuse_what_cannot_work
 
 pytestmark = needs_torch("2.6", "torch.distributed.fsdp.fully_shard")
 

@@ -425,7 +425,7 @@ def test_the_callback_asks_a_trigger_only_where_it_may_be_due():
 def test_a_budget_alone_gives_the_callback_no_reason_to_keep_anything():
     """`num_to_keep=0` needs a rule that keeps something."""
     from lightning_sbckpt.plugin import options
-    from lightning_sbckpt.plugin.best import BestBy
+    from lightning_sbckpt.plugin.options import BestBy
     from lightning_sbckpt.retention import Budget, Newest
 
     with pytest.raises(ConfigurationError, match="num_to_keep=0 would delete every checkpoint"):

@@ -9,39 +9,59 @@ are wrapped on the class, since no callback sees the parent's launcher before it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
 from functools import wraps
 from importlib import import_module
 from typing import Any
 
-from lightning_sbckpt.plugin.packages import Trainer
+from lightning_sbckpt.plugin._private.trainer import callbacks_of
+from lightning_sbckpt.plugin.packages import Callback, Trainer
 
 _KEY = "lightning_sbckpt"
 
 
-def hand_back(
-    package: str, collect: Callable[[Trainer], object], take: Callable[[Trainer, Any], None]
-) -> None:
-    """Have the parent of spawned ranks `take` what rank zero has `collect`ed when it is done.
+_ATTRIBUTES = (
+    *("dirpath", "_placed"),
+    "best_model_path",
+    "best_model_score",
+    "best_k_models",
+    "current_score",
+    "last_model_path",
+    "resume_report",
+)
+
+
+def hand_back_attributes(package: str, kind: type[Callback]) -> None:
+    """Have the parent's callback end with the attributes that rank zero's ends with.
 
     Args:
         package: Whose Trainers.
-        collect: Returns what can be pickled and holds no tensor: those would be shared memory.
-        take: Is not called if rank zero has handed back nothing.
+        kind: The class of the callback, which has the attributes of `SBCheckpoint`.
     """
     launcher = import_module(f"{package}.strategies.launchers")._MultiProcessingLauncher
     get, update = launcher.get_extra_results, launcher.update_main_process_results
 
+    def only(trainer: Trainer) -> Any:
+        # A fit refuses a second one.
+        return next((each for each in callbacks_of(trainer) if isinstance(each, kind)), None)
+
     @wraps(get)
     def get_extra_results(self: Any, trainer: Trainer) -> dict[str, Any]:
-        return {**get(self, trainer), _KEY: collect(trainer)}
+        results = dict(get(self, trainer))
+        callback = only(trainer)
+        if callback is not None:
+            # As bytes: a tensor would travel as shared memory, which ends with the rank.
+            results[_KEY] = pickle.dumps({name: getattr(callback, name) for name in _ATTRIBUTES})
+        return results
 
     @wraps(update)
     def update_main_process_results(self: Any, trainer: Trainer, extra: dict[str, Any]) -> None:
         mine = extra.pop(_KEY, None)
         update(self, trainer, extra)
         if mine is not None:
-            take(trainer, mine)
+            # From a rank of this very run.
+            for name, value in pickle.loads(mine).items():  # noqa: S301
+                setattr(only(trainer), name, value)
 
     launcher.get_extra_results = get_extra_results
     launcher.update_main_process_results = update_main_process_results

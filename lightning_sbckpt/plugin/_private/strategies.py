@@ -7,7 +7,7 @@ is said. (Seen in 2.6.6 with torch 2.13.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_sbckpt._sharded.states import module_state, optimizer_state
-from lightning_sbckpt.plugin._private.trainer import Undo, wrap
+from lightning_sbckpt.plugin._private.trainer import wrap
 from lightning_sbckpt.plugin.packages import (
     FSDPStrategy,
     LightningOptimizer,
@@ -72,22 +72,3 @@ def states_in_pieces(trainer: Trainer) -> Iterator[None]:
     finally:
         for each in undo:
             each()
-
-
-def read_folders(
-    strategy: Strategy, is_folder: Callable[[object], bool], read: Callable[..., dict[str, Any]]
-) -> Undo:
-    """Have a strategy take checkpoint folders.
-
-    Args:
-        strategy: The strategy.
-        is_folder: Whether a path is one.
-        read: Gives Lightning's dictionary of a folder.
-    """
-
-    def load_checkpoint(original: Callable[..., Any], path: Any, *a: Any, **k: Any) -> Any:
-        if not is_folder(path):
-            return original(path, *a, **k)
-        return read(path, **{key: k[key] for key in ("weights_only",) if key in k})
-
-    return wrap(strategy, "load_checkpoint", load_checkpoint)

@@ -32,6 +32,8 @@ from lightning_sbckpt.plugin.packages import (
 )
 
 Undo = Callable[[], None]
+Place = tuple[int, int]
+"""Where a run is: the optimizer steps taken and the batches seen."""
 
 
 class _Replacement:
@@ -325,6 +327,11 @@ def between_epochs(trainer: Trainer, act: Callable[[], None]) -> Undo:
 def batches_seen(trainer: Trainer) -> int:
     """Return how many training batches this run has seen, over all epochs."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.completed)
+
+
+def place_of(trainer: Trainer) -> Place:
+    """Return where a run is."""
+    return trainer.global_step, batches_seen(trainer)
 
 
 def epoch_is_over(trainer: Trainer) -> bool:

@@ -202,27 +202,39 @@ class FolderReader:
         trust_pickle: Read what only pickle can hold, whoever wrote it.
         left_out: If given, what is not trusted is left out of what is read, and named in this list;
             otherwise a folder that has it is refused.
-
-    Attributes:
-        own_hyperparameters: The keys of the last folder read whose values this user's own runs wrote.
         skip: Names of files to leave out. (The model and the optimizers are not left out here:
             Lightning wants to find something for each.)
         pieces: Reads the model and the optimizers where each rank has its own pieces of them.
+
+    Attributes:
+        own_hyperparameters: The keys of the last folder read whose values this user's own runs wrote.
+        left_out: As given.
+        pieces: As given.
     """
 
-    def __init__(self, *, trust_pickle: bool = False, left_out: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        trust_pickle: bool = False,
+        left_out: list[str] | None = None,
+        skip: Collection[str] = (),
+        pieces: ShardReader | None = None,
+    ) -> None:
         self._trust_pickle = trust_pickle
         self.left_out = left_out
         self.own_hyperparameters: frozenset[str] = frozenset()
-        self.skip: Collection[str] = ()
-        self.pieces: ShardReader | None = None
+        self.pieces = pieces
+        self._skip = skip
 
-    def read(self, folder: str | Path, *, weights_only: bool | None = None) -> FolderDump:
+    def read(
+        self, folder: str | Path, *, weights_only: bool | None = None, optimizers: bool = True
+    ) -> FolderDump:
         """Return Lightning's dictionary from a folder.
 
         Args:
             folder: The checkpoint folder, or its URL.
             weights_only: Lightning's argument; False is the user's word that pickle is trusted.
+            optimizers: Whether the states of optimizers that are in pieces are wanted, too.
 
         Raises:
             CheckpointNotFoundError: There is no checkpoint, or none that a fit has written.
@@ -245,11 +257,11 @@ class FolderReader:
             )
         with trusting_pickle(self._trust_pickle or weights_only is False):
             try:
-                return FolderDump(self._assemble(checkpoint), checkpoint.path)
+                return FolderDump(self._assemble(checkpoint, optimizers), checkpoint.path)
             except UntrustedPickleError:
                 # Name what is in all files, not in the first one alone.
                 wanted = checkpoint.paramfiles.items()
-                refuse_untrusted(path for name, path in wanted if name not in self.skip)
+                refuse_untrusted(path for name, path in wanted if name not in self._skip)
                 raise
 
     def part(self, checkpoint: Checkpoint, name: str) -> Any:
@@ -291,9 +303,9 @@ class FolderReader:
             )
         return state
 
-    def _optimizer(self, path: Path, index: int) -> object:
+    def _optimizer(self, path: Path, index: int, optimizers: bool) -> object:
         if self.pieces is not None:
-            return self.pieces.optimizer(path, index)
+            return self.pieces.optimizer(path, index) if optimizers else {}
         if path.suffix == SHARDED_EXT:
             from lightning_sbckpt._sharded.reading import SavedShards
 
@@ -301,9 +313,9 @@ class FolderReader:
         # What becomes an optimizer's state is dropped with it.
         return load_state(path, left_out=self.left_out, grouped=True)
 
-    def _assemble(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _assemble(self, checkpoint: Checkpoint, optimizers: bool) -> dict[str, Any]:
         def read(name: str) -> dict[str, Any]:
-            left_out = name in self.skip and name not in (MODEL, LOOPS)
+            left_out = name in self._skip and name not in (MODEL, LOOPS)
             path = None if left_out else checkpoint.paramfiles.get(name)
             return {} if path is None else self._mapping(path)
 
@@ -319,12 +331,18 @@ class FolderReader:
         dump.pop(_OURS, None)
         state = self._model(checkpoint.paramfiles[MODEL], "")
         for submodule in submodules:
-            path = None if submodule in self.skip else checkpoint.paramfiles.get(submodule)
+            path = None if submodule in self._skip else checkpoint.paramfiles.get(submodule)
             own = {} if path is None else self._model(path, f"{submodule}.")
             state.update({f"{submodule}.{key}": value for key, value in own.items()})
         dump["state_dict"] = state
-        dump["optimizer_states"] = self._numbered(checkpoint, OPTIMIZER)
-        dump["lr_schedulers"] = self._numbered(checkpoint, SCHEDULER)
+        dump["optimizer_states"] = [
+            self._optimizer(path, index, optimizers)
+            for index, path in enumerate(_numbered(checkpoint, OPTIMIZER))
+        ]
+        dump["lr_schedulers"] = [
+            load_state(path, left_out=self.left_out, grouped=True)
+            for path in _numbered(checkpoint, SCHEDULER)
+        ]
         dump["callbacks"] = read(CALLBACKS)
         for name in (PRECISION, DATAMODULE, EXTRAS):
             dump.update(read(name))
@@ -335,7 +353,7 @@ class FolderReader:
     def _hyperparameters(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
         self.own_hyperparameters = frozenset()
         path = checkpoint.paramfiles.get(HPARAMS)
-        if path is None or HPARAMS in self.skip:
+        if path is None or HPARAMS in self._skip:
             return {}
         found, own = load_own_state(path, left_out=self.left_out)
         if not isinstance(found, Mapping):
@@ -344,16 +362,13 @@ class FolderReader:
             self.own_hyperparameters = frozenset(found)
         return found
 
-    def _numbered(self, checkpoint: Checkpoint, name: str) -> list[Any]:
-        states: list[Any] = []
-        while (key := numbered(name, len(states))) in checkpoint.paramfiles:
-            path = checkpoint.paramfiles[key]
-            states.append(
-                self._optimizer(path, len(states))
-                if name == OPTIMIZER
-                else load_state(path, left_out=self.left_out, grouped=True)
-            )
-        return states
+
+def _numbered(checkpoint: Checkpoint, name: str) -> list[Path]:
+    """Return the files of the optimizers or schedulers, in their order."""
+    paths: list[Path] = []
+    while (key := numbered(name, len(paths))) in checkpoint.paramfiles:
+        paths.append(checkpoint.paramfiles[key])
+    return paths
 
 
 def read_to_load(folder: str | Path, *, weights_only: bool | None = None) -> LoadedFolder:

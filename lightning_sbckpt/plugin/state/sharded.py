@@ -36,16 +36,12 @@ class ShardReader:
     Args:
         trainer: Its module and optimizers.
         key_map: From prefixes of the names of saved parameters to those in the module.
-
-    Attributes:
-        wants_optimizers: Whether the states of optimizers are wanted now.
     """
 
     def __init__(self, trainer: Trainer, key_map: Mapping[str, str]) -> None:
         self._trainer = trainer
         self._key_map = key_map
         self._path = Path()
-        self.wants_optimizers = False
 
     @property
     def reads_every_byte(self) -> bool:
@@ -88,8 +84,6 @@ class ShardReader:
         from lightning_sbckpt._sharded.reading import SavedShards
 
         optimizers = self.optimizers
-        if not self.wants_optimizers:
-            return {}
         if path.suffix != SHARDED_EXT:
             state: Any = open_state(path)
             if index >= len(optimizers):
