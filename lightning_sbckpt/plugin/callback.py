@@ -9,7 +9,7 @@ from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import proxy
 
 import torch
@@ -480,7 +480,7 @@ def join(package: str) -> None:
     _private.trainer.let_load_from_checkpoint_read(
         package,
         is_readable,
-        lambda path, **options: read_to_load(cast("str", checkpoint_at(path)), **options),
+        lambda path, **options: read_to_load(checkpoint_at(path), **options),
         check_loaded,
         lambda dump: (
             ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump

@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -127,11 +126,12 @@ class Run:
         best = self.checkpointer.find_checkpoints(
             **self._best_by.keys, ckpt_predicate=self.is_own, max_num_checkpoints=how_many
         )
-        has_value = newest is not None and self._best_by.is_given
-        applies = has_value and self._best_by.criterion.applies(newest)
+        value = None
+        if newest and self._best_by.is_given and self._best_by.criterion.applies(newest):
+            value = self._best_by.value(newest)
         return RunSummary(
             newest=str(newest.path) if newest else "",
-            newest_value=self._best_by.value(cast("Checkpoint", newest)) if applies else None,
+            newest_value=value,
             best=tuple((str(ckpt.path), self._best_by.value(ckpt)) for ckpt in best),
         )
 
@@ -148,8 +148,9 @@ class Run:
         def unmarked() -> Checkpoint | None:
             with self.checkpointer.as_known():
                 last = self.checkpointer.find_checkpoint(ckpt_predicate=self.is_own)
-            at_end = last is not None and last.meta.get("global_step") == global_step
-            return last if at_end and ENDED not in cast("Checkpoint", last).meta else None
+            if last is None or last.meta.get("global_step") != global_step or ENDED in last.meta:
+                return None
+            return last
 
         last = decided_by_main(self.checkpointer.world, unmarked)
         if last is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -21,13 +21,15 @@ from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.run_paths import checkpoint_of_run, means_run, place_in_run
 
+_Path = TypeVar("_Path")
+
 
 def is_readable(path: object) -> bool:
     """Return whether a path is a checkpoint folder, or means one of a run."""
     return is_folder(path) or means_run(path)
 
 
-def checkpoint_at(path: object, *, newest: bool = False) -> object:
+def checkpoint_at(path: _Path, *, newest: bool = False) -> _Path | str:
     """Return the checkpoint that a path means, see `checkpoint_of_run`; another path as it is."""
     if is_folder(path) or not means_run(path):
         return path

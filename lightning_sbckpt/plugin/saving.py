@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_sbckpt._save.request import SaveRequest, SaveResult
 from lightning_sbckpt._world.world import decided_by_main, decided_together
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
+from lightning_sbckpt.meta import Checkpoint
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin._private.trainer import Place, place_of
@@ -57,9 +58,10 @@ class Schedule:
 
     # ------------------------------------------------------------------ what happens
 
-    def resumes_at(self, global_step: int) -> None:
-        """Go on after so many steps."""
-        self._previous_step = global_step
+    def resumes_at(self, checkpoint: Checkpoint) -> None:
+        """Go on after the steps of a checkpoint."""
+        step = checkpoint.meta.get("global_step")
+        self._previous_step = step if isinstance(step, int) else 0
 
     def resumed(self, trainer: Trainer, *, within_epoch: bool, validated_this_epoch: bool) -> None:
         """Be where a checkpoint was saved."""
@@ -255,7 +257,7 @@ class Saving:
         asked = self.watch is not None and bool(self.watch.ask(TrainerWorld(trainer)))
         # The end of the epoch comes at once, and then its metrics are known.
         ends = asked and not (_private.trainer.epoch_is_over(trainer) or at_max_steps(trainer))
-        self._save_if(due, trainer, within_epoch=True, and_end=ends)
+        self._save_if(due, trainer, within_epoch=True, ending=self.watch if ends else None)
 
     def after_epoch(self, trainer: Trainer) -> None:
         """Save if it is due; end the run after it if it was asked to end.
@@ -271,7 +273,7 @@ class Saving:
         due = self.schedule.after_epoch(trainer, checkpointer.world)
         asked = self.watch is not None and bool(self.watch.agreed)
         ends = asked and not (training_ends(trainer) or at_max_steps(trainer))
-        self._save_if(due, trainer, within_epoch=False, and_end=ends)
+        self._save_if(due, trainer, within_epoch=False, ending=self.watch if ends else None)
 
     def finish(self) -> None:
         """See every checkpoint on the disk.
@@ -286,18 +288,18 @@ class Saving:
                 self._announce()
 
     def _save_if(
-        self, due: Due | None, trainer: Trainer, *, within_epoch: bool, and_end: bool
+        self, due: Due | None, trainer: Trainer, *, within_epoch: bool, ending: Watch | None
     ) -> None:
-        if not and_end:
+        if ending is None:
             if due is not None:
                 meta = self._save(trainer, due, within_epoch=within_epoch)
                 self._check_keys(trainer, meta, within_epoch=within_epoch)
             return
-        watch = cast("Watch", self.watch)
-        due = cast("Due", together([due, Due(f"preempted by {watch.agreed}")]))
+        preempted = Due(f"preempted by {ending.agreed}")
+        due = together([due, preempted]) or preempted
         self._save(trainer, due, within_epoch=within_epoch, last=True)
         self.finish()
-        raise watch.ending()
+        raise ending.ending()
 
     def _check_keys(
         self, trainer: Trainer, meta: Mapping[str, object], *, within_epoch: bool

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import cast
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
@@ -182,9 +181,7 @@ class FitSession:
         if self.plan.report is not None:
             self.plan.report.notes += lines
         if self.run.resumed_from is not None:
-            self._schedule.resumes_at(
-                int(cast("int", self.run.resumed_from.meta.get("global_step", 0)))
-            )
+            self._schedule.resumes_at(self.run.resumed_from)
         return path
 
     def load_own(self) -> None:

@@ -71,12 +71,10 @@ class LoaderHandle:
         self.latest: Iteration | None = None
         self.placed: list[str] = []
         self.notes: list[str] = []
-        self._baseline = counters(samplers_in(loader))
-        self._born: Place | None = None
+        self.baseline = counters(samplers_in(loader))
         # Whether its own state is a place within an epoch, as its first epoch shows.
-        self._is_position: bool | None = None
-        self._sampler: WatchedSampler | None = None
-        self._start: dict[int, WorkerState] | None = None
+        self.is_position: bool | None = None
+        self.sampler: WatchedSampler | None = None
 
     # -- describing -----------------------------------------------------------------------------
 
@@ -92,7 +90,8 @@ class LoaderHandle:
             "samples": length(getattr(loader, "dataset", None)),
         }
 
-    def _compare(self, saved: Mapping[str, object]) -> None:
+    def compare(self, saved: Mapping[str, object]) -> None:
+        """Note what differs from the loader that was saved."""
         here = self.describe()
         for name, said in (
             ("class", "its class"),
@@ -107,27 +106,30 @@ class LoaderHandle:
                     "bit for bit: an exact resume needs the same data in the same batches"
                 )
 
-    def _moment(self, *, rng: bool = True) -> Place:
+    def moment(self, *, rng: bool = True) -> Place:
+        """Return the random states, samplers and data of this moment."""
         moment: Place = {"rng": capture_rng()} if rng else {}
         self.data.look_again()
         moment["generators"] = {
             name: generator_state(generator) for name, generator in self.data.generators().items()
         }
-        moment["samplers"] = samplers_state(self.loader, self._baseline)
+        moment["samplers"] = samplers_state(self.loader, self.baseline)
         # torchdata's loader has the state of its dataset in its own.
-        asks = not (self._mode() == "own" and is_torchdata(self.loader))
+        asks = not (self.mode() == "own" and is_torchdata(self.loader))
         moment["data"] = self.data.take(states=asks)
         return moment
 
-    def _set(self, moment: Place, *, samplers: bool = False, states: bool = False) -> None:
+    def set_moment(self, moment: Place, *, samplers: bool = False, states: bool = False) -> None:
+        """Put everything back to a moment; samplers and the states of the data if asked to."""
         restore_rng(moment["rng"])
-        self._set_generators(moment["generators"])
+        self.set_generators(moment["generators"])
         if samplers and "samplers" in moment:
-            set_samplers(self.loader, moment["samplers"], self._baseline, own_states=True)
+            set_samplers(self.loader, moment["samplers"], self.baseline, own_states=True)
         if "data" in moment:
             self.notes += self.data.set(moment["data"], states=states)
 
-    def _set_generators(self, states: Mapping[str, Any]) -> list[str]:
+    def set_generators(self, states: Mapping[str, Any]) -> list[str]:
+        """Give generators their states; return which are not there, a half sentence each."""
         self.data.look()
         here = self.data.generators()
         problems = []
@@ -140,20 +142,22 @@ class LoaderHandle:
         return problems
 
     @contextmanager
-    def _as_if_nothing_happened(self) -> Iterator[None]:
-        before = self._moment()
+    def as_if_nothing_happened(self) -> Iterator[None]:
+        """Put everything back afterwards to where it was."""
+        before = self.moment()
         numbers = counters(samplers_in(self.loader))
         try:
             yield
         finally:
             restore_rng(before["rng"])
-            self._set_generators(before["generators"])
+            self.set_generators(before["generators"])
             set_samplers(self.loader, {"counters": numbers}, {}, own_states=False)
             self.data.set(before["data"], states=False)
 
     # -- what kind of loader it is --------------------------------------------------------------
 
-    def _mode(self) -> str:
+    def mode(self) -> str:
+        """Return how it gets to a place: by its `"own"` state, by a `"map"` of indices, or by a `"replay"`."""
         loader = self.loader
         if not is_standard(loader):
             return "own" if isinstance(loader, Stateful) else "replay"
@@ -162,19 +166,21 @@ class LoaderHandle:
             return "own"
         return "replay" if iterable else "map"
 
-    def _is_custom(self) -> bool:
+    def is_custom(self) -> bool:
         """Return whether it is a loader of the user's, or another library's, with a state."""
         return not is_standard(self.loader) and isinstance(self.loader, Stateful)
 
-    def _has_workers(self) -> bool:
+    def has_workers(self) -> bool:
+        """Return whether worker processes load its batches."""
         return is_standard(self.loader) and self.loader.num_workers > 0
 
-    def _persists(self) -> bool:
-        return self._has_workers() and bool(self.loader.persistent_workers)
+    def persists(self) -> bool:
+        """Return whether its workers go on from epoch to epoch."""
+        return self.has_workers() and bool(self.loader.persistent_workers)
 
     # -- making iterators -----------------------------------------------------------------------
 
-    def _open(
+    def open(
         self, states: Mapping[int, WorkerState], gate: object = None
     ) -> tuple[Iterator[Any], bool]:
         """Make the loader's own iterator, with what we need in its workers and its order.
@@ -186,7 +192,7 @@ class LoaderHandle:
         if not is_standard(loader):
             return iter(loader), True
         before = vars(loader).get("_iterator")
-        makes_new = not (self._persists() and before is not None)
+        makes_new = not (self.persists() and before is not None)
         swaps: dict[str, object] = {}
         if makes_new:
             swaps = self._swaps(states, gate)
@@ -223,26 +229,28 @@ class LoaderHandle:
                 swaps["dataset"] = WatchedIterable(loader.dataset)
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
         sampler = vars(loader)[name]
-        self._sampler = None
+        self.sampler = None
         if gate is not None:
             swaps[name] = gate
         if not iterable and not is_well_known(sampler):
-            self._sampler = WatchedSampler(sampler, remember=self._ahead() + 3)
-            swaps.setdefault(name, self._sampler)
+            self.sampler = WatchedSampler(sampler, remember=self.ahead() + 3)
+            swaps.setdefault(name, self.sampler)
         return swaps
 
-    def _ahead(self) -> int:
-        if not self._has_workers():
+    def ahead(self) -> int:
+        """Return how many batches its workers load in advance."""
+        if not self.has_workers():
             return 0
         return int(self.loader.num_workers) * int(self.loader.prefetch_factor or 2)
 
-    def _iteration(self, inner: Iterator[object], place: Place, *, keeps_last: bool) -> Iteration:
-        mode = self._mode()
-        order = None if self._sampler is None else self._sampler.latest
+    def iterate(self, inner: Iterator[object], place: Place, *, keeps_last: bool) -> Iteration:
+        """Wrap an iterator of the loader so that it notes what a save needs."""
+        mode = self.mode()
+        order = None if self.sampler is None else self.sampler.latest
         log = None
-        if not self._has_workers() and (
+        if not self.has_workers() and (
             mode == "replay"
-            or self._is_custom()
+            or self.is_custom()
             or (mode == "own" and not self._is_data_stateful(inner))
         ):
             log = DrawLog()
@@ -253,28 +261,28 @@ class LoaderHandle:
             before_next = _weakly(self._note_moment)
         iteration = Iteration(inner, place, log=log, order=order, before_next=before_next)
         iteration.keeps_batch = keeps_last and mode == "own"
-        if mode == "map" and not self._has_workers():
+        if mode == "map" and not self.has_workers():
             iteration.on_first.append(_weakly(self._note_first))
         return iteration
 
-    def _watch_beginning(self, iteration: Iteration) -> None:
+    def watch_beginning(self, iteration: Iteration) -> None:
         """Have a fresh iteration's first batches looked at, by which a replay is checked."""
         iteration.after = _weakly(self._note_mark)
-        iteration.is_position = self._is_position
-        if self._is_custom() and self._is_position:
+        iteration.is_position = self.is_position
+        if self.is_custom() and self.is_position:
             iteration.log = None
 
     def _note_mark(self, iteration: Iteration, batch: object) -> None:
         if iteration.yielded == 0:
             iteration.place["mark"] = mark_of(batch)
-            if self._is_custom() and self._is_position is None:
+            if self.is_custom() and self.is_position is None:
                 iteration.place["own_first"] = copy.deepcopy(self.loader.state_dict())
                 return
         elif "own_first" in iteration.place:
             # A state that two batches leave as it was counts epochs, and says no place in one.
             first = iteration.place.pop("own_first")
             iteration.is_position = not same(first, self.loader.state_dict())
-            self._is_position = iteration.is_position
+            self.is_position = iteration.is_position
             if iteration.is_position:
                 iteration.log = None
         iteration.after = None
@@ -288,16 +296,16 @@ class LoaderHandle:
         )
 
     def _note_first(self, iteration: Iteration) -> None:
-        iteration.place["first"] = self._moment()
+        iteration.place["first"] = self.moment()
 
     def _note_moment(self, iteration: Iteration) -> None:
-        iteration.place["before_last"] = self._moment()
+        iteration.place["before_last"] = self.moment()
 
     def _note_own(self, iteration: Iteration) -> None:
         # Of another library's loader the state after the last batch may be that of a new epoch.
-        if self._is_custom() or iteration.yielded == 0 or not is_plain(iteration.last):
+        if self.is_custom() or iteration.yielded == 0 or not is_plain(iteration.last):
             iteration.place["own_before"] = copy.deepcopy(self.loader.state_dict())
-            iteration.place["before_last"] = self._moment()
+            iteration.place["before_last"] = self.moment()
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:

@@ -68,16 +68,21 @@ __all__ = ["LoaderPosition"]
 _MOST_ROUNDS = 1000
 
 
-class LoaderPosition(LoaderHandle):
+class LoaderPosition:
     """The position of one loader: begins its iterations, describes them, takes them up again.
 
     Args:
         loader: Any that can be iterated.
         baseline: What the objects of the data were like when the fit began.
+
+    Attributes:
+        handle: The loader, and what is to be known of it.
     """
 
     def __init__(self, loader: Any, baseline: Baseline) -> None:
-        super().__init__(loader, baseline)
+        self.handle = LoaderHandle(loader, baseline)
+        self._born: Place | None = None
+        self._start: dict[int, WorkerState] | None = None
         self._rounds: list[Place] = []
         self._lost_rounds = False
         self._resumed_own = False
@@ -92,89 +97,95 @@ class LoaderPosition(LoaderHandle):
             keeps_last: whether the batch that is given last may have to be given again.
         """
         if self._resumed_own:
-            forget_given_place(self.loader)
+            forget_given_place(self.handle.loader)
             self._resumed_own = False
-        self.data.look()
-        created = self._moment()
+        self.handle.data.look()
+        created = self.handle.moment()
         self._note_round()
         if self._start is not None and self._born is not None:
             # The workers of an earlier run go on; starting them must not touch the present.
             with isolated_rng():
-                self._set(self._born)
-                inner, _ = self._open(self._start)
-            self._set_generators(created["generators"])
+                self.handle.set_moment(self._born)
+                inner, _ = self.handle.open(self._start)
+            self.handle.set_generators(created["generators"])
             self._start, made = None, False
         else:
-            inner, made = self._open({})
+            inner, made = self.handle.open({})
             if made:
                 self._born = created
         place = {"created": created, "born": self._born, "made": made, "first": None}
-        self.latest = self._iteration(inner, place, keeps_last=keeps_last)
-        self._watch_beginning(self.latest)
+        self.handle.latest = self.handle.iterate(inner, place, keeps_last=keeps_last)
+        self.handle.watch_beginning(self.handle.latest)
         if self._was_given_states:
             # A state of the end of an epoch may mean that nothing is left to give.
-            self.latest.if_empty = _weakly_fresh(ref(self), created)
+            self.handle.latest.if_empty = _weakly_fresh(ref(self), created)
             self._was_given_states = False
-        return self.latest
+        return self.handle.latest
 
     def goes_on(self) -> list[str]:
         """Return the iterators that a new iteration goes on with, by name."""
-        if is_opaque(self.loader):
-            return [type(self.loader).__name__]
-        return list(self.data.iterators())
+        if is_opaque(self.handle.loader):
+            return [type(self.handle.loader).__name__]
+        return list(self.handle.data.iterators())
 
     def can_replay(self) -> bool:
         """Return whether what goes on where it was can be brought there by iterating anew."""
-        return self._mode() == "replay" and not self._has_workers() and not self._lost_rounds
+        return (
+            self.handle.mode() == "replay"
+            and not self.handle.has_workers()
+            and not self._lost_rounds
+        )
 
     def begins_anew(self) -> bool:
         """Return whether the iterators of the data are in use over epochs at all."""
         # Workers that don't persist get copies for each epoch, as of before the first.
-        return not self._has_workers() or self._persists()
+        return not self.handle.has_workers() or self.handle.persists()
 
     def untold(self) -> list[str]:
         """Return what changes as the data is iterated and can't be saved, here and in workers."""
-        return list(dict.fromkeys([*self.data.untold, *self._told_by_workers("untold")]))
+        return list(dict.fromkeys([*self.handle.data.untold, *self._told_by_workers("untold")]))
 
     def refused(self) -> list[str]:
         """Return what workers could not be given back, a half sentence each."""
         return list(dict.fromkeys(self._told_by_workers("refused")))
 
     def _told_by_workers(self, what: str) -> list[str]:
-        states = getattr(getattr(self.latest, "inner", None), "worker_states", {})
+        states = getattr(getattr(self.handle.latest, "inner", None), "worker_states", {})
         return [told for state in states.values() for told in state.get(what, ())]
 
     def let_go(self) -> None:
         """Forget the present iteration, and with it the last reference to its workers."""
-        self.latest = None
-        if self._sampler is not None:
-            self._sampler.latest = None
+        self.handle.latest = None
+        if self.handle.sampler is not None:
+            self.handle.sampler.latest = None
 
     def state(self, prefetched: int) -> dict[str, object]:
         """Return where the loader is, as plain values."""
-        now = self._moment(rng=False)
-        place = None if self.latest is None else self._place(self.latest, prefetched)
-        return {"loader": self.describe(), "now": now, "iteration": place}
+        now = self.handle.moment(rng=False)
+        place = None if self.handle.latest is None else self._place(self.handle.latest, prefetched)
+        return {"loader": self.handle.describe(), "now": now, "iteration": place}
 
     def restore_now(self, state: Mapping[str, Any]) -> None:
         """Give the loader's own generators and counters the states they had."""
         now = state["now"]
         never_iterated = state["iteration"] is None
-        set_samplers(self.loader, now["samplers"], self._baseline, own_states=never_iterated)
+        set_samplers(
+            self.handle.loader, now["samplers"], self.handle.baseline, own_states=never_iterated
+        )
         if "data" in now:
-            self.notes += self.data.set(now["data"])
+            self.handle.notes += self.handle.data.set(now["data"])
             self._was_given_states = bool(now["data"].get("states"))
-        self.notes += self._set_generators(now["generators"])
+        self.handle.notes += self.handle.set_generators(now["generators"])
 
     # -- going on -------------------------------------------------------------------------------
 
     def resume(self, state: Mapping[str, Any], *, keeps_last: bool) -> Iteration:
         """Return an iterator that gives the batch after the last one that was trained on."""
         place: Place = state["iteration"]
-        with self._as_if_nothing_happened():
-            self._compare(state["loader"])
+        with self.handle.as_if_nothing_happened():
+            self.handle.compare(state["loader"])
             place = self._as_batches_are_now(state["loader"], place)
-            mode = self._mode()
+            mode = self.handle.mode()
             if mode == "own" and "own" in place:
                 iteration = self._resume_own(place, keeps_last=keeps_last)
             elif mode == "map" and place["mode"] in ("order", "workers"):
@@ -183,7 +194,7 @@ class LoaderPosition(LoaderHandle):
                 iteration = self._resume_replay(place, keeps_last=keeps_last)
         if place["ended"]:
             iteration.inner, iteration.ended = iter(()), True
-        self.latest = iteration
+        self.handle.latest = iteration
         self._was_given_states = False
         return iteration
 
@@ -192,10 +203,10 @@ class LoaderPosition(LoaderHandle):
         place: Place | None = state["iteration"]
         if place is None:
             return
-        loader, mode = self.loader, self._mode()
-        same_workers = state["loader"]["num_workers"] == self.describe()["num_workers"]
-        with self._as_if_nothing_happened():
-            self._compare(state["loader"])
+        loader, mode = self.handle.loader, self.handle.mode()
+        same_workers = state["loader"]["num_workers"] == self.handle.describe()["num_workers"]
+        with self.handle.as_if_nothing_happened():
+            self.handle.compare(state["loader"])
             if mode == "own" and "own" in place:
                 own = copy.deepcopy(place["own"])
                 if is_torchdata(loader):
@@ -204,15 +215,15 @@ class LoaderPosition(LoaderHandle):
                     self._resume_own({**place, "own": own, "prefetched": 0}, keeps_last=False)
                 else:
                     loader.load_state_dict(own)
-                    self._resumed_own = self._is_position = True
+                    self._resumed_own = self.handle.is_position = True
                     if not place["ended"] and place["yielded"] != state["loader"]["length"]:
-                        self.notes.append(
+                        self.handle.notes.append(
                             "its last epoch was cut, and it was given its state of then: whether it "
                             "goes on from there or begins anew is up to it"
                         )
             elif mode != "map" and self._must_replay(place):
                 self._replay_epoch(place)
-            elif self._persists() and place["born"] and same_workers:
+            elif self.handle.persists() and place["born"] and same_workers:
                 if mode == "map":
                     # Its workers stay, and what they were doing at the end of the epoch, too.
                     self._resume_map({**place, "prefetched": 0}, keeps_last=False)
@@ -220,7 +231,7 @@ class LoaderPosition(LoaderHandle):
                     self._born = place["born"]
                     self._start = _worker_states(place["workers"])
                     if not place["ended"] and state["loader"]["length"] != place["yielded"]:
-                        self.notes.append(
+                        self.handle.notes.append(
                             "its workers persist and had begun batches beyond the end of the "
                             "epoch, which are not known; use persistent_workers=False"
                         )
@@ -229,32 +240,34 @@ class LoaderPosition(LoaderHandle):
                 if went_on:
                     # Many act on a loaded state when the first index is asked for.
                     next(order, None)
-        self.latest = None
+        self.handle.latest = None
 
     def begin_fresh(self, created: Place) -> Iterator[object]:
         """Iterate as if no state had been given, under the random states of the beginning."""
-        self.data.set_fresh_states()
-        self._set(created)
-        return iter(self.loader)
+        self.handle.data.set_fresh_states()
+        self.handle.set_moment(created)
+        return iter(self.handle.loader)
 
     # -- iterating a second time ----------------------------------------------------------------
 
     def _note_round(self) -> None:
         """Keep what a replay of all epochs needs of the last one, if there would have to be one."""
-        if not self.goes_on() or self._has_workers() or self._mode() == "map":
+        if not self.goes_on() or self.handle.has_workers() or self.handle.mode() == "map":
             self._rounds = []
-        elif self.latest is not None:
-            self._rounds.append(self._place(self.latest, 0))
+        elif self.handle.latest is not None:
+            self._rounds.append(self._place(self.handle.latest, 0))
             self._rounds[-1].pop("rounds", None)
             if len(self._rounds) > _MOST_ROUNDS:
                 self._rounds, self._lost_rounds = [], True
 
     def _must_replay(self, place: Place) -> bool:
         """Return whether the next epoch can only be reached by replaying the last one."""
-        if self._has_workers():
+        if self.handle.has_workers():
             # A persistent worker's dataset may have counted on after its last batch.
             told = [*place["workers"].values(), *place["begun"].values()]
-            return self._persists() and place["ended"] and any("data" in each for each in told)
+            return (
+                self.handle.persists() and place["ended"] and any("data" in each for each in told)
+            )
         if "rounds" in place:
             return True
         # Whoever stopped within an epoch may begin the next one there, or anew.
@@ -277,9 +290,9 @@ class LoaderPosition(LoaderHandle):
         prefetched = 0 if iteration.ended else min(prefetched, iteration.yielded)
         count = iteration.yielded - prefetched
         inner = iteration.inner
-        mode = self._mode()
+        mode = self.handle.mode()
         if mode == "map":
-            mode = "workers" if self._has_workers() else "order"
+            mode = "workers" if self.handle.has_workers() else "order"
         place: Place = {
             **iteration.place,
             "mode": mode,
@@ -304,19 +317,19 @@ class LoaderPosition(LoaderHandle):
         if not prefetched:
             place.pop("before_last", None)
         if mode == "own":
-            own = copy.deepcopy(self.loader.state_dict())
-            if (is_torchdata(self.loader) and not carries_data(own)) or (
-                self._is_custom() and not _is_position(iteration)
+            own = copy.deepcopy(self.handle.loader.state_dict())
+            if (is_torchdata(self.handle.loader) and not carries_data(own)) or (
+                self.handle.is_custom() and not _is_position(iteration)
             ):
                 place["mode"] = "replay"
-            elif prefetched and (self._is_custom() or not is_plain(iteration.last)):
+            elif prefetched and (self.handle.is_custom() or not is_plain(iteration.last)):
                 place["own"] = own_before
             else:
                 place.update(self._own_place(own, iteration, prefetched))
         return place
 
     def _rounds_matter(self, mode: str) -> bool:
-        return mode == "replay" and not self._has_workers() and bool(self.goes_on())
+        return mode == "replay" and not self.handle.has_workers() and bool(self.goes_on())
 
     def _own_place(self, own: object, iteration: Iteration, prefetched: int) -> Place:
         if not prefetched:
@@ -330,7 +343,7 @@ class LoaderPosition(LoaderHandle):
 
     def _as_batches_are_now(self, saved: Mapping[str, Any], place: Place) -> Place:
         """Return a place with as many batches as there are samples in those that were given."""
-        here = self.describe()
+        here = self.handle.describe()
         then = EpochPosition(place["yielded"], saved["batch_size"], 1, saved["length"])
         count = then.batches_with(
             batch_size=cast("int | None", here["batch_size"]),
@@ -340,17 +353,17 @@ class LoaderPosition(LoaderHandle):
         return place if count == place["yielded"] else {**place, "yielded": count}
 
     def _resume_map(self, place: Place, *, keeps_last: bool) -> Iteration:
-        loader, count = self.loader, place["yielded"]
+        loader, count = self.handle.loader, place["yielded"]
         order, _ = self._rebuild_order(place)
-        after_skip = self._moment()
-        self._set(place["born"] or place["created"])
+        after_skip = self.handle.moment()
+        self.handle.set_moment(place["born"] or place["created"])
         states = _worker_states(place["workers"])
         if set(states) - set(range(loader.num_workers)):
             states = {}
         index_sampler = loader._index_sampler
         inner: Any
-        inner, _ = self._open(states, gate=Closed(index_sampler))
-        watched = self._sampler
+        inner, _ = self.handle.open(states, gate=Closed(index_sampler))
+        watched = self.handle.sampler
         if watched is not None and isinstance(order, Order):
             watched.latest = order
         inner._index_sampler = index_sampler if watched is None else watched
@@ -358,22 +371,22 @@ class LoaderPosition(LoaderHandle):
         inner._num_yielded = count
         if hasattr(inner, "_sampler_iter_yielded"):
             inner._sampler_iter_yielded = count
-        self._set(after_skip)
+        self.handle.set_moment(after_skip)
         self._born = place["born"]
         if loader.num_workers:
             # Batch k is the work of worker k % n, as it was: its number and seed stay the same.
             turn_to(inner, count % loader.num_workers)
-            for _ in range(self._ahead()):
+            for _ in range(self.handle.ahead()):
                 inner._try_put_index()
         fresh = _as_begun(place)
-        iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
+        iteration = self.handle.iterate(inner, fresh, keeps_last=keeps_last)
         iteration.yielded = count
         if place["prefetched"]:
             if not loader.num_workers and "before_last" in place:
-                self._set(place["before_last"])
+                self.handle.set_moment(place["before_last"])
             fresh["before_last"] = place.get("before_last")
             iteration.ready.append(next(inner))
-        self.placed.append(f"{count} batches skipped by index, none loaded")
+        self.handle.placed.append(f"{count} batches skipped by index, none loaded")
         return iteration
 
     def _rebuild_order(self, place: Place) -> tuple[Iterator[object], bool]:
@@ -382,9 +395,9 @@ class LoaderPosition(LoaderHandle):
         Returns:
             The iterator over the indices, and whether it went on from the sampler's own state.
         """
-        loader, count, saved = self.loader, place["yielded"], place["order"]
+        loader, count, saved = self.handle.loader, place["yielded"], place["order"]
         sampler = loader._index_sampler
-        self._set(place["created"], samplers=True)
+        self.handle.set_moment(place["created"], samplers=True)
         if place["mode"] == "workers" and place["made"]:
             # Its iterator asks the sampler twice when it is made, and draws its seed in between.
             iter(sampler)
@@ -393,13 +406,15 @@ class LoaderPosition(LoaderHandle):
         if is_well_known(sampler):
             order = iter(sampler)
             if place["mode"] == "order" and place["first"]:
-                self._set(place["first"])
+                self.handle.set_moment(place["first"])
             skipped = sum(1 for _ in islice(order, count))
             if skipped < count:
-                self.notes.append(f"it has only {skipped} batches now, and {count} had been given")
+                self.handle.notes.append(
+                    f"it has only {skipped} batches now, and {count} had been given"
+                )
             return order, False
         log = DrawLog()
-        order = watched = Order(sampler, log=log, remember=self._ahead() + 3)
+        order = watched = Order(sampler, log=log, remember=self.handle.ahead() + 3)
         if place["mode"] == "order":
             draw_seed(loader)
         if saved is not None:
@@ -417,7 +432,7 @@ class LoaderPosition(LoaderHandle):
         kind = type(order.sampler).__name__
         if order.drawn == count and all(drawn.get(n, value) == value for n, value in told.items()):
             if not saved["log"]["is_complete"]:
-                self.notes.append(
+                self.handle.notes.append(
                     f"its {kind} draws random numbers at every index, more often than is kept; its "
                     "order may differ: give it state_dict and load_state_dict"
                 )
@@ -425,7 +440,7 @@ class LoaderPosition(LoaderHandle):
         if saved["own"]:
             order.goes_on_from(saved["own"], count)
             return True
-        self.notes.append(
+        self.handle.notes.append(
             f"its {kind} gave other indices than before: it is not seeded from the global random "
             "state or from a generator that it holds; seed it, or give it state_dict and "
             "load_state_dict"
@@ -433,8 +448,8 @@ class LoaderPosition(LoaderHandle):
         return False
 
     def _replay_round(self, place: Place) -> None:
-        self._set(place["created"], samplers=True)
-        inner, _ = self._open({})
+        self.handle.set_moment(place["created"], samplers=True)
+        inner, _ = self.handle.open({})
         log = DrawLog()
         if place["log"]:
             log.load(place["log"])
@@ -448,13 +463,13 @@ class LoaderPosition(LoaderHandle):
         self, place: Place, *, keeps_last: bool = False, anew: bool = False
     ) -> Iteration:
         states: dict[int, WorkerState] = {}
-        if self._has_workers() and not place["made"] and place["born"]:
-            self._set(place["born"])
+        if self.handle.has_workers() and not place["made"] and place["born"]:
+            self.handle.set_moment(place["born"])
             # A worker that has delivered nothing yet in this epoch has not told how it began it;
             # where it ended the one before is the same, unless it drew after its last batch.
             states = _worker_states({**place["workers"], **place["begun"]})
             if not place["begun"]:
-                self.notes.append(
+                self.handle.notes.append(
                     "its workers persist over epochs and their random states at the beginning of "
                     "this one are not known; use persistent_workers=False"
                 )
@@ -464,21 +479,25 @@ class LoaderPosition(LoaderHandle):
                 self._replay_round(each)
             if earlier:
                 total = sum(each["yielded"] for each in earlier)
-                self.placed.append(f"{total} batches of earlier epochs loaded again and dropped")
-            self._set(place["created"], samplers=True, states=not (anew or place.get("rounds")))
+                self.handle.placed.append(
+                    f"{total} batches of earlier epochs loaded again and dropped"
+                )
+            self.handle.set_moment(
+                place["created"], samplers=True, states=not (anew or place.get("rounds"))
+            )
         self._rounds = list(place.get("rounds", ()))
-        if isinstance(self.loader, Stateful) and is_torchdata(self.loader):
-            self.loader.load_state_dict({})
-        inner, _ = self._open(states)
+        if isinstance(self.handle.loader, Stateful) and is_torchdata(self.handle.loader):
+            self.handle.loader.load_state_dict({})
+        inner, _ = self.handle.open(states)
         fresh = _as_begun(place)
         self._born = place["born"]
-        iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
+        iteration = self.handle.iterate(inner, fresh, keeps_last=keeps_last)
         count, prefetched = place["yielded"], place["prefetched"]
         log = iteration.log
         if log is not None and place["log"]:
             log.load(place["log"])
             if not log.is_complete:
-                self.notes.append(
+                self.handle.notes.append(
                     "its dataset draws from random streams that training draws from, too, more "
                     "often than is kept; give it a generator of its own"
                 )
@@ -488,16 +507,18 @@ class LoaderPosition(LoaderHandle):
                 log.apply(number)
             batch = next(inner, _NOTHING)
             if number == 0 and not _is_first(batch, place):
-                if not anew and self.data.set_fresh_states():
+                if not anew and self.handle.data.set_fresh_states():
                     # It takes its state for a place to begin at, and began anew by itself.
                     return self._resume_replay(place, keeps_last=keeps_last, anew=True)
-                self.notes.append(
+                self.handle.notes.append(
                     "the first batch of its epoch is not the one it was, so its data is not what "
                     "it would have been: it keeps a state, or draws from something, that can't be "
                     "seen; give it state_dict and load_state_dict"
                 )
             if batch is _NOTHING:
-                self.notes.append(f"it has only {number} batches now, and {count} had been given")
+                self.handle.notes.append(
+                    f"it has only {number} batches now, and {count} had been given"
+                )
                 break
             loaded += number < count
             if number >= count:
@@ -507,31 +528,31 @@ class LoaderPosition(LoaderHandle):
         iteration.yielded = loaded
         # Until a fresh iteration has shown that a loader's own state is a place.
         iteration.is_position = False
-        self.placed.append(f"{loaded} batches loaded again and dropped")
+        self.handle.placed.append(f"{loaded} batches loaded again and dropped")
         return iteration
 
     def _resume_own(self, place: Place, *, keeps_last: bool) -> Iteration:
-        loader, prefetched = self.loader, place["prefetched"]
+        loader, prefetched = self.handle.loader, place["prefetched"]
         self._resumed_own = True
         loader.load_state_dict(copy.deepcopy(place["own"]))
-        self._set(place["born"] or place["created"])
-        inner, _ = self._open(_worker_states(place["workers"]))
-        if self._is_custom() and isinstance(loader, DataLoader):
+        self.handle.set_moment(place["born"] or place["created"])
+        inner, _ = self.handle.open(_worker_states(place["workers"]))
+        if self.handle.is_custom() and isinstance(loader, DataLoader):
             inner = started_apart(loader, inner, place["created"]["rng"]["torch"])
         fresh = _as_begun(place)
         self._born = place["born"]
-        iteration = self._iteration(inner, fresh, keeps_last=keeps_last)
+        iteration = self.handle.iterate(inner, fresh, keeps_last=keeps_last)
         iteration.yielded = place["yielded"]
-        if self._is_custom():
-            self._is_position = iteration.is_position = True
+        if self.handle.is_custom():
+            self.handle.is_position = iteration.is_position = True
             iteration.log = None
         if prefetched:
             if "batch" in place:
                 iteration.ready.append(place["batch"])
             else:
-                self._set(place["before_last"])
+                self.handle.set_moment(place["before_last"])
                 iteration.ready.append(next(inner))
-        self.placed.append(f"it went on from its own state, at batch {place['yielded']}")
+        self.handle.placed.append(f"it went on from its own state, at batch {place['yielded']}")
         return iteration
 
 

@@ -112,7 +112,7 @@ class LoaderTracker:
             self._end_epoch_of(former, loader)
         group = self._groups[stage]
         # The same loader made "again" may still have its workers.
-        position = next((t.position for t in former if t.position.loader is loader), None)
+        position = next((t.position for t in former if t.position.handle.loader is loader), None)
         track = Track(self, stage, len(group), position or LoaderPosition(loader, self._baseline))
         group.append(track)
         if not self.is_holding and track.key in self.pending:
@@ -126,7 +126,7 @@ class LoaderTracker:
         """
         for track in former:
             goes_on = self.is_mid_epoch and track.stage == "train"
-            if self.is_holding or goes_on or track.position.loader is loader:
+            if self.is_holding or goes_on or track.position.handle.loader is loader:
                 continue
             pending = self.take_pending(track)
             if pending is not None:
@@ -210,7 +210,7 @@ class LoaderTracker:
         """Return the size of a batch of the first training loader, if it is known."""
         if not self._groups["train"]:
             return None
-        return cast("int | None", self._groups["train"][0].position.describe()["batch_size"])
+        return cast("int | None", self._groups["train"][0].position.handle.describe()["batch_size"])
 
     # -- telling --------------------------------------------------------------------------------
 
@@ -249,13 +249,13 @@ class LoaderTracker:
         # Lightning fetches a batch ahead only when it does not know the length.
         group = self._groups[stage]
         return stage == "train" and any(
-            track.position.describe()["length"] is None for track in group
+            track.position.handle.describe()["length"] is None for track in group
         )
 
 
 def _nondeterminism_warnings(position: LoaderPosition) -> list[str]:
-    loader = position.loader
-    data = position.data
+    loader = position.handle.loader
+    data = position.handle.data
     found = _about_iterators(position)
     found += [
         f"its {path} has a state_dict that only the loader of its library can call, so a resume "
@@ -285,7 +285,7 @@ def _nondeterminism_warnings(position: LoaderPosition) -> list[str]:
             "with in_order=False the order of its batches depends on which worker is faster; a "
             "resume can't repeat it; use in_order=True"
         )
-    log = None if position.latest is None else position.latest.log
+    log = None if position.handle.latest is None else position.handle.latest.log
     if log is not None and not log.is_complete:
         found.append(
             "its dataset draws from random streams that training draws from, too, more often than "
@@ -298,7 +298,11 @@ def _about_iterators(position: LoaderPosition) -> list[str]:
     names = position.goes_on()
     if not names or not position.begins_anew():
         return []
-    which = "it is an iterator" if is_opaque(position.loader) else f"its {names[0]} is an iterator"
+    which = (
+        "it is an iterator"
+        if is_opaque(position.handle.loader)
+        else f"its {names[0]} is an iterator"
+    )
     if position.can_replay():
         consequence = (
             "which goes on in each epoch where it was in the last: a resume loads all batches since "
@@ -424,7 +428,7 @@ class Track:
 
     @property
     def name(self) -> str:
-        return f"{self.stage} loader {self.index} ({type(self.position.loader).__name__})"
+        return f"{self.stage} loader {self.index} ({type(self.position.handle.loader).__name__})"
 
     def iterate(self) -> Iterator[object]:
         tracker, position = self.tracker, self.position
@@ -445,7 +449,7 @@ class Track:
 
     def state_dict(self) -> Mapping[str, object]:
         """Return the loader's own state, as Lightning asks for it; but start nothing for it."""
-        loader = self.position.loader
+        loader = self.position.handle.loader
         # torchdata's loader would start its workers to give a state before the first batch.
         if getattr(loader, "__dict__", {}).get("_iterator", loader) is None:
             return {}
@@ -456,13 +460,13 @@ class Track:
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Load the loader's own state, unless the tracker has a better one for it."""
         if not self.tracker.is_holding and self.key not in self.tracker.pending:
-            self.position.loader.load_state_dict(state)
+            self.position.handle.loader.load_state_dict(state)
 
     def take_notes(self) -> None:
         """Hand the tracker what the position has to tell."""
         for told, of_all in (
-            (self.position.placed, self.tracker.placed),
-            (self.position.notes, self.tracker.notes),
+            (self.position.handle.placed, self.tracker.placed),
+            (self.position.handle.notes, self.tracker.notes),
         ):
             of_all += [f"{self.name}: {note}." for note in told]
             told.clear()

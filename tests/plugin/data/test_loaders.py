@@ -61,7 +61,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
-from lightning_sbckpt.plugin.data import position, sampling
+from lightning_sbckpt.plugin.data import handle, position, sampling
 from lightning_sbckpt.plugin.data import workers as _loader_workers
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker, TrackedLoader
 from lightning_sbckpt.rng import capture_rng, restore_rng
@@ -418,17 +418,17 @@ def no_op(*args: Any, **kwargs: Any) -> None:
 
 MECHANISMS = {
     "random states when the iterator is made": (
-        (position.LoaderPosition, "_set", no_op),
+        (handle.LoaderHandle, "set_moment", no_op),
         LOADERS["shuffle"],
         MID,
     ),
     "random states at the first batch": (
-        (position.LoaderPosition, "_note_first", no_op),
+        (handle.LoaderHandle, "_note_first", no_op),
         LOADERS["shuffle"],
         MID,
     ),
     "generators": (
-        (position.LoaderPosition, "_set_generators", lambda *a: []),
+        (handle.LoaderHandle, "set_generators", lambda *a: []),
         LOADERS["generators of the dataset"],
         BETWEEN,
     ),
