@@ -180,7 +180,7 @@ class LoaderHandle:
 
     # -- making iterators -----------------------------------------------------------------------
 
-    def open(
+    def new_iterator(
         self, states: Mapping[int, WorkerState], gate: object = None
     ) -> tuple[Iterator[Any], bool]:
         """Make the loader's own iterator, with what we need in its workers and its order.

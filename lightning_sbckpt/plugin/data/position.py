@@ -106,11 +106,11 @@ class LoaderPosition:
             # The workers of an earlier run go on; starting them must not touch the present.
             with isolated_rng():
                 self.handle.set_moment(self._born)
-                inner, _ = self.handle.open(self._start)
+                inner, _ = self.handle.new_iterator(self._start)
             self.handle.set_generators(created["generators"])
             self._start, made = None, False
         else:
-            inner, made = self.handle.open({})
+            inner, made = self.handle.new_iterator({})
             if made:
                 self._born = created
         place = {"created": created, "born": self._born, "made": made, "first": None}
@@ -362,7 +362,7 @@ class LoaderPosition:
             states = {}
         index_sampler = loader._index_sampler
         inner: Any
-        inner, _ = self.handle.open(states, gate=Closed(index_sampler))
+        inner, _ = self.handle.new_iterator(states, gate=Closed(index_sampler))
         watched = self.handle.sampler
         if watched is not None and isinstance(order, Order):
             watched.latest = order
@@ -449,7 +449,7 @@ class LoaderPosition:
 
     def _replay_round(self, place: Place) -> None:
         self.handle.set_moment(place["created"], samplers=True)
-        inner, _ = self.handle.open({})
+        inner, _ = self.handle.new_iterator({})
         log = DrawLog()
         if place["log"]:
             log.load(place["log"])
@@ -488,7 +488,7 @@ class LoaderPosition:
         self._rounds = list(place.get("rounds", ()))
         if isinstance(self.handle.loader, Stateful) and is_torchdata(self.handle.loader):
             self.handle.loader.load_state_dict({})
-        inner, _ = self.handle.open(states)
+        inner, _ = self.handle.new_iterator(states)
         fresh = _as_begun(place)
         self._born = place["born"]
         iteration = self.handle.iterate(inner, fresh, keeps_last=keeps_last)
@@ -536,7 +536,7 @@ class LoaderPosition:
         self._resumed_own = True
         loader.load_state_dict(copy.deepcopy(place["own"]))
         self.handle.set_moment(place["born"] or place["created"])
-        inner, _ = self.handle.open(_worker_states(place["workers"]))
+        inner, _ = self.handle.new_iterator(_worker_states(place["workers"]))
         if self.handle.is_custom() and isinstance(loader, DataLoader):
             inner = started_apart(loader, inner, place["created"]["rng"]["torch"])
         fresh = _as_begun(place)
