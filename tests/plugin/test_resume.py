@@ -29,6 +29,7 @@ from _runs import (
     steps_saved,
 )
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
+from lightning_utilities.core import rank_zero
 from torch import nn
 
 from lightning_sbckpt import Checkpointer
@@ -441,7 +442,7 @@ class TestReport:
             fit(tmp_path, callbacks=[raise_at("on_train_batch_end", 7, RuntimeError())], **options)
         (begun,) = lines()
         assert begun == f"SBCheckpoint: no checkpoint in {tmp_path}, the run begins anew"
-        caplog.set_level(logging.DEBUG, "lightning.pytorch")
+        caplog.set_level(logging.DEBUG, rank_zero.log.name)  # Of the package imported last.
         run = fit(tmp_path, **options)
         assert run.callback.resume_report.data
         resumed, details, ended = lines()
