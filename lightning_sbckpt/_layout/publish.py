@@ -19,8 +19,9 @@ import re
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from lightning_sbckpt._format.names import MARKED_SUFFIX, PICKLED_SUFFIX
@@ -74,8 +75,16 @@ def check_name(name: object, what: str) -> str:
     return name
 
 
-def folder_for(root: Path, name: str | None, unixtime: float, last: Path | None = None) -> Path:
-    """Return where a checkpoint goes: by its own name, or by the time and a number.
+def folder_for(
+    root: Path,
+    name: str | None,
+    unixtime: float,
+    last: Path | None = None,
+    *,
+    stem: str | None = None,
+    used: Collection[str] = (),
+) -> Path:
+    """Return where a checkpoint goes: by its own name, by what it is about, or by the time and a number.
 
     Args:
         root: The folder of all checkpoints.
@@ -83,9 +92,17 @@ def folder_for(root: Path, name: str | None, unixtime: float, last: Path | None 
         unixtime: Its time.
         last: Where the one before it went. It may be gone by now, and its name is not used again:
             who is just reading it must not find another one there.
+        stem: What it is about, which others may be, too: a number follows then.
+        used: Names that were given in this process, as `last`.
     """
     if name is not None:
         return root / f"{CKPT_PREFIX}+{check_name(name, 'checkpoint')}"
+    if stem is not None:
+        folder = root / f"{CKPT_PREFIX}+{check_name(stem, 'checkpoint')}"
+        numbers = count(1)
+        while folder.name in used or folder.exists():
+            folder = root / f"{CKPT_PREFIX}+{stem}+{next(numbers):02d}"
+        return folder
     stamp = time.strftime("%Y-%m-%d+%H-%M-%S", time.localtime(unixtime))
     stem, _, used = last.name.rpartition("+") if last is not None else ("", "", "")
     again = stem == f"{CKPT_PREFIX}+{stamp}" and used.isdecimal()

@@ -111,10 +111,10 @@ def _flush_written_by_hooks(
 def _publish(
     staged: Staged, folder: Path, state: SaverState, remove: Callable[[Path], object]
 ) -> Path:
-    name = staged.request.name
+    name, stem = staged.request.name, staged.request.stem
     unixtime = float(str(staged.request.meta["unixtime"]))
     while True:
-        target = folder_for(state.root, name, unixtime, state.last)
+        target = folder_for(state.root, name, unixtime, state.last, stem=stem, used=state.used)
         try:
             replaced = publish(folder, target, state.storage, replace=name is not None)
         except FileExistsError:
@@ -123,6 +123,8 @@ def _publish(
                 raise
         else:
             state.last = target
+            if stem is not None:
+                state.used.add(target.name)
             if replaced is not None:
                 remove(replaced)
             return target

@@ -36,6 +36,8 @@ class SaveRequest:
             wrong. If there is none, the checkpoint is saved anew at once.
         on_failed: Called on every rank when the checkpoint could not be written in the background,
             which `on_save_error="warn"` lets pass.
+        stem: With no name of its own: what it is named by in place of the time, with a number if another
+            one is named so.
     """
 
     items: Mapping[str, object]
@@ -50,6 +52,7 @@ class SaveRequest:
     on_durable: Callable[[], object] | None = None
     on_discarded: Callable[[], object] | None = None
     on_failed: Callable[[], object] | None = None
+    stem: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from string import Formatter
 from typing import get_args
 
 from lightning_sbckpt._io.background import Background
@@ -50,10 +51,13 @@ class SavePolicy:
         mode: `"sync"`, `"async"` or `"overlap"`.
         on_error: `"raise"`, or `"warn"`: a save that fails is said, and nothing else happens.
         when_busy: `"wait"` for the save in flight, or `"skip"` the new one.
+        name: How checkpoints are named, by keys of their meta, such as `"{epoch:03d}-{val_loss:.3f}"`,
+            which stands after `CKPT+`; by default by the time. A key that one hasn't got is `none`, and a
+            number follows where another one has the name.
         log_saves: Log the seconds, the bytes and the name of each checkpoint with the Trainer's loggers.
 
     Raises:
-        ConfigurationError: One is none of these.
+        ConfigurationError: One is none of these, or the name is no template.
 
     Example:
         >>> SavePolicy("async", on_error="warn").when_busy
@@ -64,6 +68,7 @@ class SavePolicy:
     on_error: OnSaveError = "raise"
     when_busy: WhenBusy = "wait"
     log_saves: bool = False
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is not known."""
@@ -77,6 +82,15 @@ class SavePolicy:
                 raise ConfigurationError(
                     f"{name} is {given!r}, expected one of {', '.join(map(repr, choices))}"
                 )
+        try:
+            keys = [key for _, key, _, _ in Formatter().parse(self.name or "{epoch}")]
+        except (ValueError, TypeError):
+            keys = []
+        if not any(keys) or "" in keys:
+            raise ConfigurationError(
+                f"name is {self.name!r}, expected a text with keys of the meta between braces, such as "
+                "'{epoch:03d}-{val_loss:.3f}'"
+            )
 
 
 class Saver:

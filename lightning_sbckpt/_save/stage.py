@@ -56,6 +56,7 @@ class SaverState:
         templates: The forms of the files.
         arena: The memory for copies of the state.
         last: Where the last checkpoint went.
+        used: The names that were given by a `stem`.
         stager: What copies the pieces of this rank, from the first save on that has some.
         folder_lock: What must not be let go of while anything is written or removed.
         upload: Called with the folder of a checkpoint that is durable here, where that is only half
@@ -69,6 +70,7 @@ class SaverState:
     templates: Templates = field(default_factory=Templates)
     arena: Arena = field(default_factory=Arena)
     last: Path | None = None
+    used: set[str] = field(default_factory=set)
     stager: Stager | None = None
     folder_lock: object = None
     upload: Callable[[Path], object] | None = None

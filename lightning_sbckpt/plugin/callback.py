@@ -490,6 +490,7 @@ def join(package: str) -> None:
     follow_logs(package, _resumes_from)
     _private.spawn.hand_back_attributes(package, SBCheckpoint)
     _private.trainer.name_mixed_packages(package)
+    _private.trainer.tell_of_checkpointing_off(package, SBCheckpoint)
     # Last: what fails above is tried again when a callback is made, and no base can be there twice.
     checkpoint = import_module(f"{package}.callbacks").Checkpoint
     SBCheckpoint.__bases__ = (checkpoint, *SBCheckpoint.__bases__)

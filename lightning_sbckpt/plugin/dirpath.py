@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_sbckpt.plugin.packages import SaveConfigCallback, Trainer
 from lightning_sbckpt.plugin.rendering import digest_of, rendered
 
 ROOT = "default_root_dir"
+_LONGEST = 100
 DEFAULT = f"{{{ROOT}}}/checkpoints"
 
 
@@ -87,6 +89,16 @@ def place_of(dirpath: Path | str, trainer: Trainer) -> Path | str:
             "that is meant as such is written twice"
         ) from error
     return normal_url(text) if is_url(text) else absolute(text)
+
+
+def named(template: str, meta: Mapping[str, object]) -> str:
+    """Return a name of a checkpoint by its meta, whatever that holds: a save never fails of it.
+
+    Example:
+        >>> named("{epoch:03d}-{val/acc:.2f}-{bleu:.1f}", {"epoch": 7, "val/acc": 0.5})
+        '007-0.50-none'
+    """
+    return _ByMeta().vformat(template, (), meta)[:_LONGEST]
 
 
 def next_start(trainer: Trainer, dirpath: Path | str) -> list[str]:
@@ -169,3 +181,19 @@ class _Named(Formatter):
         if isinstance(value, _Verbatim):
             return text
         return re.sub(r"[^\w.+=@,-]+", "_", text).strip("._") or "_"
+
+
+class _ByMeta(_Named):
+    """Fills in keys of a meta, which may have dots in them, and be missing."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return kwargs.get(field_name), field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        with suppress(ValueError, TypeError):
+            return super().format_field("none" if value is None else value, format_spec)
+        return super().format_field("none" if value is None else str(value), "")
+
+    def vformat(self, format_string: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        text = super().vformat(format_string, args, kwargs)
+        return re.sub(r"[^\w.+=@,-]+", "_", text, flags=re.ASCII)

@@ -22,8 +22,9 @@ INSTEAD = {
     "save_on_train_epoch_end": "an epoch is saved when its last hook has run",
     "save_on_exception": "every_n_train_steps or train_time_interval saves before there is one, and "
     "preemption=True when the job is asked to end",
-    "filename": "checkpoints are named by their time, and found by `run/best`, `run/newest` and their meta",
-    "auto_insert_metric_name": "metrics are in the meta of a checkpoint",
+    "filename": "save_mode=SavePolicy(name='{epoch:03d}-{val_loss:.3f}') names checkpoints, otherwise by time; "
+    "`run/best` and `run/newest` find them, whatever their names",
+    "auto_insert_metric_name": "the template in SavePolicy(name='epoch={epoch}') has what you write",
     "enable_version_counter": "no name is used twice",
     "verbose": "each save is logged",
 }

@@ -154,6 +154,7 @@ def checked(given: Mapping[str, Any]) -> Options:
         SelectionError: More than one of the three keys was given.
     """
     args = {name: _plain(name, value) for name, value in given.items()}
+    policy = args["save_mode"]
     args = {name: plain(value) for name, value in with_shorthands(args).items()}
     check_kinds({name: args[name] for name in KINDS})
     check_lists({name: args[name] for name in ("split_model", "optional", "skip")})
@@ -173,12 +174,9 @@ def checked(given: Mapping[str, Any]) -> Options:
         ),
         resume=args["resume"],
         restore_best=args["restore_best"],
-        save_policy=SavePolicy(
-            args["save_mode"],
-            args["on_save_error"],
-            args["when_busy"],
-            log_saves=isinstance(policy := given["save_mode"], SavePolicy) and policy.log_saves,
-        ),
+        save_policy=policy
+        if isinstance(policy, SavePolicy)
+        else SavePolicy(policy, args["on_save_error"], args["when_busy"]),
         preemption=as_preemption(args["preemption"]),
         when_in_use=_one_of("when_in_use", args["when_in_use"], get_args(WhenInUse)),
         link_unchanged=args["link_unchanged"],

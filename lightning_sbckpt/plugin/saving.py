@@ -12,11 +12,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_sbckpt._save.request import SaveRequest, SaveResult
 from lightning_sbckpt._world.world import decided_by_main, decided_together
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import Checkpoint, plain_meta
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.ddp import Reductions
 from lightning_sbckpt.plugin._private.trainer import Place, place_of
 from lightning_sbckpt.plugin.data.tracker import LoaderTracker
+from lightning_sbckpt.plugin.dirpath import named
 from lightning_sbckpt.plugin.experiment import Experiment
 from lightning_sbckpt.plugin.logs import Logs
 from lightning_sbckpt.plugin.metrics import Metrics
@@ -209,6 +210,7 @@ class Saving:
         logs: What its loggers write.
         mode: `"sync"`, `"async"` or `"overlap"`.
         warns: Whether training goes on without a checkpoint that could not be written.
+        name: How checkpoints are named; None for by the time.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
     """
 
@@ -224,6 +226,7 @@ class Saving:
     logs: Logs
     mode: str
     warns: bool
+    name: str | None
     announce: Callable[[], object]
     _unannounced: bool = False
     _may_hide: bool = True
@@ -369,9 +372,11 @@ class Saving:
                 validated_this_epoch=self.schedule.validated_this_epoch,
             )
             metrics = self.metrics.at(trainer)
+            meta = self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch)
             request = SaveRequest(
                 rest,
-                meta=self.gatherer.meta(trainer, metrics, due, within_epoch=within_epoch),
+                meta=meta,
+                stem=None if self.name is None else named(self.name, plain_meta(meta)),
                 end_of_epoch=not within_epoch or _private.trainer.epoch_is_over(trainer),
                 lineage=self.run.lineage(due.reason),
                 extra_files={

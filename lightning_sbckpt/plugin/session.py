@@ -118,6 +118,7 @@ class FitSession:
                 self._logs,
                 options.save_policy.mode,
                 options.save_policy.on_error == "warn",
+                options.save_policy.name,
                 announce,
             )
             self.plan = ResumePlan(

@@ -15,6 +15,8 @@ from _runs import Steps, by_epoch, fit, go, loader, make, raise_at, steps_saved
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 
+from lightning_sbckpt import SBCheckpoint
+
 
 def told(action):
     """Return what an action warns of."""
@@ -268,3 +270,11 @@ class TestLoggersThatUpload:
 
         said = told(lambda: self.fit(tmp_path, Uploading(tmp_path)))
         assert any("Uploading(log_model=...) uploads files" in one for one in said)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_trainer_without_checkpoints_names_the_callback_and_what_to_write(tmp_path, package):
+    """Lightning names a ModelCheckpoint, which isn't there."""
+    trainer = pytest.importorskip(package).Trainer
+    with pytest.raises(Exception, match=r"found is SBCheckpoint.* or enable_checkpointing=False"):
+        trainer(enable_checkpointing=False, callbacks=[SBCheckpoint(tmp_path)], logger=False)

@@ -232,6 +232,34 @@ def when_loggers_are_given(package: str, act: Callable[[Trainer], None]) -> None
     connectors._LoggerConnector.on_trainer_init = on_trainer_init
 
 
+def tell_of_checkpointing_off(package: str, kind: type) -> None:
+    """Have `Trainer(enable_checkpointing=False)` name a callback that it refuses, and what to write.
+
+    Lightning speaks of a `ModelCheckpoint`, in `_CallbackConnector._configure_checkpoint_callbacks`.
+
+    Args:
+        package: Whose Trainers.
+        kind: The class of the callback.
+    """
+    connectors: Any = import_module(f"{package}.trainer.connectors.callback_connector")
+    original = connectors._CallbackConnector._configure_checkpoint_callbacks
+
+    @wraps(original)
+    def configure(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            original(self, *args, **kwargs)
+        except Exception as error:
+            if any(isinstance(callback, kind) for callback in callbacks_of(self.trainer)):
+                told = (
+                    f"{error} What it found is {kind.__name__}, which saves checkpoints: leave out "
+                    "that, or enable_checkpointing=False"
+                )
+                error.args = (told,)
+            raise
+
+    connectors._CallbackConnector._configure_checkpoint_callbacks = configure
+
+
 def name_mixed_packages(package: str) -> None:
     """Have a package's Trainers name both packages when they are given a module of the other one.
 
