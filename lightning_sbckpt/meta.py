@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_sbckpt._format.omega import name_of, plain
 from lightning_sbckpt._format.yaml import MAX_META_BYTES, TENSOR_MARK, dump_yaml, parse_yaml
 from lightning_sbckpt._io.lazy import is_tensor, torch
 from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
@@ -125,7 +126,7 @@ def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
     """Return `meta` with every number a plain number, so that YAML can hold it.
 
     One-element tensors, numpy scalars and computed torchmetrics become `int`, `float` or `bool`;
-    larger numpy arrays become tensors on the CPU.
+    larger numpy arrays become tensors on the CPU, and OmegaConf's containers plain ones.
 
     Args:
         meta: The keys and values to write.
@@ -145,7 +146,8 @@ def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
         lightning_sbckpt.errors.MetaError: meta can't be written as plain YAML: 'model' ...
     """
     problems: list[str] = []
-    plain = {key: _plain(value, repr(key), problems) for key, value in meta.items()}
+    meta = plain(meta) if name_of(type(meta)) else meta
+    found = {key: _plain(value, repr(key), problems) for key, value in meta.items()}
     keys: list[object] = list(meta)
     for key in keys:
         if isinstance(key, str):
@@ -158,7 +160,7 @@ def plain_meta(meta: Mapping[str, object]) -> dict[str, object]:
             "are numbers, strings, None, tensors, and lists and dictionaries of these. Make larger "
             "objects recoverables instead."
         )
-    return plain
+    return found
 
 
 def _plain(value: object, where: str, problems: list[str], depth: int = 0) -> object:
@@ -179,6 +181,8 @@ def _plain(value: object, where: str, problems: list[str], depth: int = 0) -> ob
     if is_tensor(value):
         tensor = value.detach().cpu()
         return tensor.item() if tensor.numel() == 1 and not tensor.is_complex() else tensor.clone()
+    if name_of(type(value)) is not None:
+        value = plain(value)
     if isinstance(value, Mapping):
         if TENSOR_MARK in value:
             problems.append(f"{where} has the key {TENSOR_MARK!r}, which marks a tensor")

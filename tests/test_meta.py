@@ -466,3 +466,17 @@ def test_meta_is_read_from_regular_files_only(tmp_path, kind):
     checkpointer = Checkpointer(tmp_path)
     healthy = checkpointer.save_checkpoint()
     assert checkpointer.list_checkpoints() == [healthy]
+
+
+@pytest.mark.parametrize("where", ["whole", "part", "within"])
+def test_containers_of_omegaconf_are_plain_ones_in_meta(where):
+    """With what they refer to, wherever they stand."""
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create({"a": {"b": [1, 2]}, "c": "${a.b}"})
+    given = {"whole": config, "part": {"x": config.a.b}, "within": {"x": [config.a]}}[where]
+    meant = {
+        "whole": {"a": {"b": [1, 2]}, "c": [1, 2]},
+        "part": {"x": [1, 2]},
+        "within": {"x": [{"b": [1, 2]}]},
+    }
+    assert there_and_back(given) == meant[where]
