@@ -29,12 +29,11 @@ from lightning_sbckpt.retention import (
     rules_from_keys,
 )
 from lightning_sbckpt.retention.noted import RunRules, best_by, events_of, run_rules
+from lightning_sbckpt.retention.protected import Protected, protected_checkpoints
 from lightning_sbckpt.selection import Criterion, rank_checkpoints
 from lightning_sbckpt.typing import RetentionRule
 
 F = TypeVar("F", bound=Callable[..., object])
-
-Protected = list[tuple[Checkpoint, str]]
 
 
 def rule_options(command: F) -> F:
@@ -95,7 +94,7 @@ def _check_keys(rule: RetentionRule, checkpoints: Sequence[Checkpoint]) -> None:
 
 def plan(folder: Folder, rules: RunRules) -> list[Decision]:
     """Return what happens to each checkpoint by the rules, newest first; reads no manifest."""
-    return _planned(folder, rules, _of_other_runs(folder, None))
+    return _planned(folder, rules, _protected(folder, rules, None))
 
 
 def careful_plan(
@@ -113,21 +112,14 @@ def careful_plan(
         all_runs: Let go also what another run wrote, and what was made by hand.
         also_newest: Let go also the newest that is whole.
     """
-    protected: Protected = [] if all_runs else _of_other_runs(folder, lineage_of)
+    wanted = rules.predicate
+    protected = Protected([], wanted) if all_runs else _protected(folder, rules, lineage_of)
     found = _planned(folder, rules, protected)
-    if not all_runs:
-        averages = [
-            (each.checkpoint, "made by hand: an average")
-            for each in found
-            if not each.keep and lineage_of(each.checkpoint).get("averaged-from")
-        ]
-        protected += averages
-        found = _planned(folder, rules, protected) if averages else found
     if not also_newest and not all(each.keep for each in found):
         sound = first_sound(each.checkpoint for each in found)
         going = {each.checkpoint.path for each in found if not each.keep}
         if sound is not None and sound.path in going:
-            protected += [(sound, "the newest that is whole, to resume from")]
+            protected.reasons.append((sound, "the newest that is whole, to resume from"))
             found = _planned(folder, rules, protected)
     return found, protected
 
@@ -136,28 +128,32 @@ def _planned(folder: Folder, rules: RunRules, protected: Protected) -> list[Deci
     return plan_retention(
         folder.checkpoints,
         rules.rules,
-        predicate=rules.predicate,
-        protected=protected,
+        predicate=protected,
+        protected=protected.reasons,
         bytes_of=checkpoint_bytes,
     )
 
 
-def _of_other_runs(
-    folder: Folder, lineage_of: Callable[[Checkpoint], Mapping[str, object]] | None
+def _protected(
+    folder: Folder,
+    rules: RunRules,
+    lineage_of: Callable[[Checkpoint], Mapping[str, object]] | None,
 ) -> Protected:
-    """Return what the run that saved last did not write, as far as is noted or asked for."""
+    """Return what the run that saved last must not touch, as far as is noted or asked for."""
     timeline = build_timeline(folder.checkpoints, events_of(folder.path), lineage_of=lineage_of)
     there = [
         life
         for life in timeline.lives
         if life.checkpoint is not None and (lineage_of is not None or life.size is not None)
     ]
-    mine = next((life.run for life in reversed(there) if not life.averaged_from), "")
-    return [
-        (life.checkpoint, "another run wrote it")
-        for life in there
-        if life.run != mine and life.checkpoint is not None
-    ]
+    last = next((life for life in reversed(there) if not life.averaged_from), None)
+    lineages = {life.checkpoint.path: life.lineage for life in there if life.checkpoint}
+    return protected_checkpoints(
+        [ckpt for ckpt in folder.checkpoints if ckpt.path in lineages],
+        None if last is None else last.lineage.get("run"),
+        lambda ckpt: lineages[ckpt.path],
+        wanted=rules.predicate,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from lightning_sbckpt._views.columns import freed_by, metric_keys
 from lightning_sbckpt.cli._bars import progress_bar
 from lightning_sbckpt.cli._common import Failure, counted, echo, json_option, print_json
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder
-from lightning_sbckpt.cli._plan import Protected, careful_plan, chosen_rules, rule_options
+from lightning_sbckpt.cli._plan import careful_plan, chosen_rules, rule_options
 from lightning_sbckpt.cli._screen import listing_of
 from lightning_sbckpt.inspect import marks_of
 from lightning_sbckpt.retention import Decision
 from lightning_sbckpt.retention.noted import RunRules, best_by, run_rules
+from lightning_sbckpt.retention.protected import Protected
 from lightning_sbckpt.selection import Criterion
 
 __all__ = ["annotate", "pin", "prune", "unpin"]
@@ -119,7 +120,7 @@ def _carry_out(folder: Folder, rules: RunRules, protected: Protected) -> list[De
     checkpoints.claim()
     try:
         done = checkpoints.apply_retention(
-            rules.rules, ckpt_predicate=rules.predicate, protected=protected
+            rules.rules, ckpt_predicate=protected, protected=protected.reasons
         )
     finally:
         checkpoints.close()

@@ -7,7 +7,7 @@ which a resumed run takes over from the checkpoint that it goes on from.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.options import BestBy, Options
 from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.parts import is_resumable
+from lightning_sbckpt.retention.protected import protected_checkpoints
 from lightning_sbckpt.typing import Access, CheckpointPredicate, RetentionRule, World
 
 ENDED = "ended"
@@ -37,27 +38,6 @@ class RunSummary:
     newest: str
     newest_value: float | None
     best: tuple[tuple[str, float], ...]
-
-
-@dataclass(frozen=True)
-class _Removable:
-    """Which checkpoints retention may delete at all.
-
-    What other runs wrote must not take the place of this run's best, either.
-    """
-
-    others: frozenset[Path]
-    wanted: CheckpointPredicate | None
-
-    @property
-    def text(self) -> str | None:
-        """What the user asked for, as it is noted."""
-        return None if self.wanted is None else getattr(self.wanted, "text", "a function")
-
-    def __call__(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.path not in self.others and (
-            self.wanted is None or self.wanted(checkpoint)
-        )
 
 
 class Run:
@@ -89,7 +69,7 @@ class Run:
         self._rules = rules
         self._predicate = predicate
         self._id = checkpointer.world.broadcast(uuid.uuid4().hex)
-        self._ids: dict[Path, object] = {}
+        self._lineages: dict[Path, Mapping[str, object]] = {}
 
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Take over the run that wrote a checkpoint."""
@@ -162,37 +142,39 @@ class Run:
             self._prune()
 
     def _prune(self) -> None:
-        protected = [
-            (ckpt, "another run wrote it")
-            for ckpt in self.checkpointer.list_checkpoints()
-            if self._id_in(ckpt) != self._id
-        ]
-        protected += [
-            (ckpt, "it is being uploaded")
-            for ckpt in self.checkpointer.list_checkpoints()
-            if ckpt.path in self.busy and self._id_in(ckpt) == self._id
-        ]
-        removable = _Removable(frozenset(ckpt.path for ckpt, _ in protected), self._predicate)
+        protected = protected_checkpoints(
+            self.checkpointer.list_checkpoints(),
+            self._id,
+            self._lineage_of,
+            busy=self.busy,
+            wanted=self._predicate,
+        )
         origin = self.resumed_from
         if origin is not None and self.is_own(origin):
             plan = self.checkpointer.prune_here(
-                self._rules, ckpt_predicate=removable, protected=protected, dry_run=True
+                self._rules, ckpt_predicate=protected, protected=protected.reasons, dry_run=True
             )
             newer = ckpt_recency(origin)
             if not any(
                 decision.keep and ckpt_recency(decision.checkpoint) > newer for decision in plan
             ):
-                protected.append((origin, "the run was resumed from it, and nothing newer stays"))
-        self.checkpointer.prune_here(self._rules, ckpt_predicate=removable, protected=protected)
+                reason = "the run was resumed from it, and nothing newer stays"
+                protected.reasons.append((origin, reason))
+        self.checkpointer.prune_here(
+            self._rules, ckpt_predicate=protected, protected=protected.reasons
+        )
 
     def _id_in(self, checkpoint: Checkpoint) -> object:
-        if checkpoint.path not in self._ids:
+        return self._lineage_of(checkpoint).get("run")
+
+    def _lineage_of(self, checkpoint: Checkpoint) -> Mapping[str, object]:
+        if checkpoint.path not in self._lineages:
             try:
                 manifest = read_manifest(checkpoint.path)
             except (MetaError, OSError):
-                return None
-            self._ids[checkpoint.path] = manifest.lineage.get("run") if manifest else None
-        return self._ids[checkpoint.path]
+                return {}
+            self._lineages[checkpoint.path] = manifest.lineage if manifest else {}
+        return self._lineages[checkpoint.path]
 
 
 def open_checkpointer(options: Options, world: World) -> Checkpointer:

@@ -163,6 +163,17 @@ class TestPrune:
         call("prune", run, "--keep", "Newest(1)", "--all-runs", "--yes")
         assert names(run) == ["CKPT+mine"]
 
+    def test_a_better_one_of_another_run_does_not_take_the_place_of_the_best(self, run, call):
+        """Each run has its own best: what the run itself would keep, the command keeps."""
+        with Checkpointer(run) as checkpointer:
+            for name, loss, of_run in (("other", 0.0, "x"), ("best", 0.1, "y"), ("last", 1.0, "y")):
+                checkpointer.lineage = {"run": of_run}
+                checkpointer.save_checkpoint({"val_loss": loss}, name=name)
+        result = call("prune", run, "--keep", 'Best("val_loss", 1)', "--also-newest", "--yes")
+        assert {"CKPT+other", "CKPT+best"} <= set(names(run))
+        assert "CKPT+last" not in names(run)
+        assert "another run wrote it" in result.stdout
+
     @pytest.mark.long
     def test_while_a_run_saves_it_exits_with_3_and_says_who(self, run, held, call):
         """Nothing is removed and nothing is noted."""
