@@ -93,14 +93,14 @@ def folder_for(
         last: Where the one before it went. It may be gone by now, and its name is not used again:
             who is just reading it must not find another one there.
         stem: What it is about, which others may be, too: a number follows then.
-        used: Names that were given in this process, as `last`.
+        used: Names that are there, or were when an earlier one was saved.
     """
     if name is not None:
         return root / f"{CKPT_PREFIX}+{check_name(name, 'checkpoint')}"
     if stem is not None:
         folder = root / f"{CKPT_PREFIX}+{check_name(stem, 'checkpoint')}"
         numbers = count(1)
-        while folder.name in used or folder.exists():
+        while folder.name in used:
             folder = root / f"{CKPT_PREFIX}+{stem}+{next(numbers):02d}"
         return folder
     stamp = time.strftime("%Y-%m-%d+%H-%M-%S", time.localtime(unixtime))

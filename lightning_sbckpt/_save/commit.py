@@ -13,7 +13,7 @@ from pathlib import Path
 from lightning_sbckpt._io.open_regular import NotRegularError
 from lightning_sbckpt._io.storage import FileDigest, LocalStorage, digest_bytes
 from lightning_sbckpt._layout.manifest import MANIFEST_NAME, MARK, Manifest, dump_manifest
-from lightning_sbckpt._layout.publish import folder_for, publish, read_checkpoint
+from lightning_sbckpt._layout.publish import folder_for, folder_names, publish, read_checkpoint
 from lightning_sbckpt._save.stage import SaverState, Staged
 from lightning_sbckpt._sharded.states import require_all_pieces
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
@@ -114,6 +114,8 @@ def _publish(
     name, stem = staged.request.name, staged.request.stem
     unixtime = float(str(staged.request.meta["unixtime"]))
     while True:
+        if stem is not None:
+            state.used.update(folder_names(state.root))
         target = folder_for(state.root, name, unixtime, state.last, stem=stem, used=state.used)
         try:
             replaced = publish(folder, target, state.storage, replace=name is not None)
@@ -123,8 +125,6 @@ def _publish(
                 raise
         else:
             state.last = target
-            if stem is not None:
-                state.used.add(target.name)
             if replaced is not None:
                 remove(replaced)
             return target

@@ -56,7 +56,7 @@ class SaverState:
         templates: The forms of the files.
         arena: The memory for copies of the state.
         last: Where the last checkpoint went.
-        used: The names that were given by a `stem`.
+        used: The names that were there at a save, where one is named by a `stem`.
         stager: What copies the pieces of this rank, from the first save on that has some.
         folder_lock: What must not be let go of while anything is written or removed.
         upload: Called with the folder of a checkpoint that is durable here, where that is only half
