@@ -579,9 +579,9 @@ class Checkpointer(CheckpointFolder):
         self.wait()
         if not isinstance(checkpoint, tuple):
             given = checkpoint
-            place = decided_by_main(self.world, lambda: resolved(given))
+            place = decided_by_main(self.world, lambda: resolved(given, verified=self.verified))
             checkpoint = read_checkpoint(self.folder_of(place))
-        require_sound(checkpoint, items)
+        require_sound(checkpoint, items, self.verified)
         self._load(items, checkpoint, optional or {})
 
     def _load(

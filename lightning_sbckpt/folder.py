@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from lightning_sbckpt._catalog.catalog import Catalog
+from lightning_sbckpt._io.digests import Verified
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout import annotations as folder_annotations
 from lightning_sbckpt._layout.annotations import annotations_held
@@ -54,7 +55,7 @@ logger = logging.getLogger("lightning_sbckpt")
 # What an object of its own in another process, or a copy in this one, makes anew.
 _OF_A_PROCESS = {
     *("_catalog", "_damage_found", "_history", "_lock", "_looked_at", "_looking", "_mirror"),
-    *("_remover", "_saver", "_uploads", "_watched"),
+    *("_remover", "_saver", "_uploads", "_watched", "verified"),
 }
 _ACCESS = get_args(Access)
 _LOOKS = 8
@@ -82,6 +83,7 @@ class CheckpointFolder:
         url: The URL, or None.
         access: Whether other processes may write, or this one may.
         recoverables: By name, what would be loaded: their files decide whether a checkpoint is sound.
+        verified: The files that the last search has read in full, which a load need not read again.
 
     Raises:
         ConfigurationError: `access` is not one of those known.
@@ -117,6 +119,7 @@ class CheckpointFolder:
     def _set_up(self, place: tuple[Path, Mirror | None], policy: SavePolicy) -> None:
         # What was found damaged when it was to be recovered from.
         self._damage_found: dict[Path, tuple[int | None, str]] = {}
+        self.verified = Verified()
         # Retention may look in the background while the caller does.
         self._looking = RLock()
         self._look_in(place)
@@ -355,6 +358,7 @@ class CheckpointFolder:
                         self.recoverables,
                         unreadable,
                         root,
+                        verified=self.verified,
                         look_again=again,
                         found=self._damage_found,
                     )

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TypeVar
 
+from lightning_sbckpt._io.digests import Verified
 from lightning_sbckpt._layout.publish import folder_names, is_checkpoint
 from lightning_sbckpt._remote.places import display_path, resolve_local
 from lightning_sbckpt._remote.urls import is_url
@@ -38,7 +39,11 @@ def means_run(path: object) -> bool:
 
 
 def checkpoint_of_run(
-    path: object, *, newest: bool = False, part: str | None = None
+    path: object,
+    *,
+    newest: bool = False,
+    part: str | None = None,
+    verified: Verified | None = None,
 ) -> tuple[Checkpoint, str]:
     """Return the sound checkpoint that the path of a run means, and why it is that one.
 
@@ -46,6 +51,7 @@ def checkpoint_of_run(
         path: Of the folder of a run it is the best, if the run noted what is best, or the newest.
         newest: Of the folder of a run it is the newest.
         part: The name of a recoverable that it must have.
+        verified: Gets the files that were read.
 
     Raises:
         CheckpointNotFoundError: No checkpoint there is sound, or it isn't known which is best.
@@ -64,7 +70,8 @@ def checkpoint_of_run(
         )
     key = None if criterion is None else criterion.key
     lowest = criterion is not None and criterion.lowest
-    found = CheckpointFolder(root, access="read").find_sound_checkpoint(
+    folder = CheckpointFolder(root, access="read")
+    found = folder.find_sound_checkpoint(
         ckpt_predicate=None if part is None else lambda ckpt: part in ckpt.paramfiles,
         min_key=key if lowest else None,
         max_key=None if lowest else key,
@@ -76,11 +83,13 @@ def checkpoint_of_run(
         raise CheckpointNotFoundError(
             f"{path}: there is no sound checkpoint in {display_path(root)}{which}"
         )
+    if verified is not None:
+        verified.take(folder.verified)
     why = "the newest" if criterion is None else f"the best: {criterion.describe()}"
     return found, f"{path} means {found.path.name}, {why}"
 
 
-def resolved(path: T, part: str | None = None) -> T | Path | str:
+def resolved(path: T, part: str | None = None, verified: Verified | None = None) -> T | Path | str:
     """Return the folder of the checkpoint that the path of a run means; any other path as it is.
 
     Of a URL it is the URL of the checkpoint: the mirror of another rank may lie elsewhere.
@@ -88,6 +97,7 @@ def resolved(path: T, part: str | None = None) -> T | Path | str:
     Args:
         path: A path.
         part: The name of a recoverable that it must have.
+        verified: Gets the files that were read.
 
     Example:
         >>> resolved("runs/digits/CKPT+a")
@@ -95,7 +105,7 @@ def resolved(path: T, part: str | None = None) -> T | Path | str:
     """
     if not means_run(path):
         return path
-    found, why = checkpoint_of_run(path, part=part)
+    found, why = checkpoint_of_run(path, part=part, verified=verified)
     logger.info("%s", why)
     return place_in_run(path, found)
 

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import yaml
 
 from lightning_sbckpt._format.yaml import MAX_META_BYTES, parse_yaml
-from lightning_sbckpt._io.digests import read_digest, recent_digest
+from lightning_sbckpt._io.digests import read_digest
 from lightning_sbckpt._io.open_regular import NotRegularError, open_below, read_regular
 from lightning_sbckpt._io.records import discard, fetch, stored_files
 from lightning_sbckpt._io.storage import FileDigest, digest_bytes
@@ -159,7 +159,10 @@ def _described(name: object, found: object, path: Path) -> FileDigest:
 
 
 def find_damage(
-    folder: Path, names: Collection[str] | None = None, *, recent: bool = False
+    folder: Path,
+    names: Collection[str] | None = None,
+    *,
+    read: Callable[[BinaryIO], FileDigest] = read_digest,
 ) -> list[str]:
     """Return what is wrong with a checkpoint folder, a sentence each; empty if it is sound.
 
@@ -167,7 +170,7 @@ def find_damage(
         folder: The checkpoint. One without a manifest has nothing to compare with: no damage found.
         names: Only these files, and what is in folders of these names, are read in full; the others
             are looked at for presence and size.
-        recent: A file that was read in full just now, and is unchanged, need not be read again.
+        read: How an open file is read in full, see `Verified`.
 
     Raises:
         RemoteError: A file is in a store, and can't be brought.
@@ -180,7 +183,6 @@ def find_damage(
     if manifest is None:
         lost = lost_manifest(folder)
         return [*([] if lost is None else [lost]), *_find_cut_off_files(folder, names)]
-    read = recent_digest if recent else read_digest
     found: dict[str, str | None] = dict.fromkeys(manifest.files)
 
     def look(name: str) -> None:

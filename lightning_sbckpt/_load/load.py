@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_sbckpt._format.load import trusting_pickle
 from lightning_sbckpt._format.names import marked_path, pickled_path
+from lightning_sbckpt._io.digests import Verified
 from lightning_sbckpt._io.records import fetch, stored_files
 from lightning_sbckpt._layout.manifest import find_damage, read_manifest
 from lightning_sbckpt._layout.publish import SHARDED_EXT, is_checkpoint
@@ -42,12 +43,9 @@ class LoadOptions:
     trust_pickle: bool
 
 
-def damage_of(ckpt: Checkpoint, names: Collection[str], *, recent: bool = False) -> list[str]:
-    """Return what is wrong with the files that loading these recoverables reads."""
-    if not names:
-        # Whoever loads it will do so by other means: every file counts.
-        return find_damage(ckpt.path, recent=recent)
-    return find_damage(ckpt.path, {META_NAME, *_files_of(ckpt, names)}, recent=recent)
+def _files_to_check(ckpt: Checkpoint, names: Collection[str]) -> set[str] | None:
+    # Without names it will be loaded by other means: every file counts.
+    return {META_NAME, *_files_of(ckpt, names)} if names else None
 
 
 def _files_of(ckpt: Checkpoint, names: Collection[str]) -> set[str]:
@@ -76,7 +74,7 @@ def bytes_of(ckpt: Checkpoint, names: Collection[str]) -> int:
 def bytes_to_check(ckpt: Checkpoint, names: Collection[str]) -> int:
     """Return how many bytes `require_sound` reads; none of what nobody described."""
     sizes = _described(ckpt)
-    files = {META_NAME, *_files_of(ckpt, names)} if names else None
+    files = _files_to_check(ckpt, names)
     return sum(
         size for name, size in sizes.items() if files is None or name.partition("/")[0] in files
     )
@@ -90,13 +88,21 @@ def _described(ckpt: Checkpoint) -> dict[str, int]:
     return {} if manifest is None else {n: file.size for n, file in manifest.files.items()}
 
 
-def require_sound(ckpt: Checkpoint, names: Collection[str]) -> None:
+def require_sound(
+    ckpt: Checkpoint, names: Collection[str], verified: Verified | None = None
+) -> None:
     """Refuse a damaged checkpoint; files that were found sound just now are not read again.
+
+    Args:
+        ckpt: The checkpoint.
+        names: The recoverables that will be loaded; none for all.
+        verified: What was found sound just now.
 
     Raises:
         DamagedCheckpointError: A file is not the one that was written.
     """
-    problems = damage_of(ckpt, names, recent=True)
+    read = (verified or Verified()).read_unless_known
+    problems = find_damage(ckpt.path, _files_to_check(ckpt, names), read=read)
     if problems:
         raise DamagedCheckpointError(
             f"{ckpt.path} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
@@ -110,6 +116,7 @@ def first_sound(
     unreadable: Mapping[Path, str],
     root: Path | str,
     *,
+    verified: Verified,
     look_again: bool,
     found: dict[Path, tuple[int | None, str]],
 ) -> Checkpoint | None:
@@ -120,6 +127,7 @@ def first_sound(
         names: The recoverables that will be loaded.
         unreadable: Checkpoints whose meta can't be read, each with the reason.
         root: The folder of all checkpoints.
+        verified: Gets what is read.
         look_again: If one was removed meanwhile, take no later one: whoever removed it had published
             a better one before.
         found: Gets what is damaged: the identity of the folder, and the reason.
@@ -132,7 +140,8 @@ def first_sound(
     vanished: list[str] = []
     for ckpt in candidates:
         before = identity_of_folder(ckpt.path)
-        problems = damage_of(ckpt, names)
+        verified.forget()
+        problems = find_damage(ckpt.path, _files_to_check(ckpt, names), read=verified.read)
         if not problems:
             return ckpt
         if before is None or identity_of_folder(ckpt.path) != before:

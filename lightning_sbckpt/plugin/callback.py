@@ -29,15 +29,14 @@ from lightning_sbckpt.plugin.preemption import Preemption
 from lightning_sbckpt.plugin.resume import ResumeReport
 from lightning_sbckpt.plugin.run import Run, refuse_what_cannot_work
 from lightning_sbckpt.plugin.run_folders import (
-    checkpoint_at,
     is_readable,
     open_for_every_trainer,
+    read_for_new_module,
 )
 from lightning_sbckpt.plugin.session import FitSession, open_folders
 from lightning_sbckpt.plugin.state.capture import Meta, Recoverables
 from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder, check_loaded
 from lightning_sbckpt.plugin.state.names import names_of_module
-from lightning_sbckpt.plugin.state.parts import read_to_load
 from lightning_sbckpt.triggers import Trigger
 from lightning_sbckpt.typing import (
     CheckpointPredicate,
@@ -480,7 +479,7 @@ def join(package: str) -> None:
     _private.trainer.let_load_from_checkpoint_read(
         package,
         is_readable,
-        lambda path, **options: read_to_load(checkpoint_at(path), **options),
+        read_for_new_module,
         check_loaded,
         lambda dump: (
             ForNewModule(dump, names_of_module) if isinstance(dump, LoadedFolder) else dump

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from lightning_sbckpt._io.digests import Verified
 from lightning_sbckpt.plugin._private.strategies import shards_the_model
 from lightning_sbckpt.plugin._private.trainer import Undo, wrap
 from lightning_sbckpt.plugin.options import Options
@@ -13,18 +14,26 @@ from lightning_sbckpt.plugin.state.parts import FolderReader, is_folder
 from lightning_sbckpt.plugin.state.sharded import ShardReader
 
 
-def reader_for(trainer: Trainer, options: Options, *, skip: Collection[str] = ()) -> FolderReader:
+def reader_for(
+    trainer: Trainer,
+    options: Options,
+    *,
+    skip: Collection[str] = (),
+    verified: Verified | None = None,
+) -> FolderReader:
     """Return what reads folders by the options of a callback, each rank what is its own.
 
     Args:
         trainer: About to set up its strategy.
         options: Of the callback.
         skip: Names of files to leave out.
+        verified: See `FolderReader`.
     """
     in_pieces = shards_the_model(trainer.strategy)
     return FolderReader(
         trust_pickle=options.trust_pickle,
         skip=skip,
+        verified=verified,
         pieces=ShardReader(trainer, options.adaptation.key_map) if in_pieces else None,
     )
 

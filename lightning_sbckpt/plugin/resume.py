@@ -186,7 +186,9 @@ class ResumePlan:
                     "searched for a checkpoint to resume from"
                 )
             # What the others see of a shared disk may be older.
-            given = decided_by_main(world, lambda: checkpoint_at(given, newest=True))
+            given = decided_by_main(
+                world, lambda: checkpoint_at(given, newest=True, verified=checkpointer.verified)
+            )
             if not decided_by_main(world, lambda: is_folder(given)):
                 self.report = explicit_report(given)
                 return given

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_sbckpt._io.digests import Verified
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin.io import read_folders
 from lightning_sbckpt.plugin.packages import Callback, Trainer
-from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder
+from lightning_sbckpt.plugin.state.hyperparameters import LoadedFolder
+from lightning_sbckpt.plugin.state.parts import MODEL, FolderReader, is_folder, read_to_load
 from lightning_sbckpt.plugin.world import TrainerWorld
 from lightning_sbckpt.run_paths import checkpoint_of_run, means_run, place_in_run
 
@@ -29,13 +31,22 @@ def is_readable(path: object) -> bool:
     return is_folder(path) or means_run(path)
 
 
-def checkpoint_at(path: _Path, *, newest: bool = False) -> _Path | str:
+def checkpoint_at(
+    path: _Path, *, newest: bool = False, verified: Verified | None = None
+) -> _Path | str:
     """Return the checkpoint that a path means, see `checkpoint_of_run`; another path as it is."""
     if is_folder(path) or not means_run(path):
         return path
-    found, why = checkpoint_of_run(path, newest=newest, part=MODEL)
+    found, why = checkpoint_of_run(path, newest=newest, part=MODEL, verified=verified)
     rank_zero_info(f"SBCheckpoint: {why}")
     return str(place_in_run(path, found))
+
+
+def read_for_new_module(path: str | Path, *, weights_only: bool | None = None) -> LoadedFolder:
+    """Return Lightning's dictionary for `load_from_checkpoint`, from what a path means."""
+    verified = Verified()
+    folder = checkpoint_at(path, verified=verified)
+    return read_to_load(folder, weights_only=weights_only, verified=verified)
 
 
 def open_for_every_trainer(
@@ -52,7 +63,11 @@ def open_for_every_trainer(
     @contextmanager
     def reading(trainer: Trainer, given: object) -> Iterator[object]:
         fits = trainer.state.fn == "fit"
-        path = decided_by_main(TrainerWorld(trainer), lambda: checkpoint_at(given, newest=fits))
+        verified = Verified()
+        path = decided_by_main(
+            TrainerWorld(trainer),
+            lambda: checkpoint_at(given, newest=fits, verified=verified),
+        )
         if any(isinstance(each, kind) for each in _private.trainer.callbacks_of(trainer)):
             yield path
             return
@@ -63,7 +78,7 @@ def open_for_every_trainer(
                 "states and positions of the data: no SBCheckpoint is among the Trainer's callbacks. "
                 "Add one to go on exactly, and to save"
             )
-        undo = read_folders(trainer.strategy, FolderReader())
+        undo = read_folders(trainer.strategy, FolderReader(verified=verified))
         try:
             yield path
         finally:

@@ -79,10 +79,12 @@ class FitSession:
         self._unpair: _private.trainer.Undo | None = None
         self._closing = ExitStack()
         with ExitStack() as closing:
-            self._reader = reader_for(trainer, options, skip=options.adaptation.skip)
-            closing.callback(read_folders(trainer.strategy, self._reader))
             checkpointer = open_checkpointer(options, TrainerWorld(trainer))
             closing.callback(checkpointer.release)
+            self._reader = reader_for(
+                trainer, options, skip=options.adaptation.skip, verified=checkpointer.verified
+            )
+            closing.callback(read_folders(trainer.strategy, self._reader))
             self.run = Run(checkpointer, options.best_by, options.rules, options.predicate)
             self._schedule = Schedule(*options.triggers)
             wanted = WantedKeys(options.best_by, options.rules, options.predicate)

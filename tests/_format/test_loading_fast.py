@@ -664,7 +664,6 @@ def digested(monkeypatch):
     """The names of files read in full for their checksum, of files that count as old enough."""
     read = []
     real = digests.read_digest
-    monkeypatch.setattr(digests, "_remembered", {})
     monkeypatch.setattr(digests, "_TICK_SECONDS", -1.0)
 
     def note(stream):
@@ -672,7 +671,6 @@ def digested(monkeypatch):
         return real(stream)
 
     monkeypatch.setattr(digests, "read_digest", note)
-    monkeypatch.setattr("lightning_sbckpt._layout.manifest.read_digest", note)
     return read
 
 
@@ -695,10 +693,25 @@ class TestReadingOnce:
         checkpointer.save_checkpoint()
         found = checkpointer.find_sound_checkpoint()
         checkpointer.load_checkpoint(found)
+        FolderReader(verified=checkpointer.verified).read(found.path)
         assert sorted(digested) == list(self.FILES)
-        FolderReader().read(found.path)
         checkpointer.find_sound_checkpoint()
         assert len(digested) == 6  # A search always reads.
+
+    def test_what_another_has_read_is_read_again(self, tmp_path, digested):
+        """Nothing is known but what was handed on."""
+        checkpointer = self.run(tmp_path)
+        checkpointer.save_checkpoint()
+        found = checkpointer.find_sound_checkpoint()
+        self.run(tmp_path).load_checkpoint(found)
+        assert len(digested) == 6
+
+    def test_the_path_of_a_run_is_read_once(self, tmp_path, digested):
+        """To find which checkpoint it means is a search."""
+        checkpointer = self.run(tmp_path)
+        checkpointer.save_checkpoint()
+        checkpointer.load_checkpoint(tmp_path / "newest")
+        assert sorted(digested) == list(self.FILES)
 
     def test_a_file_changed_since_is_read_again(self, tmp_path, digested):
         """Its bytes changed in place, its size and even its time as before."""
@@ -733,15 +746,6 @@ class TestReadingOnce:
         monkeypatch.setattr(digests.time, "monotonic", lambda: now + 301)
         checkpointer.load_checkpoint(found)
         assert len(digested) == 6
-
-    def test_what_is_remembered_is_bounded(self, tmp_path, digested, monkeypatch):
-        """Old entries go."""
-        monkeypatch.setattr(digests, "_MOST_REMEMBERED", 3)
-        for number in range(5):
-            (tmp_path / str(number)).write_bytes(b"x")
-            with (tmp_path / str(number)).open("rb", buffering=0) as stream:
-                digests.recent_digest(stream)
-        assert len(digests._remembered) == 3
 
 
 class TestLookingIntoACheckpoint:

@@ -20,6 +20,7 @@ from lightning_sbckpt._format.load import (
     refuse_untrusted,
     trusting_pickle,
 )
+from lightning_sbckpt._io.digests import Verified
 from lightning_sbckpt._layout.manifest import find_damage
 from lightning_sbckpt._layout.publish import (
     CKPT_PREFIX,
@@ -205,6 +206,7 @@ class FolderReader:
         skip: Names of files to leave out. (The model and the optimizers are not left out here:
             Lightning wants to find something for each.)
         pieces: Reads the model and the optimizers where each rank has its own pieces of them.
+        verified: The files that a search has read just now; gets what is read.
 
     Attributes:
         own_hyperparameters: The keys of the last folder read whose values this user's own runs wrote.
@@ -219,12 +221,14 @@ class FolderReader:
         left_out: list[str] | None = None,
         skip: Collection[str] = (),
         pieces: ShardReader | None = None,
+        verified: Verified | None = None,
     ) -> None:
         self._trust_pickle = trust_pickle
         self.left_out = left_out
         self.own_hyperparameters: frozenset[str] = frozenset()
         self.pieces = pieces
         self._skip = skip
+        self._verified = verified or Verified()
 
     def read(
         self, folder: str | Path, *, weights_only: bool | None = None, optimizers: bool = True
@@ -248,8 +252,9 @@ class FolderReader:
                 f"{folder} has no {MODEL}{PARAMFILE_EXT}, so it is not from SBCheckpoint; it has "
                 f"{found}. Load it with lightning_sbckpt.Checkpointer"
             )
-        # The search has read them all a moment ago, if there was one.
-        problems = find_damage(folder, self._read_in_full(checkpoint), recent=True)
+        problems = find_damage(
+            folder, self._read_in_full(checkpoint), read=self._verified.read_unless_known
+        )
         if problems:
             raise DamagedCheckpointError(
                 f"{folder} is damaged and nothing was loaded from it: {'; '.join(problems)}. "
@@ -371,15 +376,18 @@ def _numbered(checkpoint: Checkpoint, name: str) -> list[Path]:
     return paths
 
 
-def read_to_load(folder: str | Path, *, weights_only: bool | None = None) -> LoadedFolder:
+def read_to_load(
+    folder: str | Path, *, weights_only: bool | None = None, verified: Verified | None = None
+) -> LoadedFolder:
     """Return Lightning's dictionary from a folder for `load_from_checkpoint`.
 
     Args:
         folder: The checkpoint folder, or its URL.
         weights_only: See `FolderReader.read`.
+        verified: See `FolderReader`.
     """
     trusted = weights_only is False or pickle_is_trusted()
-    reader = FolderReader(trust_pickle=trusted)
+    reader = FolderReader(trust_pickle=trusted, verified=verified)
     dump = reader.read(folder)
     return LoadedFolder(dump, dump if trusted else reader.own_hyperparameters)
 
