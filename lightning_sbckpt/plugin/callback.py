@@ -203,7 +203,8 @@ class SBCheckpoint(_Base):
         split_model: Sequence[str] = (),
         trust_pickle: bool = False,
         local_dir: str | Path | None = None,
-        storage_options: Mapping[str, object] | None = None,
+        # `Any`, since jsonargparse writes what is within an `object` as text.
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in _NO_ARGUMENTS}
         catch_up()

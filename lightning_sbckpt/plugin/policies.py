@@ -58,7 +58,7 @@ class Store:
 
     url: str
     local_dir: str | Path | None = None
-    storage_options: Mapping[str, object] | None = None
+    storage_options: Mapping[str, Any] | None = None
 
 
 # From an argument to the policy it may be, and from the flat arguments to the policy's attributes.

@@ -89,6 +89,7 @@ WRITTEN = [
         {"importance_key": {"_target_": "test_configurations.first", "_partial_": True}},
         None,
     ),
+    ({"meta": {"a": {"b": [1, {"c": 2}]}}}, {"meta": {"a": {"b": [1, {"c": 2}]}}}),
     ({"meta": {"a": {"b": [1, "${dirpath}"]}}}, {"meta": {"a": {"b": [1, "run"]}}}),
     (
         {

@@ -43,7 +43,8 @@ HPARAMS_YAML = "hparams.yaml"
 
 
 Recoverables = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
-Meta = Mapping[str, object] | Callable[[Trainer, LightningModule], Mapping[str, object]]
+# `Any`, since jsonargparse writes what is within an `object` as text.
+Meta = Mapping[str, Any] | Callable[[Trainer, LightningModule], Mapping[str, object]]
 
 
 class Gatherer:
