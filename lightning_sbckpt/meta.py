@@ -24,6 +24,8 @@ from lightning_sbckpt.errors import MetaError, MismatchError
 __all__ = ["Checkpoint", "ckpt_recency", "dump_meta", "parse_yaml", "plain_meta", "read_meta"]
 
 META_NAME = "CKPT.yaml"
+AVERAGED_FROM = "averaged-from"
+"""The key, in meta and lineage, of the names of the checkpoints that an average was made from."""
 _HEADER = "# yamllint disable\n"
 _MAX_DEPTH = 100
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from lightning_sbckpt._display.wording import say_when, short_name
 from lightning_sbckpt.errors import SelectionError
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency, usable_time
+from lightning_sbckpt.meta import AVERAGED_FROM, Checkpoint, ckpt_recency, usable_time
 from lightning_sbckpt.retention import Best, Pareto, parse_rule
 from lightning_sbckpt.selection import Criterion, rank_checkpoints
 
@@ -84,7 +84,7 @@ class CheckpointHistory:
     @property
     def averaged_from(self) -> tuple[str, ...]:
         """The checkpoints that it is an average of."""
-        found = self.lineage.get("averaged-from") or self.meta.get("averaged-from")
+        found = self.lineage.get(AVERAGED_FROM) or self.meta.get(AVERAGED_FROM)
         return tuple(map(str, found)) if isinstance(found, (list, tuple)) else ()
 
     def number(self, key: str) -> float | None:

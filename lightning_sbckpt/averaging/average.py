@@ -25,13 +25,10 @@ from lightning_sbckpt.averaging.sums import StateDict, average, numbered
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, MismatchError
 from lightning_sbckpt.hooks import speechbrain
-from lightning_sbckpt.meta import Checkpoint, ckpt_recency
+from lightning_sbckpt.meta import AVERAGED_FROM, Checkpoint, ckpt_recency
 from lightning_sbckpt.run_paths import folder_of
 
 __all__ = ["average_checkpoints", "average_state_dicts", "save_average"]
-
-AVERAGED_FROM = "averaged-from"
-"""The key, in meta and lineage, of the names of the checkpoints that an average was made from."""
 
 T = TypeVar("T")
 Source: TypeAlias = "Checkpoint | str | os.PathLike[str]"

@@ -21,7 +21,7 @@ from lightning_sbckpt.cli._common import (
     print_json,
 )
 from lightning_sbckpt.cli._folders import Folder, locate, open_folder, require_key, resolve
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import AVERAGED_FROM, Checkpoint
 from lightning_sbckpt.retention.noted import best_by, run_rules
 from lightning_sbckpt.selection import importance, rank_checkpoints
 
@@ -165,8 +165,6 @@ def _chosen(
     max_key: str | None,
 ) -> Sequence[Checkpoint]:
     """Return the best or the newest ones, of which none is an average itself."""
-    from lightning_sbckpt.averaging.average import AVERAGED_FROM
-
     folder.warn()
     there = [ckpt for ckpt in folder.checkpoints if AVERAGED_FROM not in ckpt.meta]
     if newest is not None:

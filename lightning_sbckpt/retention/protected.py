@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import AVERAGED_FROM, Checkpoint
 from lightning_sbckpt.typing import CheckpointPredicate
 
 
@@ -67,7 +67,7 @@ def protected_checkpoints(
     reasons = []
     for ckpt in checkpoints:
         lineage = lineage_of(ckpt)
-        if lineage.get("averaged-from") or ckpt.meta.get("averaged-from"):
+        if lineage.get(AVERAGED_FROM) or ckpt.meta.get(AVERAGED_FROM):
             reasons.append((ckpt, "made by hand: an average"))
         elif lineage.get("run") != run:
             reasons.append((ckpt, "another run wrote it"))

@@ -36,7 +36,6 @@ from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt._save.items import TakenState
 from lightning_sbckpt._sharded.states import ShardedState
 from lightning_sbckpt._sharded.states import numbered as in_numbers
-from lightning_sbckpt.averaging.average import AVERAGED_FROM
 from lightning_sbckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -45,7 +44,7 @@ from lightning_sbckpt.errors import (
     SBCheckpointError,
     UntrustedPickleError,
 )
-from lightning_sbckpt.meta import Checkpoint
+from lightning_sbckpt.meta import AVERAGED_FROM, Checkpoint
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import FolderDump
 from lightning_sbckpt.plugin.packages import LightningModule, Trainer, some_package
