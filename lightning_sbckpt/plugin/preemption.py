@@ -24,7 +24,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._display.quantities import as_seconds
-from lightning_sbckpt._format.omega import plain
+from lightning_sbckpt._format.omega import opaque, plain
 from lightning_sbckpt._world.world import decided_by_main
 from lightning_sbckpt.errors import ConfigurationError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -39,6 +39,7 @@ _SECONDS_BETWEEN = 1.0
 _WATCH_EVERY = 0.1
 
 
+@opaque
 @dataclass(frozen=True)
 class Preemption:
     """What to do when the machine is about to be taken away.

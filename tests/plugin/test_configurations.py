@@ -356,3 +356,21 @@ def test_an_example_goes_on_when_the_same_command_is_run_again(tmp_path, tool):
 
     run(1, "stopped")
     assert run(3, "stopped") == run(3, "whole")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"preemption": Preemption(grace_time=timedelta(minutes=1))},
+        {"resume": ResumePolicy(partial=True)},
+        {"keep": [Budget("1 GB"), Where("a > 1")]},
+        {"triggers": [EveryInterval(timedelta(minutes=1))]},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_objects_may_be_given_beside_a_configuration_of_hydra(given):
+    """As Hydra's `instantiate` takes them, which reads dataclasses as configurations."""
+    utils = pytest.importorskip("hydra.utils")
+    config = {"_target_": "lightning_sbckpt.SBCheckpoint", "dirpath": "run"}
+    made = utils.instantiate(config, **given)
+    assert repr(made._options) == repr(SBCheckpoint("run", **given)._options)
