@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError
+from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.plugin import _private
 from lightning_sbckpt.plugin._private.loading import ForNewModule
 from lightning_sbckpt.plugin.dirpath import folder, place_of
@@ -463,11 +464,17 @@ def _taking_part(trainer: Trainer) -> list[SBCheckpoint]:
     ]
 
 
-def _resumes_from(trainer: Trainer) -> Path | str | None:
+def _resumes_from(trainer: Trainer) -> CheckpointFolder | None:
     """Return the folder that a fit of a Trainer would go on from, or None."""
     for callback in _taking_part(trainer):
-        if callback._options.resume:  # noqa: SLF001 - its own
-            return callback._place(trainer)  # noqa: SLF001
+        options = callback._options  # noqa: SLF001 - its own
+        if options.resume:
+            return CheckpointFolder(
+                callback._place(trainer),  # noqa: SLF001
+                access="read",
+                local_dir=options.local_dir,
+                storage_options=options.storage_options,
+            )
     return None
 
 

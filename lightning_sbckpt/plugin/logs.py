@@ -13,9 +13,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_sbckpt._format.yaml import dump_yaml, parse_yaml
 from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
+from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.history import read_history
-from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import MetaError, SBCheckpointError
 from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -35,21 +35,21 @@ _trained: WeakKeyDictionary[Logger, int] = WeakKeyDictionary()
 """How many steps had been trained when a fit of this process left a logger."""
 
 
-def join_logs(trainer: Trainer, place: Path | str, given: object = None) -> None:
+def join_logs(trainer: Trainer, folder: CheckpointFolder, given: object = None) -> None:
     """Have a Trainer's loggers write the run whose newest checkpoint is in a folder.
 
     Nothing is said of what prevents it, nor raised: the fit says it.
 
     Args:
         trainer: Its loggers have not been asked for anything yet, if that can be.
-        place: The folder.
+        folder: The folder.
         given: The checkpoint that the fit is to go on from, if it is known.
     """
-    newest = _newest(place)
-    if given is not None and (newest is None or newest.path != Path(str(given)).absolute()):
+    newest = _newest(folder)
+    if given is not None and (newest is None or folder.folder_of(str(given)) != newest.path):
         leave_logs(trainer)
         return
-    noted_in = Path(place) / _BEGUN if newest is None else newest.path / LOGGERS_YAML
+    noted_in = folder.checkpoints_dir / _BEGUN if newest is None else newest.path / LOGGERS_YAML
     for logger, noted in _pairs(trainer, _read(noted_in)):
         if noted is None:
             continue
@@ -67,29 +67,30 @@ def leave_logs(trainer: Trainer) -> None:
             _joined.pop(logger).leave()
 
 
-def follow_logs(package: str, place_of: Callable[[Trainer], Path | str | None]) -> None:
+def follow_logs(package: str, folder_of: Callable[[Trainer], CheckpointFolder | None]) -> None:
     """Have every Trainer's loggers write the run that its fit will go on from.
 
     A script may ask a logger for its folder, or log hyperparameters, before it fits, so they are joined
-    when a Trainer is made; where the folder isn't known by then, when it fits.
+    when a Trainer is made; where the folder isn't known by then, or in a store, when it fits.
 
     Args:
         package: Whose Trainers.
-        place_of: Returns the folder of a Trainer's checkpoints; None if nothing resumes from it.
+        folder_of: Returns the folder of a Trainer's checkpoints; None if nothing resumes from it.
     """
 
     def made(trainer: Trainer) -> None:
         with suppress(SBCheckpointError, OSError):
-            place = place_of(trainer)
-            if place is not None:
-                join_logs(trainer, place)
+            folder = folder_of(trainer)
+            if folder is not None and folder.url is None:
+                join_logs(trainer, folder)
 
     def runs(trainer: Trainer, given: object, method: str) -> object:
-        place = place_of(trainer) if method == "fit" else None
-        if place is None:
+        folder = folder_of(trainer) if method == "fit" else None
+        if folder is None:
             leave_logs(trainer)
         else:
-            join_logs(trainer, place, given)
+            with suppress(SBCheckpointError, OSError):  # The fit meets it, too, and says it.
+                join_logs(trainer, folder, given)
         return given
 
     _private.trainer.when_loggers_are_given(package, made)
@@ -112,22 +113,25 @@ class Logs:
         self._begun: Path | None = None
         self._waits = trainer.is_global_zero
 
-    def begin(self, checkpoint: Checkpoint | None, place: Path, *, explicit: bool) -> list[str]:
+    def begin(
+        self, checkpoint: Checkpoint | None, folder: CheckpointFolder, *, explicit: bool
+    ) -> list[str]:
         """Take back what was logged after a checkpoint, now that the fit goes on from it.
 
         Args:
             checkpoint: The checkpoint; None if the run begins anew.
-            place: The folder of the run.
+            folder: The folder of the run.
             explicit: Whether the user named the checkpoint.
 
         Returns:
             Which logs go on, a line each.
         """
         trainer = self._trainer
-        self._begun = place / _BEGUN
+        self._begun = folder.checkpoints_dir / _BEGUN
         if not trainer.is_global_zero:
             return []
-        newest = _newest(place)
+        with folder.as_known():
+            newest = _newest(folder)
         if checkpoint is None:
             # A run that was killed before its first checkpoint begins anew in its own log.
             known = [] if newest else _read(self._begun)
@@ -236,17 +240,14 @@ def _run_of(logger: Logger) -> LogRun | None:
     return None if kind is None else kind(logger)
 
 
-def _newest(place: Path | str) -> Checkpoint | None:
-    if is_url(str(place)):
-        return None
-    found = [
-        c for c in CheckpointFolder(place, access="read").list_checkpoints() if is_resumable(c)
-    ]
+def _newest(folder: CheckpointFolder) -> Checkpoint | None:
+    found = [each for each in folder.list_checkpoints() if is_resumable(each)]
     return max(found, key=ckpt_recency, default=None)
 
 
 def _read(path: Path) -> list[Mapping[str, Any]]:
     try:
+        bring_file(path)
         told = parse_yaml(read_regular(path, _MOST_BYTES), path)
     except (OSError, NotRegularError, MetaError):
         return []  # An earlier release, or SpeechBrain, has saved it.

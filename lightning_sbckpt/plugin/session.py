@@ -177,9 +177,7 @@ class FitSession:
         """Return where Lightning is to restore from, given what `fit` was given."""
         path = self.plan.path(given)
         lines = self._logs.begin(
-            self.run.resumed_from,
-            self.run.checkpointer.checkpoints_dir,
-            explicit=given is not None,
+            self.run.resumed_from, self.run.checkpointer, explicit=given is not None
         )
         if self.plan.report is not None:
             self.plan.report.notes += lines

@@ -86,13 +86,14 @@ def fit(
     devices=1,
     strategy="auto",
     monitor=True,
+    where=None,
     **options,
 ):
     """Run the script once, and return its Trainer."""
     pl.seed_everything(1, verbose=False)
     data = torch.randn(40, 8)
     made = [logger_of(kind, folder) if isinstance(kind, str) else kind for kind in kinds]
-    saves = SBCheckpoint(folder / "run", every_n_train_steps=4, **options)
+    saves = SBCheckpoint(where or folder / "run", every_n_train_steps=4, **options)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

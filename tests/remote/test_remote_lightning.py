@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import _logged
 import lightning as L
 import pytest
 import torch
@@ -96,6 +97,24 @@ def trainer(*callbacks, epochs=1):
 
 def loader():
     return DataLoader(data(), batch_size=8)
+
+
+def test_log_goes_on_on_another_machine(server, here, bucket, monkeypatch, tmp_path):
+    """What a checkpoint in a store notes of the loggers is read before they are opened."""
+    _logged.fit(tmp_path / "whole", ["csv"], where=f"{bucket}/whole")
+    with pytest.raises(ConnectionAbortedError):
+        _logged.fit(tmp_path / "cut", ["csv"], [Stop()], where=f"{bucket}/cut")
+    find_by_environment(server, tmp_path / "cache-there", monkeypatch)
+    _logged.fit(tmp_path / "cut", ["csv"], where=f"{bucket}/cut")
+    assert _logged.held("csv", tmp_path / "cut") == _logged.held("csv", tmp_path / "whole")
+
+
+class Stop(L.Callback):
+    """Ends a fit in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 17:
+            raise ConnectionAbortedError
 
 
 def test_urls_go_where_paths_of_checkpoints_go(here, bucket, monkeypatch, tmp_path):
