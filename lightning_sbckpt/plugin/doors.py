@@ -66,7 +66,7 @@ class Doors:
     ) -> None:
         pieces = self._reader.pieces
         if pieces is not None:
-            load = lambda state: pieces.load_model(state, strict)  # noqa: E731 - as the other one
+            load = lambda state: pieces.load_model(state, strict, dump.folder)  # noqa: E731 - as the other one
         module = self._trainer.lightning_module
         left_out, self._not_loaded = load_adapted(
             dump, module, self._reader, self._adaptation, load, strict=strict
@@ -139,7 +139,7 @@ def load_weights(
         if pieces is None:
             module.load_state_dict(state, strict=strict)
         else:
-            pieces.load_model(state, strict)
+            pieces.load_model(state, strict, dump.folder)
 
     own = reader.own_state(module)
     saved = renamed_state(dump["state_dict"], own, adaptation.key_map, module)

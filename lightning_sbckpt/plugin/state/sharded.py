@@ -41,7 +41,6 @@ class ShardReader:
     def __init__(self, trainer: Trainer, key_map: Mapping[str, str]) -> None:
         self._trainer = trainer
         self._key_map = key_map
-        self._path = Path()
 
     @property
     def reads_every_byte(self) -> bool:
@@ -58,7 +57,6 @@ class ShardReader:
         from lightning_sbckpt._sharded.loading import model_pieces
         from lightning_sbckpt._sharded.reading import SavedShards
 
-        self._path = path
         own = module_state(self._module)
         find = OwnNames.of(own, self._key_map).find
         if path.suffix != SHARDED_EXT:
@@ -149,12 +147,13 @@ class ShardReader:
         module = self._module
         return dict(module_state(module) if is_fsdp1(module) else module.state_dict())
 
-    def load_model(self, state: Mapping[str, Any], strict: bool) -> None:
+    def load_model(self, state: Mapping[str, Any], strict: bool, folder: Path) -> None:
         """Put a state of the model in place.
 
         Args:
             state: As `model` returned it.
             strict: Whether all names must be the same.
+            folder: The checkpoint, for the message.
 
         Raises:
             MismatchError: It does not fit.
@@ -168,7 +167,7 @@ class ShardReader:
         fitting = state if strict else {name: state[name] for name in state if name in own}
         sizes = sizes_of(own)
         require_fit(
-            self._path,
+            folder,
             self._trainer.lightning_module,
             sizes if strict else {name: sizes[name] for name in sizes if name in fitting},
             sizes_of(fitting),
