@@ -21,11 +21,11 @@ from lightning_sbckpt.checkpointer import Checkpointer
 from lightning_sbckpt.errors import ConfigurationError, FolderInUseError, MetaError
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
 from lightning_sbckpt.plugin import _private
-from lightning_sbckpt.plugin.options import BestBy, Options
+from lightning_sbckpt.plugin.options import Options
 from lightning_sbckpt.plugin.packages import Trainer
 from lightning_sbckpt.plugin.state.parts import is_resumable
 from lightning_sbckpt.retention.protected import protected_checkpoints
-from lightning_sbckpt.typing import Access, CheckpointPredicate, RetentionRule, World
+from lightning_sbckpt.typing import Access, World
 
 ENDED = "ended"
 """The key under which a checkpoint says why the fit that ended with it did."""
@@ -45,9 +45,7 @@ class Run:
 
     Args:
         checkpointer: Of the folder that the run shares with whoever used it before.
-        best_by: Which is best.
-        rules: Which stay.
-        predicate: Which retention may delete at all.
+        options: Which is best, which stay, and which retention may delete at all.
 
     Attributes:
         checkpointer: As given.
@@ -55,19 +53,13 @@ class Run:
         busy: Checkpoints that somebody is reading at the moment.
     """
 
-    def __init__(
-        self,
-        checkpointer: Checkpointer,
-        best_by: BestBy,
-        rules: Sequence[RetentionRule],
-        predicate: CheckpointPredicate | None,
-    ) -> None:
+    def __init__(self, checkpointer: Checkpointer, options: Options) -> None:
         self.checkpointer = checkpointer
         self.resumed_from: Checkpoint | None = None
         self.busy: set[Path] = set()
-        self._best_by = best_by
-        self._rules = rules
-        self._predicate = predicate
+        self._best_by = options.best_by
+        self._rules = options.rules
+        self._predicate = options.predicate
         self._id = checkpointer.world.broadcast(uuid.uuid4().hex)
         self._lineages: dict[Path, Mapping[str, object]] = {}
 

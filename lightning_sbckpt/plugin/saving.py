@@ -10,6 +10,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_sbckpt._save.request import SaveRequest, SaveResult
+from lightning_sbckpt._save.saver import SavePolicy
 from lightning_sbckpt._world.world import decided_by_main, decided_together
 from lightning_sbckpt.errors import SaveError, SBCheckpointError
 from lightning_sbckpt.meta import Checkpoint, plain_meta
@@ -208,9 +209,7 @@ class Saving:
         watch: Whether the run is to end; None if nobody may ask it to.
         experiment: What is trained.
         logs: What its loggers write.
-        mode: `"sync"`, `"async"` or `"overlap"`.
-        warns: Whether training goes on without a checkpoint that could not be written.
-        name: How checkpoints are named; None for by the time.
+        policy: How saves go on.
         announce: Tells loggers, and whoever looks at the callback, which checkpoints there are.
     """
 
@@ -224,9 +223,7 @@ class Saving:
     watch: Watch | None
     experiment: Experiment
     logs: Logs
-    mode: str
-    warns: bool
-    name: str | None
+    policy: SavePolicy
     announce: Callable[[], object]
     _unannounced: bool = False
     _may_hide: bool = True
@@ -238,7 +235,7 @@ class Saving:
         """
         self.gatherer.begin(module)
         self._may_hide = module.automatic_optimization
-        if self.mode == "overlap" and not self._may_hide:
+        if self.policy.mode == "overlap" and not self._may_hide:
             rank_zero_info(
                 "SBCheckpoint: this module optimizes manually, so nobody tells when parameters "
                 "are about to change: copies are made before training goes on (save_mode "
@@ -346,7 +343,7 @@ class Saving:
         self.schedule.saved(trainer, result, within_epoch=within_epoch)
         if result.skipped:
             return meta
-        is_sync = self.mode == "sync"
+        is_sync = self.policy.mode == "sync"
         if is_sync or self._unannounced:
             # In the background it is the one before that is durable by now.
             self._announce()
@@ -359,7 +356,7 @@ class Saving:
         Raises:
             SBCheckpointError: A hook of the user, or what is to be in the meta, failed on some rank.
         """
-        world = self.run.checkpointer.world
+        world, policy = self.run.checkpointer.world, self.policy
         failure: Exception | None = None
         own: dict[str, Any] = {}
         request = SaveRequest({})
@@ -376,7 +373,7 @@ class Saving:
             request = SaveRequest(
                 rest,
                 meta=meta,
-                stem=None if self.name is None else named(self.name, plain_meta(meta)),
+                stem=None if policy.name is None else named(policy.name, plain_meta(meta)),
                 end_of_epoch=not within_epoch or _private.trainer.epoch_is_over(trainer),
                 lineage=self.run.lineage(due.reason),
                 extra_files={
@@ -389,7 +386,7 @@ class Saving:
             )
         except Exception as error:
             failure = error
-            if self.warns and not isinstance(error, SBCheckpointError):
+            if policy.on_error == "warn" and not isinstance(error, SBCheckpointError):
                 failure = SaveError(
                     f"the state for a checkpoint can't be taken: {type(error).__name__}: {error}. "
                     "Nothing was written; earlier checkpoints are whole"

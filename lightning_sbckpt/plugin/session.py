@@ -85,7 +85,7 @@ class FitSession:
                 trainer, options, skip=options.adaptation.skip, verified=checkpointer.verified
             )
             closing.callback(read_folders(trainer.strategy, self._reader))
-            self.run = Run(checkpointer, options.best_by, options.rules, options.predicate)
+            self.run = Run(checkpointer, options)
             self._schedule = Schedule(*options.triggers)
             wanted = WantedKeys(options.best_by, options.rules, options.predicate)
             self._metrics = Metrics(wanted.named)
@@ -118,9 +118,7 @@ class FitSession:
                 self._watch,
                 experiment,
                 self._logs,
-                options.save_policy.mode,
-                options.save_policy.on_error == "warn",
-                options.save_policy.name,
+                options.save_policy,
                 announce,
             )
             self.plan = ResumePlan(
