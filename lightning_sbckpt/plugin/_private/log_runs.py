@@ -485,6 +485,7 @@ class _Wandb(LogRun):
         self._rows: dict[int, dict[str, Any]] = {}
         self._next = 0
         self._skipped = 0
+        self._numbers_next = False
         self._read = _HEADER
 
     def note(self) -> dict[str, Any]:
@@ -523,6 +524,8 @@ class _Wandb(LogRun):
             self._skipped -= ends
             return
         self._next = row + bool(ends)
+        if self._numbers_next:
+            self._numbers_next, step, commit = False, row, ends
         if self._is_offline:
             numbers = {name: each for name, each in data.items() if isinstance(each, (int, float))}
             self._rows.setdefault(row, {}).update(numbers)
@@ -570,8 +573,8 @@ class _Wandb(LogRun):
         for number, data in noted["rows"]:
             if number not in there:
                 experiment.log(data, step=number, commit=True)
-        if self._next < row:
-            experiment.log({}, step=row, commit=False)
+        self._numbers_next = self._next < row
+        self._next = max(self._next, row)
         return ""
 
     def __str__(self) -> str:
