@@ -20,10 +20,10 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import torch
+from _page import section, table, write_section
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "durability.md"
-BEGIN, END = "<!-- counts: begin -->", "<!-- counts: end -->"
 SUITES = (
     "tests/durability/test_every_operation.py",
     "tests/durability/test_random_kills.py",
@@ -72,10 +72,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="how many tests run at a time")
     arguments = parser.parse_args()
     share, processes = arguments.share, arguments.processes
-    page = PAGE.read_text()
-    before, _, rest = page.partition(BEGIN)
-    table, _, after = rest.partition(END)
-    rows = {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+    known = section(PAGE, "counts").splitlines()
+    rows = {line.split("`")[1]: line for line in known if line.startswith("| `")}
     failed = 0
     for suite in arguments.suites:
         ended, counted, seconds = run(suite, share=share, processes=processes)
@@ -89,11 +87,10 @@ def main() -> int:
     lines = [
         f'Everything (`pytest -m ""`), or where it says so the seeded share (`pytest`), on {where}:',
         "",
-        "| suite | passed | failed | skipped | counted by the tests | seconds |",
-        "|---|---|---|---|---|---|",
+        *table(("suite", "passed", "failed", "skipped", "counted by the tests", "seconds"), ()),
         *(rows[suite] for suite in SUITES if suite in rows),
     ]
-    PAGE.write_text(before + BEGIN + "\n\n" + "\n".join(lines) + "\n\n" + END + after)
+    write_section(PAGE, "counts", lines)
     return 1 if failed else 0
 
 

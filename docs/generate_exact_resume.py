@@ -20,9 +20,10 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from _page import section, table, write_section
+
 HERE = Path(__file__).resolve().parent
 PAGE = HERE / "exact-resume.md"
-BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 sys.path.insert(0, str(HERE.parent / "tests" / "plugin"))
 
 
@@ -68,27 +69,21 @@ def measure_release(release: str) -> dict[str, str]:
     return verdicts
 
 
-def table(columns: dict[str, dict[str, str]]) -> str:
+def table_of(columns: dict[str, dict[str, str]]) -> list[str]:
     """Return a Markdown table, a row for each cell and a column for each release."""
-    cells = list(dict.fromkeys(name for verdicts in columns.values() for name in verdicts))
-    lines = [
-        "| run | " + " | ".join(f"Lightning {release}" for release in columns) + " |",
-        "| --- | " + " | ".join("---" for _ in columns) + " |",
-    ]
-    for cell in cells:
-        verdicts = (verdicts.get(cell, "") for verdicts in columns.values())
-        lines.append(f"| {cell} | " + " | ".join(verdicts) + " |")
-    return "\n".join(lines)
+    cells = dict.fromkeys(name for verdicts in columns.values() for name in verdicts)
+    rows = [[cell, *(v.get(cell, "") for v in columns.values())] for cell in cells]
+    return table(["run", *(f"Lightning {release}" for release in columns)], rows)
 
 
 def columns_of(body: str) -> dict[str, dict[str, str]]:
-    """Return what `table` made a table of."""
+    """Return what `table_of` made a table of."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in body.splitlines()
-        if line.startswith("| ")
+        if line.startswith("| ") and not line.startswith("| ---")
     ]
-    (_, *titles), _, *cells = rows
+    (_, *titles), *cells = rows
     return {
         title.removeprefix("Lightning "): {name: verdicts[number] for name, *verdicts in cells}
         for number, title in enumerate(titles)
@@ -112,8 +107,7 @@ def main() -> None:
         parser.error(f"no such cell: {', '.join(unknown)}; they are in tests/plugin/exact_cells.py")
     if arguments.cell and arguments.releases:
         parser.error("--cell measures with the release that is installed, and no other")
-    head, _, rest = PAGE.read_text().partition(BEGIN)
-    before, _, tail = rest.partition(END)
+    before = section(PAGE, "generated")
     versions = ", ".join(
         [f"Python {platform.python_version()}"]
         + [f"{name} {version(name)}" for name in ("torch", "torchmetrics", "numpy", "torchdata")]
@@ -136,7 +130,7 @@ def main() -> None:
         for release in arguments.releases:
             if release not in columns:
                 columns[release] = measure_release(release)
-    PAGE.write_text(f"{head}{BEGIN}\n{measured_with}\n\n{table(columns)}\n{END}{tail}")
+    write_section(PAGE, "generated", [measured_with, "", *table_of(columns)])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 import fsspec  # noqa: E402
+from _page import table, write_section  # noqa: E402
 from remote._s3_server import S3Server  # noqa: E402
 
 from benchmarks import environment  # noqa: E402
@@ -31,7 +32,6 @@ from benchmarks.states import State  # noqa: E402
 from lightning_sbckpt import Checkpointer  # noqa: E402
 
 PAGE = HERE / "remote.md"
-BEGIN, END = "<!-- costs: begin -->", "<!-- costs: end -->"
 MEGABYTES, ROUNDS = 200, 7
 
 FOLDER = "a save to a folder"
@@ -128,19 +128,18 @@ class Costs:
             remove(folder)
 
 
-def table(found: dict[str, list[float]]) -> str:
+def ratios_of(found: dict[str, list[float]]) -> list[str]:
     """Return the ratios as a table."""
 
-    def row(what: str, against: str, above: list[float], below: list[float]) -> str:
+    def row(what: str, against: str, above: list[float], below: list[float]) -> tuple[str, ...]:
         ratios = [a / b for a, b in zip(above, below, strict=True)]
         spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        return f"| {what} | {against} | {spread} |"
+        return what, against, spread
 
     both = [a + b for a, b in zip(found[FOLDER], found[UPLOAD], strict=True)]
-    return "\n".join(
+    return table(
+        ("what", "against", "ratio"),
         [
-            "| what | against | ratio |",
-            "|---|---|---|",
             row(f"{URL}, until it is in the store", f"{FOLDER}, and {UPLOAD}", found[URL], both),
             row(STALL, FOLDER, found[STALL], found[FOLDER]),
             row(
@@ -149,7 +148,7 @@ def table(found: dict[str, list[float]]) -> str:
                 found[RECOVER],
                 found[DOWNLOAD],
             ),
-        ]
+        ],
     )
 
 
@@ -172,17 +171,18 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if failures:
         raise SystemExit(f"not measured: {failures}")
-    body = (
-        f"Side by side in one run, {megabytes} MB of state, an S3 server on the same machine; "
-        f"medians of {rounds} rounds, in brackets the lowest and highest. Processors: "
-        f"{where['processors']}.\n\n"
-        f"{table(found)}"
-    )
-    print(body)
+    lines = [
+        (
+            f"Side by side in one run, {megabytes} MB of state, an S3 server on the same machine; "
+            f"medians of {rounds} rounds, in brackets the lowest and highest. Processors: "
+            f"{where['processors']}."
+        ),
+        "",
+        *ratios_of(found),
+    ]
+    print("\n".join(lines))
     if not given.quick:
-        head, _, rest = PAGE.read_text().partition(BEGIN)
-        _, _, tail = rest.partition(END)
-        PAGE.write_text(f"{head}{BEGIN}\n{body}\n{END}{tail}")
+        write_section(PAGE, "costs", lines)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import _page  # noqa: E402
+
 from benchmarks import environment, made_up_ranks, rank_counts, ranks  # noqa: E402
 from benchmarks.made_up_ranks import Cost  # noqa: E402
 
@@ -44,8 +46,7 @@ NAMES = {
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     """Return a table, the first column to the left and the others to the right."""
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
+    return _page.table(head, rows, "---:")
 
 
 def seconds(value: float) -> str:
@@ -187,14 +188,6 @@ def sharded(sizes: Sequence[int]) -> list[str]:
     return table(head, rows)
 
 
-def put(page: str, name: str, lines: Sequence[str]) -> str:
-    """Return the page with what stands between the markers of a table replaced."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, _, rest = page.partition(begin)
-    after = rest.partition(end)[2]
-    return before + begin + "\n\n" + "\n".join(lines) + "\n\n" + end + after
-
-
 def main() -> int:
     """Measure all, and rewrite the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -224,12 +217,10 @@ def main() -> int:
                 ],
             ),
         }
-    page = PAGE.read_text()
     for name, lines in tables.items():
-        page = put(page, name, lines)
         print("\n".join(lines), end="\n\n")
-    if not given.quick:
-        PAGE.write_text(page)
+        if not given.quick:
+            _page.write_section(PAGE, name, lines)
     return 0
 
 
