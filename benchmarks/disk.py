@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.measure import timed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -123,6 +125,12 @@ class RawWrite:
     def clear(self) -> None:
         """Remove what was written."""
         remove(self._path)
+
+    def seconds(self) -> float:
+        """Write once, and return how long it took."""
+        seconds = timed(self)
+        self.clear()
+        return seconds
 
 
 def _huge_pages(size: int) -> memoryview:

@@ -11,7 +11,7 @@ import torch
 import xxhash
 
 from benchmarks.disk import renew_memory, scratch, warm
-from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
+from benchmarks.measure import Section, Settings, Table, size_label, timed
 from benchmarks.peer import Peer
 from benchmarks.peers import FOUND, LOADING, opened
 from benchmarks.states import State
@@ -79,11 +79,9 @@ def run(settings: Settings) -> Section:
             ):
                 table.add(
                     size_label(size),
-                    interleave(
+                    settings.interleave(
                         {READ: file.read, HASHED: file.hash_and_read, **subjects},
-                        rounds=settings.rounds(7),
-                        at_least=settings.at_least,
-                        patience=settings.patience,
+                        7,
                         seconds=seconds,
                         failures=section.failures,
                     ),

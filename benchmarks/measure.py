@@ -54,15 +54,26 @@ class Settings:
         """Return how many rounds to take at most."""
         return min(full, 2) if self.quick else full
 
-    @property
-    def at_least(self) -> int:
-        """How many rounds to take even if the time is over."""
-        return 1 if self.quick else 3
-
-    @property
-    def patience(self) -> float:
-        """The share of the time that may be spent on waiting for a quieter machine, on top of it."""
-        return 0.0 if self.quick else 0.3
+    def interleave(
+        self,
+        subjects: Mapping[str, Callable[[], float]],
+        rounds: int,
+        *,
+        seconds: float | None = None,
+        at_least: int = 3,
+        warmup: int = 1,
+        failures: dict[str, str] | None = None,
+    ) -> dict[str, list[float]]:
+        """Call `interleave` with as many rounds, and as much patience, as this run has."""
+        return interleave(
+            subjects,
+            rounds=self.rounds(rounds),
+            at_least=1 if self.quick else at_least,
+            seconds=self.seconds if seconds is None else seconds,
+            warmup=warmup,
+            patience=0.0 if self.quick else 0.3,
+            failures=failures,
+        )
 
 
 @dataclass

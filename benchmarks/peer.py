@@ -6,12 +6,13 @@ import importlib.util
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.disk import flush_folder
-from benchmarks.measure import UnavailableError
+from benchmarks.measure import UnavailableError, timed
 from benchmarks.states import State
 
 OURS = "lightning-sbckpt"
@@ -83,6 +84,20 @@ class Peer:
 
     def _write(self, path: Path) -> None:
         raise NotImplementedError
+
+
+def saver(peer: Peer, state: State, *, wait: bool = True) -> Callable[[], float]:
+    """Return what saves a changed state, removes the checkpoint, and returns the seconds of `save`."""
+
+    def save() -> float:
+        state.change()
+        seconds = timed(peer.save)
+        if wait:
+            peer.wait()
+        peer.clear()
+        return seconds
+
+    return save
 
 
 def take_dump(state: State, dump: Any) -> None:

@@ -16,7 +16,7 @@ import lightning_sbckpt
 from benchmarks import finding, stalls, stepping
 from benchmarks.disk import scratch, warm
 from benchmarks.measure import UnavailableError, timed
-from benchmarks.peer import quiet
+from benchmarks.peer import quiet, saver
 from benchmarks.peers import Ours
 from benchmarks.states import State
 
@@ -25,23 +25,17 @@ def _saves(mode: str) -> Callable[[int, Path, int], list[float]]:
     def measure(size: int, folder: Path, rounds: int) -> list[float]:
         state = State(size)
         with _ours(mode, state, folder) as peer:
-            return [_save(peer, state) for _ in range(rounds + 1)][1:]
+            save = saver(peer, state)
+            return [save() for _ in range(rounds + 1)][1:]
 
     return measure
-
-
-def _save(peer: Ours, state: State) -> float:
-    state.change()
-    seconds = timed(peer.save)
-    peer.wait()
-    peer.clear()
-    return seconds
 
 
 def _small(_: int, folder: Path, rounds: int) -> list[float]:
     state = State(1.0, layers=12)
     with _ours("sync", state, folder) as peer:
-        return [_save(peer, state) for _ in range(5 * rounds + 1)][1:]
+        save = saver(peer, state)
+        return [save() for _ in range(5 * rounds + 1)][1:]
 
 
 def _load(size: int, folder: Path, rounds: int) -> list[float]:
@@ -55,7 +49,7 @@ def _load(size: int, folder: Path, rounds: int) -> list[float]:
 def _lost(size: int, folder: Path, rounds: int) -> list[float]:
     state = State(size)
     with _ours("async", state, folder) as peer:
-        _save(peer, state)
+        saver(peer, state)()
         lost = []
         for _ in range(rounds):
             state.change()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from benchmarks.ranks import PRELOAD
+from benchmarks.ranks import run_ranks
 from lightning_sbckpt import SBCheckpoint
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt.plugin.saving import Saving
@@ -150,24 +148,5 @@ def counts_of(size: int, folder: Path, keep: int) -> list[dict[str, Any]]:
     Raises:
         RuntimeError: A rank failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
-    processes = [
-        context.Process(target=fit, args=(rank, size, port, folder, keep)) for rank in range(size)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-    finally:
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
-    if any(code != 0 for code in codes):
-        raise RuntimeError(f"counting with {size} ranks: exit codes {codes}")
+    run_ranks(size, lambda port: (port, folder, keep), fit, 120)
     return [json.loads((folder / f"counts{rank}.json").read_text()) for rank in range(size)]

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -186,6 +186,44 @@ class Line:
         return self.start + self.slope * ranks
 
 
+def run_ranks(
+    size: int,
+    arguments: Callable[[int], tuple[object, ...]],
+    target: Callable[..., None],
+    seconds: float,
+) -> None:
+    """Run a function as every rank of a group, in processes of their own.
+
+    Args:
+        size: How many ranks.
+        arguments: Of a free port; what `target` takes after its rank and the size.
+        target: What each process runs.
+        seconds: When to give up.
+
+    Raises:
+        RuntimeError: A process failed or took too long.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        more = arguments(int(found.getsockname()[1]))
+    processes = [context.Process(target=target, args=(rank, size, *more)) for rank in range(size)]
+    try:
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+    if any(code != 0 for code in codes):
+        raise RuntimeError(f"{size} ranks: a process failed or took too long, exit codes {codes}")
+
+
 def simulate(
     size: int, folder: Path, rounds: int, forms: Sequence[str] = FORMS
 ) -> dict[str, list[dict[str, float]]]:
@@ -200,28 +238,7 @@ def simulate(
     Raises:
         RuntimeError: A process failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
-    processes = [
-        context.Process(target=save_rounds, args=(rank, size, port, folder, rounds + 1, forms))
-        for rank in range(size)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + _LIMIT
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-    finally:
-        codes = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-            process.join()
-    if any(code != 0 for code in codes):
-        raise RuntimeError(f"{size} ranks: a process failed or took too long, exit codes {codes}")
+    run_ranks(size, lambda port: (port, folder, rounds + 1, forms), save_rounds, _LIMIT)
     by_rank = [json.loads((folder / f"took{rank}.json").read_text()) for rank in range(size)]
     return {
         form: [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.disk import RawWrite, scratch
-from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
-from benchmarks.peer import Peer
+from benchmarks.measure import Section, Settings, Table, size_label
+from benchmarks.peer import saver
 from benchmarks.peers import SYNC, opened
 from benchmarks.states import State
 
@@ -30,7 +30,6 @@ def run(settings: Settings) -> Section:
         {"save": table},
     )
     for size in settings.sizes:
-        seconds = settings.seconds_for(size)
         chosen = {name: make for name, make in SYNC.items() if size < _BIG or name in _FOR_BIG}
         state = State(size)
         with (
@@ -38,16 +37,14 @@ def run(settings: Settings) -> Section:
             opened(chosen, state, folder, section.failures) as peers,
         ):
             raw = RawWrite(folder / "raw", state.bytes())
-            subjects: dict[str, Callable[[], float]] = {RAW: lambda raw=raw: _raw(raw)}  # type: ignore[misc]
-            subjects |= {name: _saver(peer, state) for name, peer in peers.items()}
+            subjects: dict[str, Callable[[], float]] = {RAW: raw.seconds}
+            subjects |= {name: saver(peer, state, wait=False) for name, peer in peers.items()}
             table.add(
                 size_label(size),
-                interleave(
+                settings.interleave(
                     subjects,
-                    rounds=settings.rounds(15 if size <= 100 else 7),
-                    at_least=settings.at_least,
-                    patience=settings.patience,
-                    seconds=seconds,
+                    15 if size <= 100 else 7,
+                    seconds=settings.seconds_for(size),
                     warmup=0 if size >= _BIG else 1,
                     failures=section.failures,
                 ),
@@ -56,19 +53,3 @@ def run(settings: Settings) -> Section:
                 table.notes.append("The filesystem refuses O_DIRECT: the raw write is buffered.")
         print(f"  save: {size_label(size)} done", flush=True)
     return section
-
-
-def _raw(raw: RawWrite) -> float:
-    seconds = timed(raw)
-    raw.clear()
-    return seconds
-
-
-def _saver(peer: Peer, state: State) -> Callable[[], float]:
-    def save() -> float:
-        state.change()
-        seconds = timed(peer.save)
-        peer.clear()
-        return seconds
-
-    return save

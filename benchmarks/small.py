@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.disk import RawWrite, bytes_on_disk, flush, flush_folder, scratch
-from benchmarks.measure import Section, Settings, Table, interleave, size_label, timed
-from benchmarks.peer import OURS, Peer
+from benchmarks.measure import Section, Settings, Table, size_label, timed
+from benchmarks.peer import OURS, saver
 from benchmarks.peers import ASYNC, SYNC, Ours, opened
 from benchmarks.saving import RAW
 from benchmarks.states import State
@@ -38,36 +38,12 @@ def run_small(settings: Settings) -> Section:
         opened(chosen, state, folder, section.failures) as peers,
     ):
         raw = RawWrite(folder / "raw", state.bytes())
-
-        def write_raw() -> float:
-            seconds = timed(raw)
-            raw.clear()
-            return seconds
-
-        subjects: dict[str, Callable[[], float]] = {RAW: write_raw}
-        subjects |= {name: _saver(peer, state) for name, peer in peers.items()}
-        rounds = interleave(
-            subjects,
-            rounds=settings.rounds(30),
-            at_least=settings.at_least,
-            patience=settings.patience,
-            seconds=settings.seconds,
-            failures=section.failures,
-        )
+        subjects: dict[str, Callable[[], float]] = {RAW: raw.seconds}
+        subjects |= {name: saver(peer, state) for name, peer in peers.items()}
+        rounds = settings.interleave(subjects, 30, failures=section.failures)
         table.add("1 MB", rounds)
     print("  small: done", flush=True)
     return section
-
-
-def _saver(peer: Peer, state: State) -> Callable[[], float]:
-    def save() -> float:
-        state.change()
-        seconds = timed(peer.save)
-        peer.wait()
-        peer.clear()
-        return seconds
-
-    return save
 
 
 def run_removal(settings: Settings) -> Section:
@@ -106,13 +82,7 @@ def run_removal(settings: Settings) -> Section:
             flush_folder(folder)
             return seconds
 
-        rounds = interleave(
-            {REMOVE: plain, f"{OURS}, sync": ours},
-            rounds=settings.rounds(5),
-            at_least=settings.at_least,
-            patience=settings.patience,
-            seconds=settings.seconds,
-        )
+        rounds = settings.interleave({REMOVE: plain, f"{OURS}, sync": ours}, 5)
         peer.close()
     table.add(size_label(size), rounds)
     print("  remove: done", flush=True)

@@ -15,12 +15,11 @@ from benchmarks.measure import (
     Settings,
     Table,
     described,
-    interleave,
     median,
     size_label,
     timed,
 )
-from benchmarks.peer import OURS, Peer
+from benchmarks.peer import OURS, Peer, saver
 from benchmarks.peers import ASYNC, SYNC, opened
 from benchmarks.states import ReadyCopy, State
 
@@ -53,14 +52,12 @@ def run_stall(settings: Settings) -> Section:
         ):
             copy = ReadyCopy(state)
             subjects: dict[str, Callable[[], float]] = {COPY: lambda copy=copy: timed(copy)}  # type: ignore[misc]
-            subjects |= {name: _staller(peer, state) for name, peer in peers.items()}
+            subjects |= {name: saver(peer, state) for name, peer in peers.items()}
             table.add(
                 size_label(size),
-                interleave(
+                settings.interleave(
                     subjects,
-                    rounds=settings.rounds(9),
-                    at_least=settings.at_least,
-                    patience=settings.patience,
+                    9,
                     seconds=settings.seconds_for(size),
                     failures=section.failures,
                 ),
@@ -68,17 +65,6 @@ def run_stall(settings: Settings) -> Section:
             del copy, subjects
         print(f"  stall: {size_label(size)} done", flush=True)
     return section
-
-
-def _staller(peer: Peer, state: State) -> Callable[[], float]:
-    def save() -> float:
-        state.change()
-        seconds = timed(peer.save)
-        peer.wait()
-        peer.clear()
-        return seconds
-
-    return save
 
 
 def run_lost(settings: Settings) -> Section:
@@ -114,7 +100,7 @@ def run_lost(settings: Settings) -> Section:
         for name, peer in list(peers.items()):
             try:
                 # What is kept from save to save exists from here on.
-                _staller(peer, state)()
+                saver(peer, state)()
             except Exception as error:
                 section.failures[name] = described(error)
                 del peers[name]
@@ -123,11 +109,9 @@ def run_lost(settings: Settings) -> Section:
             subjects |= {
                 name: _loser(peer, state, step, rate_seconds) for name, peer in peers.items()
             }
-            measured = interleave(
+            measured = settings.interleave(
                 subjects,
-                rounds=settings.rounds(5),
-                at_least=settings.at_least,
-                patience=settings.patience,
+                5,
                 seconds=settings.seconds / 4,
                 warmup=0,
                 failures=section.failures,
@@ -135,11 +119,10 @@ def run_lost(settings: Settings) -> Section:
             # What lies closer together than two rounds of one subject needs more of them, since both
             # processors are busy here.
             close = {name: subjects[name] for name in _CLOSE if name in measured}
-            more = interleave(
+            more = settings.interleave(
                 close,
-                rounds=settings.rounds(9),
-                at_least=settings.at_least if settings.quick else 6,
-                patience=settings.patience,
+                9,
+                at_least=6,
                 seconds=settings.seconds / 12,
                 warmup=0,
                 failures=section.failures,

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # At the end: the package under test is the installed one.
 sys.path.append(str(ROOT))
 
-from benchmarks import finding, measure, memory, plots, report  # noqa: E402
+from benchmarks import finding, measure, memory, plots, report, stepping  # noqa: E402
 from benchmarks.calm import Calm  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     Section,
@@ -36,6 +36,7 @@ from benchmarks.measure import (  # noqa: E402
     median,
     timed,
 )
+from benchmarks.peer import saver  # noqa: E402
 from benchmarks.peers import ASYNC, LOADING, SYNC, Ours, opened  # noqa: E402
 from benchmarks.peers_torch import TorchSave  # noqa: E402
 from benchmarks.saving import RAW  # noqa: E402
@@ -69,15 +70,8 @@ def save_ratio(folder: Path, mode: str) -> float:
     ours.open(state, folder / "ours")
     plain.open(state, folder / "plain")
 
-    def save(peer) -> float:
-        state.change()
-        seconds = timed(peer.save)
-        peer.wait()
-        peer.clear()
-        return seconds
-
     try:
-        return ratio(lambda: save(ours), lambda: save(plain))
+        return ratio(saver(ours, state), saver(plain, state))
     finally:
         ours.close()
 
@@ -231,8 +225,10 @@ def import_seconds() -> dict[str, float]:
     runs: dict[str, list[float]] = {module: [] for module in modules}
     for some in (modules, modules[:2]):
         code = "import time\n" + "".join(
-            f"start = time.process_time()\nimport {module}\nprint(time.process_time() - start)\n"
-            for module in some
+            f"start = time.process_time()\n{statement}\nprint(time.process_time() - start)\n"
+            for statement in (
+                stepping.PACKAGE if m == "lightning_sbckpt" else f"import {m}" for m in some
+            )
         )
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
         for module, seconds in zip(some, done.stdout.split(), strict=True):
