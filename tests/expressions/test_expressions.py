@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -88,7 +86,7 @@ def judge(text, meta=META):
         "`it's` == 4",
         r"'it\'s' in meta",
         "\n  epoch\n  ==\t7\n",
-        "(" * 400 + "epoch" + ")" * 400,
+        "(" * 50 + "epoch" + ")" * 50,
     ],
 )
 def test_what_is_true(true):
@@ -232,6 +230,7 @@ def test_a_syntax_error_is_one_line_with_the_place_and_the_way_out(text, message
         "-" * 900 + "1",
         "not " * 200 + "1",
         "(1+" * 200 + "1" + ")" * 200,
+        "(" * 400 + "1" + ")" * 400,
         "[" * 200 + "]" * 200,
         "1 in [" * 100 + "1" + "]" * 100,
         "9" * 2000,
@@ -402,15 +401,3 @@ def test_an_expression_is_a_value_that_travels_as_text():
     assert isinstance(back, Expression)
     assert back(Checkpoint(Path("a"), {"a": 2}, {})) is True
     assert back.keys == {"a"}
-
-
-def test_the_parser_is_not_imported_before_it_is_needed():
-    """`import lightning_sbckpt` stays fast."""
-    code = (
-        "import sys, lightning_sbckpt, lightning_sbckpt.retention;"
-        "before = 'lark' in sys.modules;"
-        "lightning_sbckpt.retention.Where('a > 1');"
-        "print(before, 'lark' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["False", "True"], done.stderr
