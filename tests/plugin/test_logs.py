@@ -98,7 +98,7 @@ class OwnAxis(Module):
         return super().training_step(batch, index)
 
 
-class Tested(Module):
+class Evaluated(Module):
     """Can be tested."""
 
     def test_step(self, batch, index):
@@ -216,7 +216,7 @@ class TestSameRun:
 
     def test_second_fit_of_one_process_keeps_what_came_between(self, tmp_path, kind):
         """The rows of a test between two fits stay: nothing was trained that is trained again."""
-        trainer = fit(tmp_path, [kind], epochs=1, module=Tested)
+        trainer = fit(tmp_path, [kind], epochs=1, module=Evaluated)
         trainer.test(
             trainer.lightning_module, torch.utils.data.DataLoader(torch.ones(4, 8)), verbose=False
         )
@@ -276,11 +276,11 @@ class TestOtherRun:
 
     def test_evaluation_process_logs_elsewhere(self, tmp_path, whole, kind):
         """A script that tests the best checkpoint adds nothing to the run."""
-        fit(tmp_path, [kind], module=Tested)
+        fit(tmp_path, [kind], module=Evaluated)
         before = held(kind, tmp_path)
         trainer, _ = made(tmp_path, kind)
         data = torch.utils.data.DataLoader(torch.ones(4, 8))
-        trainer.test(Tested(), data, ckpt_path="best", verbose=False)
+        trainer.test(Evaluated(), data, ckpt_path="best", verbose=False)
         after = held(kind, tmp_path)
         assert after.pop("version_1")
         assert after == before
