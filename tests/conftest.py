@@ -28,8 +28,13 @@ from hypothesis import settings
 settings.register_profile("patient", settings(), deadline=None)
 settings.load_profile("patient")
 
-# What tests and commands import has no examples to run.
-collect_ignore_glob = ["harness/*", *(f"{folder}/_*.py" for folder in ("durability", "security"))]
+# What tests and commands import has no examples to run; what projects need is not installed.
+collect_ignore_glob = [
+    "harness/*",
+    "downstream/projects/*",
+    "downstream/killed_runs.py",
+    *(f"{folder}/_*.py" for folder in ("durability", "security")),
+]
 
 # Every public name that needs no Lightning.
 CORE_NAMES = (
