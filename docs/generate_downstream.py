@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests" / "downstream"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "downstream")]
 
 import run  # noqa: E402
+from _page import section, table, write_section  # noqa: E402
 
 PAGE = HERE / "downstream.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 TITLES = (
     "project",
     "with",
@@ -48,8 +48,8 @@ def row_of(name: str, result: dict[str, Any]) -> str:
 
 def rows_of_page() -> dict[str, str]:
     """Return the lines of the table as it stands, by project."""
-    table = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    return {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if " | " in line}
+    lines = section(PAGE, "table").splitlines()
+    return {line.split(" | ")[0].strip("| "): line for line in lines if " | " in line}
 
 
 def notes() -> list[str]:
@@ -64,12 +64,8 @@ def notes() -> list[str]:
 
 def write(rows: dict[str, str]) -> None:
     """Write the table and the notes."""
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    tail = rest.partition(END)[2]
-    table = [f"| {' | '.join(TITLES)} |", "|---" * len(TITLES) + "|"]
-    table += [rows[name] for name in run.NAMES if name in rows]
-    body = "\n".join([*table, "", *notes()])
-    PAGE.write_text(f"{head}{BEGIN}\n{body}\n{END}{tail}", encoding="utf-8")
+    known = (rows[name] for name in run.NAMES if name in rows)
+    write_section(PAGE, "table", [*table(TITLES, ()), *known, "", *notes()])
 
 
 def main() -> None:

@@ -106,12 +106,18 @@ class TagBatch:
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
+        self._depth = 0
 
     def __call__(self, samples: object) -> object:
         """Collate, then look at the random states."""
-        batch = self.collate(samples)
+        self._depth += 1
+        try:
+            batch = self.collate(samples)
+        finally:
+            self._depth -= 1
         info = get_worker_info()
-        if info is None:
+        # A loader's own function may call `loader.collate_fn` for the parts of a batch.
+        if info is None or self._depth:
             return batch
         begun, _worker.begun = _worker.begun, None
         state = _worker.now(states=_worker.sends_states)
