@@ -16,6 +16,7 @@ from lightning_sbckpt._io.open_regular import NotRegularError, read_regular
 from lightning_sbckpt._io.records import bring_file
 from lightning_sbckpt._io.storage import LocalStorage
 from lightning_sbckpt._layout.history import read_history
+from lightning_sbckpt._remote.urls import is_url
 from lightning_sbckpt.errors import MetaError, SBCheckpointError
 from lightning_sbckpt.folder import CheckpointFolder
 from lightning_sbckpt.meta import Checkpoint, ckpt_recency
@@ -50,7 +51,7 @@ def join_logs(trainer: Trainer, folder: CheckpointFolder, given: object = None) 
         leave_logs(trainer)
         return
     noted_in = folder.checkpoints_dir / _BEGUN if newest is None else newest.path / LOGGERS_YAML
-    for logger, noted in _pairs(trainer, _read(noted_in)):
+    for logger, noted in _pairs(trainer, _read(noted_in, folder)):
         if noted is None:
             continue
         # Whatever a logger of somebody's own lacks, or its service answers, the fit says it.
@@ -110,6 +111,7 @@ class Logs:
         self._log_saves = log_saves
         self._logged_until = time.time()
         self._runs: list[LogRun] = []
+        self._folder: CheckpointFolder | None = None
         self._begun: Path | None = None
         self._waits = trainer.is_global_zero
 
@@ -127,14 +129,17 @@ class Logs:
             Which logs go on, a line each.
         """
         trainer = self._trainer
+        self._folder = folder
         self._begun = folder.checkpoints_dir / _BEGUN
         if not trainer.is_global_zero:
             return []
         with folder.as_known():
             newest = _newest(folder)
-        if checkpoint is None:
+        if folder.access == "read":
+            known = []  # Another process writes this run, and its log.
+        elif checkpoint is None:
             # A run that was killed before its first checkpoint begins anew in its own log.
-            known = [] if newest else _read(self._begun)
+            known = [] if newest else _read(self._begun, folder)
         elif explicit and (newest is None or newest.path != checkpoint.path):
             known = []
             if trainer.loggers:
@@ -143,7 +148,7 @@ class Logs:
                     "stays, and the loggers begin a run of their own"
                 )
         else:
-            known = _read(checkpoint.path / LOGGERS_YAML)
+            known = _read(checkpoint.path / LOGGERS_YAML, folder)
         if not known:
             leave_logs(trainer)
         lines = []
@@ -160,7 +165,7 @@ class Logs:
                 )
             elif noted and logger in _joined:
                 lines.append(f"the log goes on: {_joined[logger]}")
-        if checkpoint is None and self._runs:
+        if checkpoint is None and self._runs and folder.access != "read":
             LocalStorage().replace(self._begun, self._text(has_hyperparameters=False).encode())
         return lines
 
@@ -189,7 +194,8 @@ class Logs:
                     f"SBCheckpoint: where {type(logger).__name__} is can't be noted, so a restart won't go on "
                     f"in its log ({type(error).__name__}: {error})"
                 )
-        return dump_yaml({"loggers": noted})
+        assert self._folder is not None  # Nothing is noted before the fit has begun.
+        return dump_yaml({"folder": _name_of(self._folder), "loggers": noted})
 
     def extra_files(self) -> dict[str, str]:
         """Return which run each logger writes and how far it is, as a file of a checkpoint."""
@@ -199,7 +205,7 @@ class Logs:
         """Note that there is a checkpoint, which says it itself, and log it if that is wanted."""
         if self._begun is None or not self._trainer.is_global_zero:
             return
-        if self._waits:
+        if self._waits and self._folder is not None and self._folder.access != "read":
             LocalStorage().remove_file(self._begun)
             self._waits = False
         if not self._log_saves:
@@ -245,12 +251,29 @@ def _newest(folder: CheckpointFolder) -> Checkpoint | None:
     return max(found, key=ckpt_recency, default=None)
 
 
-def _read(path: Path) -> list[Mapping[str, Any]]:
+def _name_of(folder: CheckpointFolder) -> str:
+    return folder.url or str(folder.checkpoints_dir)
+
+
+def _is_copied(noted_in: object, folder: CheckpointFolder) -> bool:
+    """Return whether what was noted is of another folder, which is still there and has the log."""
+    if folder.url is not None or is_url(noted_in):
+        return noted_in != folder.url
+    try:
+        return not Path(str(noted_in)).samefile(folder.checkpoints_dir)
+    except (OSError, ValueError):
+        return False  # The folder was moved.
+
+
+def _read(path: Path, folder: CheckpointFolder) -> list[Mapping[str, Any]]:
+    """Return what was noted of the loggers, unless in the folder that this one is a copy of."""
     try:
         bring_file(path)
         told = parse_yaml(read_regular(path, _MOST_BYTES), path)
     except (OSError, NotRegularError, MetaError):
         return []  # An earlier release, or SpeechBrain, has saved it.
+    if _is_copied(told.get("folder"), folder):
+        return []
     loggers = told.get("loggers")
     return [each for each in loggers if isinstance(each, dict)] if isinstance(loggers, list) else []
 

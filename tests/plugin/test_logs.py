@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,7 +15,7 @@ from _processes import context
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers.logger import Logger
 
-from lightning_sbckpt import SavePolicy, SBCheckpoint
+from lightning_sbckpt import Checkpointer, SavePolicy, SBCheckpoint
 from lightning_sbckpt.errors import SBCheckpointError
 
 NEEDS = {"csv": "csv", "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -140,6 +140,28 @@ def made(folder, kind):
     data = torch.randn(40, 8)
     loaders = [torch.utils.data.DataLoader(data, batch_size=4, shuffle=s) for s in (True, False)]
     return trainer, lambda: trainer.fit(Module(), *loaders)
+
+
+@contextmanager
+def held_by_another(folder):
+    """Have another process write to a folder."""
+    ready, over = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(folder, ready, over))
+    process.start()
+    try:
+        assert ready.wait(60)
+        yield
+    finally:
+        over.set()
+        process.join(60)
+
+
+def _hold(folder, ready, over):
+    checkpointer = Checkpointer(folder)
+    checkpointer.claim()
+    ready.set()
+    over.wait(120)
+    checkpointer.close()
 
 
 def two_ranks(folder, kind, at):
@@ -306,6 +328,31 @@ class TestOtherRun:
         after = held(kind, tmp_path)
         assert after.pop("version_1")
         assert after == before
+
+    def test_copy_of_a_folder_begins_a_log_of_its_own(self, tmp_path, kind):
+        """The run that was copied goes on, or may; one that was moved has its own log."""
+        fit(tmp_path, [kind])
+        before = held(kind, tmp_path)
+        shutil.copytree(tmp_path / "run", tmp_path / "copied")
+        fit(tmp_path, [kind], epochs=4, where=tmp_path / "copied")
+        after = held(kind, tmp_path)
+        assert after.pop("version_1")
+        assert after == before
+        (tmp_path / "run").rename(tmp_path / "moved")
+        fit(tmp_path, [kind], epochs=4, where=tmp_path / "moved")
+        assert [*held(kind, tmp_path)] == ["version_0", "version_1"]
+        assert held(kind, tmp_path)["version_0"] != before["version_0"]
+
+    def test_folder_in_use_keeps_its_log(self, tmp_path, kind):
+        """Who only reads the checkpoints of a run that another process writes leaves its log alone."""
+        fit(tmp_path, [kind])
+        before = held(kind, tmp_path)
+        with held_by_another(tmp_path / "run"):
+            fit(tmp_path, [kind], epochs=4, when_in_use="read")
+        after = held(kind, tmp_path)
+        assert after.pop("version_1")
+        assert after == before
+        assert not (tmp_path / "run" / ".loggers.yaml").exists()
 
     @pytest.mark.sample(1)
     def test_version_of_the_users_own_stays(self, tmp_path, kind):
