@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "downstream")]
 
-import run  # noqa: E402
+import killed_projects as run  # noqa: E402
 from _page import section, table, write_section  # noqa: E402
 
 PAGE = HERE / "downstream.md"

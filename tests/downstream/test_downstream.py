@@ -12,7 +12,7 @@ DOCS = HERE.parents[1] / "docs"
 sys.path[:0] = [str(HERE), str(DOCS)]
 
 import generate_downstream  # noqa: E402
-import run  # noqa: E402
+import killed_projects as run  # noqa: E402
 
 
 @pytest.mark.parametrize("name", run.NAMES)

@@ -409,15 +409,15 @@ class TestReaders:
         writer.save_and_keep_only({"loss": 0.0}, name="best", min_keys=["loss"])
         writer.save_and_keep_only({"loss": 1.0}, name="second", min_keys=["loss"])
         reader = Checkpointer(tmp_path, {"m": scale(0.0)}, access="read")
-        look, moved = load.damage_of, []
+        look, moved = load.find_damage, []
 
-        def meanwhile(ckpt, names, **options):
-            if ckpt.path.name == "CKPT+second" and not moved:
+        def meanwhile(folder, *arguments, **options):
+            if folder.name == "CKPT+second" and not moved:
                 moved.append(True)
                 writer.save_and_keep_only({"loss": 2.0}, name="third", min_keys=["loss"])
-            return look(ckpt, names, **options)
+            return look(folder, *arguments, **options)
 
-        monkeypatch.setattr(load, "damage_of", meanwhile)
+        monkeypatch.setattr(load, "find_damage", meanwhile)
         assert reader.recover_if_possible().path.name == "CKPT+third"
 
     def test_reader_comes_to_an_end_where_checkpoints_go_faster_than_it_reads(
@@ -428,14 +428,14 @@ class TestReaders:
         writer.save_and_keep_only({"loss": 0.0}, name="best", min_keys=["loss"])
         writer.save_and_keep_only({"loss": 1.0}, min_keys=["loss"])
         reader = Checkpointer(tmp_path, {"m": scale(0.0)}, access="read")
-        look = load.damage_of
+        look = load.find_damage
 
-        def meanwhile(ckpt, names, **options):
-            if ckpt.path.name != "CKPT+best":
+        def meanwhile(folder, *arguments, **options):
+            if folder.name != "CKPT+best":
                 writer.save_and_keep_only({"loss": 2.0}, min_keys=["loss"])
-            return look(ckpt, names, **options)
+            return look(folder, *arguments, **options)
 
-        monkeypatch.setattr(load, "damage_of", meanwhile)
+        monkeypatch.setattr(load, "find_damage", meanwhile)
         assert reader.recover_if_possible().path.name == "CKPT+best"
 
 

@@ -1,8 +1,8 @@
 """Make the environment of each project, kill and resume its training there, and print what became of it.
 
-    python tests/downstream/run.py                   all projects, one after the other
-    python tests/downstream/run.py darts gluonts     these two
-    python tests/downstream/run.py --keep darts      leave its environment for the next time
+    python tests/downstream/killed_projects.py                   all projects, one after the other
+    python tests/downstream/killed_projects.py darts gluonts     these two
+    python tests/downstream/killed_projects.py --keep darts      leave its environment for the next time
 
 It ends with 1 unless each ends as it would have without the kills. An environment takes 1 GB, or 6
 with torchvision, and is removed when its project is done. The network is used by pip alone.
