@@ -102,6 +102,7 @@ def test_signals_after_the_first_leave_the_exit_code_of_a_started_process_alone(
 @pytest.fixture
 def handlers():
     """What is there before a test, and after it."""
+    gc.collect()  # What an earlier test has held gives its handlers back now, not in the middle of this one.
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield lambda: {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != before[n]}
